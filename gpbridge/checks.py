@@ -1,0 +1,168 @@
+"""Checks at the public doors: one function per invariant, messages that say what to do.
+
+Each function returns None when its invariant holds. A message names the argument, what
+was expected, what came, and the next thing to try; it is only built when a check fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from botorch.exceptions.errors import InputDataError
+from torch import Tensor
+
+
+class ShapeError(ValueError):
+    """Arguments disagree about a dimension that they should share."""
+
+
+class NotConvergedWarning(RuntimeWarning):
+    """An iteration stopped at its limit before it reached its tolerance."""
+
+
+def check_tensor(**values: Tensor) -> None:
+    """Require torch tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, but is {type(value).__name__}. "
+                f"Try torch.as_tensor({name})."
+            )
+
+
+def check_floating(**values: Tensor) -> None:
+    """Require float32 or float64: Cholesky factors do not exist in half precision."""
+    for name, value in values.items():
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} must be float32 or float64, but is {value.dtype}. "
+                f"Try {name}.double()."
+            )
+
+
+def check_finite(**values: Tensor) -> None:
+    """Require neither NaN nor Inf; the message names the first rows that have them."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            bad = ~torch.isfinite(value)
+            rows = bad.reshape(len(bad), -1).any(-1) if value.dim() else bad[None]
+            first = torch.nonzero(rows).flatten()[:5].tolist()
+            raise InputDataError(
+                f"{name} contains NaN or Inf in {int(rows.sum())} of {len(rows)} rows, "
+                f"the first at {first}. Drop or impute these rows; there is no mask."
+            )
+
+
+def check_inputs(X: Tensor, name: str = "train_X", width: int | None = None) -> None:
+    """Require finite floating inputs ``... x n x d`` of the right width."""
+    check_tensor(**{name: X})
+    check_floating(**{name: X})
+    if X.dim() < 2:
+        raise ShapeError(
+            f"{name} must be ``... x n x d``, but has shape {tuple(X.shape)}. "
+            f"For one input dimension try {name}[:, None]."
+        )
+    if width is not None and X.shape[-1] != width:
+        raise ShapeError(
+            f"{name} must have {width} columns as the training inputs have, but has "
+            f"{X.shape[-1]} (shape {tuple(X.shape)}). Pass the same features."
+        )
+    check_finite(**{name: X})
+
+
+def check_not_empty(**values: Tensor) -> None:
+    """Require at least one row."""
+    for name, value in values.items():
+        if value.shape[0] == 0:
+            raise InputDataError(
+                f"{name} has no rows (shape {tuple(value.shape)}). A model without data "
+                "is its prior: ask the kernel and the mean for it."
+            )
+
+
+def check_same_length(**values: Tensor) -> None:
+    """Require the same number of rows."""
+    lengths = {name: value.shape[0] for name, value in values.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise ShapeError(f"The numbers of rows must agree, but {found}.")
+
+
+def check_same_device(**values: Tensor) -> None:
+    """Require one device."""
+    devices = {name: value.device for name, value in values.items()}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        raise ValueError(
+            f"All tensors must be on one device, but {found}. Move them with .to(...)."
+        )
+
+
+def check_same_dtype(name: str, value: Tensor, expected: torch.dtype) -> None:
+    """Require the dtype of the model, which is that of its training inputs."""
+    if value.dtype != expected:
+        raise TypeError(
+            f"{name} must be {expected} as the training inputs are, but is "
+            f"{value.dtype}. Try {name}.to({expected})."
+        )
+
+
+def check_positive(**values: float | Tensor) -> None:
+    """Require strictly positive finite numbers."""
+    for name, value in values.items():
+        tensor = torch.as_tensor(value)
+        # Written so that NaN fails too.
+        if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
+            shown = tensor.tolist() if tensor.numel() <= 8 else f"as low as {tensor.min()}"
+            raise ValueError(f"{name} must be positive and finite, but is {shown}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Require one of a few words."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}."
+        )
+
+
+def check_labels(labels: Tensor, num_classes: int, name: str = "train_Y") -> None:
+    """Require integer class labels ``n`` in ``0 .. num_classes - 1``."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"{name} must hold integer class labels for a softmax likelihood, but is "
+            f"{labels.dtype}. Try {name}.long()."
+        )
+    if labels.dim() != 1:
+        raise ShapeError(
+            f"{name} must be ``n`` class labels, but has shape {tuple(labels.shape)}. "
+            f"Try {name}.squeeze(-1), or .argmax(-1) for one-hot rows."
+        )
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        row = int(torch.nonzero(bad)[0])
+        raise InputDataError(
+            f"{name} must lie in 0 .. {num_classes - 1} (the network has {num_classes} "
+            f"outputs), but row {row} is {int(labels[row])}. Drop ignored rows, or give "
+            "the network one output per class."
+        )
+
+
+def check_binary(labels: Tensor, name: str = "train_Y") -> None:
+    """Require labels 0 and 1."""
+    bad = (labels != 0) & (labels != 1)
+    if bad.any():
+        value = labels[bad].flatten()[0].item()
+        raise InputDataError(
+            f"{name} must hold 0 and 1 for a binary likelihood, but contains {value}. "
+            "Map the two classes to 0 and 1, or use a softmax likelihood."
+        )
+
+
+def check_memory(what: str, needed: float, budget: float, remedy: str) -> None:
+    """Refuse an allocation beyond a budget, both in bytes."""
+    if needed > budget:
+        raise MemoryError(
+            f"{what} needs about {needed / 2**30:.2f} GiB, but the budget is "
+            f"{budget / 2**30:.2f} GiB. {remedy}"
+        )
