@@ -87,8 +87,9 @@ def all_rows(local: Tensor, num_rows: int) -> Tensor:
     rows = rank_rows(num_rows)
     if len(local) != rows.stop - rows.start:
         raise ShapeError(
-            f"local must hold rows {rows.start} to {rows.stop} of {num_rows} on process "
-            f"{world()[0]}, but has {len(local)} rows. Index with rank_rows({num_rows})."
+            f"local must hold rows {rows.start} to {rows.stop} of {num_rows} on "
+            f"process {world()[0]}, but has {len(local)} rows. Index with "
+            f"rank_rows({num_rows})."
         )
     size = world()[1]
     if size == 1:

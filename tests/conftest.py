@@ -2,8 +2,8 @@
 
 One thread, because the matrices are tiny (more threads are slower) and because sums
 then have one order. The global random state is set before each test, because the
-initial weights of ``torch.nn`` layers are drawn from it: a test must not depend on which
-tests ran before it. The library itself must not touch that state.
+initial weights of ``torch.nn`` layers are drawn from it: a test must not depend on
+those that ran before it. The library itself must not touch that state.
 """
 
 import os
