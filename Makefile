@@ -12,8 +12,8 @@ STAMP  := $(VENV)/.installed
 ARGS ?=
 # Folder with larger data sets:      make bench DATA=PATH
 DATA ?=
-# Scripts that `make bench` runs:    make bench BENCHMARKS=benchmarks/gram.py
-BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+# Scripts that `make bench` runs:    make bench BENCHMARKS=benchmarks/bench_gram.py
+BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py))
 
 ifneq ($(DATA),)
 export GPBRIDGE_DATA := $(abspath $(DATA))
