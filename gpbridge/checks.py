@@ -114,7 +114,9 @@ def check_positive(**values: float | Tensor) -> None:
         tensor = torch.as_tensor(value)
         # Written so that NaN fails too.
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
-            shown = tensor.tolist() if tensor.numel() <= 8 else f"as low as {tensor.min()}"
+            shown = (
+                tensor.tolist() if tensor.numel() <= 8 else f"as low as {tensor.min()}"
+            )
             raise ValueError(f"{name} must be positive and finite, but is {shown}.")
 
 

@@ -1,0 +1,484 @@
+"""Networks as functions of (weights, inputs), and their derivatives in the weights.
+
+In: a trained ``nn.Module``. Out: a :class:`FunctionalNet`, which owns a frozen copy and
+knows which weights are random, and free functions for its Jacobian and the products
+with it. Which weights are random is decided here and nowhere else.
+Next: ``operators`` offers the products as matrices, ``features`` the Gram matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpbridge.checks import ShapeError
+from gpbridge.types import Apply, Params
+
+Parameters = str | Sequence[str] | Callable[[str], bool]
+
+JACOBIAN_BYTES = 256 * 2**20  # one chunk of a Jacobian, workspace included
+
+
+class FunctionalNet(nn.Module):
+    r"""A network as a function :math:`f(x, w)` of its random weights and its inputs.
+
+    Owns a deep copy of ``network`` in eval mode, so that batch-norm statistics and
+    dropout are fixed, without the caller's hooks; the caller's module is never changed.
+    ``.train()`` leaves the copy in eval mode. Inputs are ``... x n x d``, outputs
+    ``... x n x m``. The number of outputs is known once :meth:`probe` has seen a point.
+
+    Args:
+        network: Any module that maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or
+            ``n``, row by row and without fresh randomness.
+        parameters: Which weights are random: ``"all"``, ``"last_layer"``, names of
+            parameters or of submodules, or a predicate on parameter names. Weights with
+            ``requires_grad=False`` never are; tied weights count once.
+        input_shape: Shape of one input, to unflatten the ``d`` columns, as (c, h, w).
+        freeze: False leaves the weights of the copy trainable, for kernels learned
+            through their network.
+
+    Raises:
+        TypeError: If ``network`` is not a module.
+        ValueError: If no random weight is left or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Parameters = "all",
+        input_shape: Sequence[int] | None = None,
+        freeze: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"network must be a torch.nn.Module, but is {type(network).__name__}."
+            )
+        self.names = _random_names(network, parameters)
+        self.was_training = network.training
+        self.network = _frozen_copy(network, freeze, self.names)
+        self.freeze = freeze
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.vectorized = True
+        self.layer_names: tuple[str, ...] | None = None  # filled by layer_gram
+        self._num_outputs: int | None = None
+
+    @property
+    def params(self) -> Params:
+        """The random weights by name."""
+        own = dict(self.network.named_parameters())
+        return {name: own[name] for name in self.names}
+
+    @property
+    def num_params(self) -> int:
+        """The number p of random weights."""
+        return sum(p.numel() for p in self.params.values())
+
+    @property
+    def num_outputs(self) -> int:
+        """The number m of outputs.
+
+        Raises:
+            RuntimeError: If no point was probed yet.
+        """
+        if self._num_outputs is None:
+            raise RuntimeError(
+                "The number of outputs is not known before the network has seen a "
+                "point. Call probe(X) first."
+            )
+        return self._num_outputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.network.parameters()).dtype
+
+    def apply_network(self, params: Params, X: Tensor) -> Tensor:
+        """Evaluate ``... x n x d`` inputs at given weights, ``... x n x m``."""
+        rows = X.reshape(-1, *(self.input_shape or X.shape[-1:]))
+        with _traceable_attention():
+            outputs = functional_call(self.network, params, (rows,))
+        return outputs.reshape(*X.shape[:-1], -1 if rows.numel() else self.num_outputs)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """The network at its own weights, ``... x n x m``."""
+        return self.apply_network({}, X)
+
+    def train(self, mode: bool = True) -> FunctionalNet:
+        """Set the mode of everything but the network, which stays in eval mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def flatten(self, params: Params) -> Tensor:
+        """Concatenate weights, each ``... x shape``, to ``... x p``."""
+        parts = []
+        for name, own in self.params.items():
+            value = params[name]
+            batch = value.shape[: value.dim() - own.dim()]
+            parts.append(value.reshape(*batch, own.numel()))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, vector: Tensor) -> Params:
+        """Split ``... x p`` into weights by name, each ``... x shape``."""
+        shapes = {name: p.shape for name, p in self.params.items()}
+        parts = vector.split([math.prod(s) for s in shapes.values()], dim=-1)
+        return {
+            name: part.reshape(*vector.shape[:-1], *shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+    def probe(self, X: Tensor) -> int:
+        """Check on up to three points that the network is a function we can linearise.
+
+        Args:
+            X: Inputs ``... x n x d``, at least one point.
+
+        Returns:
+            The number of outputs m.
+
+        Raises:
+            TypeError: If the output is not one tensor.
+            ShapeError: If the output is not one row per point.
+            ValueError: If the network draws randomness, changes itself, mixes rows, or
+                cannot be differentiated in its random weights.
+        """
+        rows = X.detach().reshape(-1, X.shape[-1])[:3].to(self.dtype)
+        with torch.no_grad():
+            self._num_outputs = _probe_values(self, rows)
+        self.vectorized = _probe_derivative(self, rows)
+        return self._num_outputs
+
+    def extra_repr(self) -> str:
+        """How many of the weights are random."""
+        total = sum(p.numel() for p in self.network.parameters())
+        return f"random weights: {self.num_params} of {total}"
+
+
+def functionalize(
+    network: nn.Module, parameters: Parameters = "all"
+) -> tuple[Apply, Params]:
+    """Split a module into a pure function and a detached copy of its random weights."""
+    net = FunctionalNet(network, parameters)
+    return net.apply_network, {name: p.clone() for name, p in net.params.items()}
+
+
+def jacobian(
+    net: FunctionalNet,
+    X: Tensor,
+    params: Params | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Derivative of the outputs in the weights, :math:`J(x) = \partial f / \partial w`.
+
+    One backward pass per output and point, vectorised over points: time linear in the
+    number of points. Memory is n m p numbers for the result and at most
+    ``JACOBIAN_BYTES`` of workspace. Differentiable in ``X``.
+
+    Args:
+        net: The network.
+        X: Inputs ``... x n x d``.
+        params: Weights to differentiate in and their values; default all random ones.
+        chunk_size: Points per vectorised pass; default as many as the budget allows.
+
+    Returns:
+        ``... x n x m x p``, the weights in the order of ``params``.
+    """
+    params = net.params if params is None else params
+    rows = X.reshape(-1, X.shape[-1])
+    sizes = [p.numel() for p in params.values()]
+    if len(rows) == 0:
+        return X.new_zeros(*X.shape[:-1], net.num_outputs, sum(sizes))
+    if not net.vectorized:
+        return _looped_jacobian(net, rows, params).reshape(
+            *X.shape[:-1], -1, sum(sizes)
+        )
+
+    def one_point(values: Params, x: Tensor) -> Tensor:
+        return net.apply_network(values, x[None])[0]
+
+    if chunk_size is None:
+        per_row = 3 * (net._num_outputs or 1) * sum(sizes) * rows.element_size()
+        chunk_size = max(1, JACOBIAN_BYTES // per_row)
+    blocks = vmap(
+        jacrev(one_point),
+        in_dims=(None, 0),
+        chunk_size=chunk_size if chunk_size < len(rows) else None,
+    )(params, rows)  # each rows x m x shape
+    flat = [blocks[name].flatten(2) for name in params]
+    J = torch.cat([b if b.dim() == 3 else b[..., None] for b in flat], dim=-1)
+    return J.reshape(*X.shape[:-1], *J.shape[1:])
+
+
+def jvp(net: FunctionalNet, X: Tensor, tangent: Tensor) -> Tensor:
+    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``."""
+    if not net.vectorized:
+        return jacobian(net, X) @ tangent
+    _, product = torch.func.jvp(
+        lambda values: net.apply_network(values, X),
+        (net.params,),
+        (net.unflatten(tangent),),
+    )
+    return product
+
+
+def vjp(net: FunctionalNet, X: Tensor, cotangent: Tensor) -> Tensor:
+    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``."""
+    if not net.vectorized:
+        J = jacobian(net, X)
+        return J.flatten(0, -2).mT @ cotangent.reshape(-1)
+    _, pull = torch.func.vjp(lambda values: net.apply_network(values, X), net.params)
+    return net.flatten(pull(cotangent)[0])
+
+
+def linearize(
+    net: FunctionalNet, X: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    r"""The tangent model :math:`f(x, w^*) + J(x)(w - w^*)` at fixed inputs.
+
+    The forward pass is shared by all products, so that many tangents are cheap.
+
+    Returns:
+        The outputs ``... x n x m`` at the trained weights, and the map from a ``p``
+        vector of weight changes to the change of the outputs.
+    """
+    if not net.vectorized:
+        J = jacobian(net, X)
+        return net(X), lambda tangent: J @ tangent
+    outputs, push = torch.func.linearize(
+        lambda values: net.apply_network(values, X), net.params
+    )
+    return outputs, lambda tangent: push(net.unflatten(tangent))
+
+
+def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
+    every = [name for name, _ in network.named_parameters()]
+    free = [name for name, p in network.named_parameters() if p.requires_grad]
+    if parameters == "all":
+        names = free
+    elif parameters == "last_layer":
+        owners = [name.rpartition(".")[0] for name in free]
+        names = [name for name in free if name.rpartition(".")[0] == owners[-1]]
+    elif callable(parameters):
+        names = [name for name in free if parameters(name)]
+    elif isinstance(parameters, str):
+        raise ValueError(
+            "parameters must be 'all', 'last_layer', a list of names or a predicate, "
+            f"but is {parameters!r}. For one layer pass a list, [{parameters!r}]."
+        )
+    else:
+        asked = list(parameters)
+        unknown = [a for a in asked if not any(_belongs(n, a) for n in every)]
+        if unknown:
+            raise ValueError(
+                f"parameters names {unknown}, which the network does not have. "
+                f"It has {every}."
+            )
+        names = [name for name in free if any(_belongs(name, a) for a in asked)]
+    if not names:
+        raise ValueError(
+            f"The network has no random weight left: {len(every)} parameters, "
+            f"{len(free)} of them with requires_grad, none selected by "
+            f"parameters={parameters!r}. Set requires_grad_(True) on those that should "
+            "be random, or select others."
+        )
+    return names
+
+
+def _belongs(name: str, asked: str) -> bool:
+    return name == asked or name.startswith(asked + ".")
+
+
+def _frozen_copy(network: nn.Module, freeze: bool, names: list[str]) -> nn.Module:
+    with _without_hooks(network):
+        own = copy.deepcopy(network)
+    random = set(names)
+    for name, p in own.named_parameters():
+        p.requires_grad_(not freeze and name in random)
+        p.grad = None
+    return own.eval()
+
+
+@contextmanager
+def _traceable_attention():
+    # Fused attention has no batching rule and no double backward. The switch of the
+    # transformer layers is global upstream, so it is put back.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _without_hooks(network: nn.Module):
+    # Hooks are detached from the caller's module for the moment of the copy, since a
+    # closure may not be copyable, and put back whatever happens. Hooks that torch
+    # itself installs to compute a weight (weight_norm, spectral_norm) stay.
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+             "_backward_pre_hooks")  # fmt: skip
+    saved = [
+        (module, kind, getattr(module, kind))
+        for module in network.modules()
+        for kind in kinds
+    ]
+    try:
+        for module, kind, hooks in saved:
+            kept = type(hooks)(
+                (key, hook)
+                for key, hook in hooks.items()
+                if type(hook).__module__.startswith("torch.nn.utils")
+            )
+            module.__dict__[kind] = kept
+        yield
+    finally:
+        for module, kind, hooks in saved:
+            module.__dict__[kind] = hooks
+
+
+def _probe_values(net: FunctionalNet, rows: Tensor) -> int:
+    before = {k: v.clone() for k, v in net.network.state_dict().items()}
+    with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
+        batch = net.input_shape or rows.shape[-1:]
+        outputs = net.network(rows.reshape(-1, *batch))
+        again = net.network(rows.reshape(-1, *batch))
+    after = net.network.state_dict()
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    if changed:
+        net.network.load_state_dict(before)
+        raise ValueError(
+            f"The network changes itself in forward: {changed} moved, in eval mode. "
+            "A kernel must be a function of its inputs; remove the update from forward."
+        )
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"The network must return one tensor, but returns {type(outputs).__name__}. "
+            "Wrap it in a module whose forward picks the tensor of outputs."
+        )
+    if outputs.dim() not in (1, 2) or len(outputs) != len(rows):
+        raise ShapeError(
+            f"The network must return ``n x m`` or ``n``, but {len(rows)} rows of "
+            f"{tuple(batch)} gave {tuple(outputs.shape)}. Flatten the output, or pass "
+            "input_shape if inputs have to be unflattened."
+        )
+    if not torch.equal(outputs, again):
+        raise ValueError(
+            "The network returns different values for the same inputs in eval mode, so "
+            "it draws fresh randomness per call. Fix the noise, or use a dropout "
+            "posterior."
+        )
+    alone = net.network(rows[:1].reshape(-1, *batch))
+    size = outputs.abs().max().clamp_min(1e-30)
+    if len(rows) > 1 and (alone[0] - outputs[0]).abs().max() > 1e-3 * size:
+        raise ValueError(
+            "The network mixes rows: f(X)[0] differs from f(X[:1]). A kernel needs "
+            "outputs that depend on their own row only (batch statistics, attention or "
+            "pooling over the batch do not)."
+        )
+    if not torch.isfinite(outputs).all():
+        raise ValueError(
+            "The network returns NaN or Inf on the first rows. Check its weights and "
+            "the scale of the inputs."
+        )
+    return 1 if outputs.dim() == 1 else outputs.shape[1]
+
+
+def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
+    # Differentiate with plain autograd first: it says which weights are not reached.
+    params = {
+        name: p.detach().clone().requires_grad_() for name, p in net.params.items()
+    }
+    with torch.enable_grad():
+        total = net.apply_network(params, rows).sum()
+    if not total.requires_grad:
+        raise ValueError(
+            "The network's output does not depend on its random weights in a "
+            "differentiable way (detach, no_grad, rounding or argmax in forward?), so it "
+            "has no tangent. Return the differentiable output."
+        )
+    grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    unused = [n for n, g in zip(params, grads, strict=True) if g is None]
+    if len(unused) == len(params) or all(
+        g is None or bool((g == 0).all()) for g in grads
+    ):
+        if not _has_any_slope(net, rows, params):
+            raise ValueError(
+                "The network's output has zero derivative in every random weight at the "
+                "first rows (detach, rounding or argmax in forward, or only dead "
+                "units?), so it has no tangent. Return the differentiable output."
+            )
+    if unused:
+        warnings.warn(
+            f"The output does not reach the weights {unused}; they do not contribute to "
+            "the kernel. Exclude them with parameters=, or check forward.",
+            stacklevel=4,
+        )
+    exact = _looped_jacobian(net, rows[:1], net.params)
+    try:
+        net.vectorized = True
+        fast = jacobian(net, rows[:1])
+    except Exception as error:
+        # Whatever torch.func cannot trace (data-dependent control flow, an
+        # autograd.Function without a vmap rule) still works one point at a time.
+        warnings.warn(
+            "torch.func cannot vectorise this network, so Jacobians are computed one "
+            f"point at a time, which is slow: {str(error).splitlines()[0]} Avoid "
+            "data-dependent control flow; give a custom autograd.Function setup_context "
+            "and generate_vmap_rule.",
+            stacklevel=4,
+        )
+        return False
+    scale = exact.abs().max()
+    if (fast.reshape(exact.shape) - exact).abs().max() > 1e-2 * scale:
+        raise ValueError(
+            "The network's Jacobian by torch.func differs from plain autograd, so its "
+            "forward is not a pure function of weights and inputs."
+        )
+    return True
+
+
+def _has_any_slope(net: FunctionalNet, rows: Tensor, params: Params) -> bool:
+    # Summed gradients can cancel (softmax outputs sum to a constant): look per output.
+    J = _looped_jacobian(net, rows, params)
+    return bool((J != 0).any())
+
+
+def _looped_jacobian(net: FunctionalNet, rows: Tensor, params: Params) -> Tensor:
+    """Plain autograd, one point and one output at a time, ``rows x m x p``."""
+    create_graph = torch.is_grad_enabled() and (
+        rows.requires_grad or any(p.requires_grad for p in params.values())
+    )
+    result = []
+    with torch.enable_grad():
+        leaves = {
+            name: p if p.requires_grad else p.detach().requires_grad_()
+            for name, p in params.items()
+        }
+        for x in rows:
+            for output in net.apply_network(leaves, x[None])[0]:
+                grads = torch.autograd.grad(
+                    output,
+                    list(leaves.values()),
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+                result.append(
+                    torch.cat(
+                        [
+                            (torch.zeros_like(p) if g is None else g).reshape(-1)
+                            for g, p in zip(grads, leaves.values(), strict=True)
+                        ]
+                    )
+                )
+    return torch.stack(result).reshape(len(rows), -1, result[0].numel())
