@@ -38,10 +38,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(strip $(BIN)/python -m pytest -m "not slow" $(ARGS))
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(strip $(BIN)/python -m pytest $(ARGS))
 
 # One thread, because ratios between methods are what the benchmarks report.
 bench: $(STAMP)

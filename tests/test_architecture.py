@@ -20,9 +20,9 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks metrics data distributed
-functional likelihoods augmentation plots
+functional likelihoods targets augmentation plots
 operators features layer_gram spectral draws weights prediction solvers descent
-kernels: feature random_features tangent dual_activations infinite_width deep invariant convolutional
+kernels: compositions feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
 linearized: curvature kronecker low_rank sampling links predictive inference evidence gp paths
 dnn: fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
