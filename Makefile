@@ -38,10 +38,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(strip $(BIN)/python -m pytest -m "not slow" $(ARGS))
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	$(strip $(BIN)/python -m pytest $(ARGS))
+	$(BIN)/python -m pytest $(ARGS)
 
 # One thread, because ratios between methods are what the benchmarks report.
 bench: $(STAMP)
