@@ -1,0 +1,379 @@
+r"""Feature maps of kernels, of their sums and of their products.
+
+In: a kernel with finitely many features (``kernel.features(X)``), or a sum or product
+of kernels, ours and gpytorch's mixed. Out: botorch feature maps with
+:math:`\phi(x) \phi(x')^\top = k(x, x')`, exact where that is possible, registered with
+botorch's pathwise generators. Also here is what every kernel of ours needs from
+upstream's base class: telling whether two inputs are one, and indexing a batch of
+kernels that select input columns.
+Next: ``feature`` is the first kernel that uses all of it; ``pathwise`` draws functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import singledispatch
+
+import torch
+from botorch.exceptions.errors import UnsupportedError
+from botorch.sampling.pathwise.features import gen_kernel_features
+from botorch.sampling.pathwise.features.generators import GenKernelFeatures
+from botorch.sampling.pathwise.features.maps import FeatureMap, KernelFeatureMap
+from botorch.sampling.pathwise.utils import (
+    ChainedTransform,
+    FeatureSelector,
+    InverseLengthscaleTransform,
+    OutputscaleTransform,
+    SineCosineTransform,
+)
+from botorch.utils.sampling import draw_sobol_normal_samples
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    MaternKernel,
+    ProductKernel,
+    RBFKernel,
+    ScaleKernel,
+)
+from torch import Generator, Size, Tensor, nn
+
+from gpbridge.checks import check_memory
+
+PRODUCT_FEATURES = 2**18  # columns; at 1000 points in float64 this is 2 GiB
+
+
+def same_inputs(x1: Tensor, x2: Tensor) -> bool:
+    """Whether a kernel may reuse the features of one argument for the other."""
+    # Equal values are not enough where gradients flow: the derivative in x1 of
+    # phi(x1) phi(x2)' is half that of phi(x1) phi(x1)'. Both must be the same memory.
+    if x1 is x2:
+        return True
+    if x1.shape != x2.shape or x1.requires_grad != x2.requires_grad:
+        return False
+    if x1.requires_grad:
+        return x1.data_ptr() == x2.data_ptr() and x1.stride() == x2.stride()
+    return torch.equal(x1, x2)
+
+
+@contextmanager
+def unbatched_buffers(kernel: Kernel) -> Iterator[None]:
+    """Hide ``active_dims`` while upstream indexes or expands a kernel's batch.
+
+    Upstream treats every buffer as batched, the selected columns too (gpytorch issue
+    2591), so that a batch of kernels with ``active_dims`` cannot be indexed.
+    """
+    active_dims = kernel.active_dims
+    kernel.active_dims = None
+    try:
+        yield
+    finally:
+        kernel.active_dims = active_dims
+
+
+class ExactFeatureMap(FeatureMap):
+    r"""The finite feature map of a kernel that has one, without approximation.
+
+    Args:
+        kernel: A kernel with a method ``features`` from ``... x n x d`` inputs, their
+            columns already selected, to ``... x n x f`` features, prior scale included.
+        num_outputs: The number f of features.
+    """
+
+    def __init__(self, kernel: Kernel, num_outputs: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.num_outputs = num_outputs
+        # Upstream chains its own transforms to these, so None would not do.
+        self.input_transform = nn.Identity()
+        self.output_transform = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the features, ``... x n x f``."""
+        if self.kernel.active_dims is not None:
+            x = x.index_select(-1, self.kernel.active_dims)
+        return self.kernel.features(x)
+
+    @property
+    def batch_shape(self) -> Size:
+        """The batch shape of the kernel."""
+        return self.kernel.batch_shape
+
+
+class SumFeatureMap(FeatureMap):
+    r"""Direct sum :math:`\phi = [\phi_1, \dots, \phi_k]`: the kernels add.
+
+    Args:
+        maps: The feature maps of the summands.
+    """
+
+    def __init__(self, maps: Sequence[FeatureMap]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(maps)
+        self.input_transform = nn.Identity()
+        self.output_transform = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the features, ``... x n x (f_1 + ... + f_k)``."""
+        blocks = [feature_map(x) for feature_map in self.maps]
+        batch = torch.broadcast_shapes(*(block.shape[:-1] for block in blocks))
+        return torch.cat([b.expand(*batch, b.shape[-1]) for b in blocks], dim=-1)
+
+    @property
+    def num_outputs(self) -> int:
+        """The sum of the numbers of features."""
+        return sum(feature_map.num_outputs for feature_map in self.maps)
+
+    @property
+    def batch_shape(self) -> Size:
+        """The common batch shape."""
+        return torch.broadcast_shapes(*(m.batch_shape for m in self.maps))
+
+
+class ProductFeatureMap(FeatureMap):
+    r"""Row-wise Kronecker product :math:`\phi_1 \otimes \phi_2`: the kernels multiply.
+
+    Random Fourier features are not crossed but merged. The product of stationary
+    kernels has the convolution of their spectral measures, so frequencies add,
+    and each exact feature meets frequencies of its own:
+
+    .. math:: k_1 k_2 = \sum_j \phi_j(x) \phi_j(x')\,
+        E\bigl[\cos\bigl((w_1 + w_2)^\top (x - x')\bigr)\bigr].
+
+    This is unbiased with as many columns as there are frequencies, where crossing all
+    features squares their number.
+
+    Args:
+        exact: Maps that are crossed.
+        fourier: Maps whose phases are added; each with as many frequencies as the
+            exact maps have features together, or a multiple.
+    """
+
+    def __init__(
+        self, exact: Sequence[FeatureMap], fourier: Sequence[KernelFeatureMap] = ()
+    ) -> None:
+        super().__init__()
+        self.exact = nn.ModuleList(exact)
+        self.fourier = nn.ModuleList(fourier)
+        self.input_transform = nn.Identity()
+        self.output_transform = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the features, ``... x n x f``."""
+        product = x.new_ones(*x.shape[:-1], 1)
+        for feature_map in self.exact:
+            block = feature_map(x)
+            product = (product[..., :, None] * block[..., None, :]).flatten(-2)
+        if not self.fourier:
+            return product
+        phase, amplitude = 0, 1
+        for feature_map in self.fourier:
+            phase = phase + feature_map.forward(feature_map.input_transform(x))
+            amplitude = amplitude * _amplitude(feature_map)
+        repeats = phase.shape[-1] // product.shape[-1]
+        product = product.repeat_interleave(repeats, -1) * amplitude / repeats**0.5
+        return torch.cat([product * phase.sin(), product * phase.cos()], dim=-1)
+
+    @property
+    def num_outputs(self) -> int:
+        """The number of columns."""
+        if self.fourier:
+            return 2 * self.fourier[0].weight.shape[-2]
+        return math.prod(feature_map.num_outputs for feature_map in self.exact)
+
+    @property
+    def batch_shape(self) -> Size:
+        """The common batch shape."""
+        maps = [*self.exact, *self.fourier]
+        return torch.broadcast_shapes(*(m.batch_shape for m in maps))
+
+
+@singledispatch
+def draw_feature_map(
+    kernel: Kernel,
+    num_inputs: int,
+    num_features: int,
+    generator: Generator | None = None,
+) -> FeatureMap:
+    r"""Features with :math:`\phi(x) \phi(x')^\top \approx k(x, x')`, by kernel type.
+
+    Exact for kernels with finitely many features, random Fourier features for RBF and
+    Matérn kernels, and recursive through scales, sums and products. As botorch's
+    ``gen_kernel_features``, with an explicit source of randomness; a kernel that is
+    registered only there draws as it does there. Register further types with
+    ``draw_feature_map.register``.
+
+    Args:
+        kernel: The kernel; the map follows its hyperparameters.
+        num_inputs: The number d of input columns.
+        num_features: Fourier features of each part that needs them, an even number.
+        generator: Source of the frequencies; default torch's global one.
+
+    Returns:
+        A map from ``... x n x d`` to ``... x n x f``.
+    """
+    return gen_kernel_features(kernel, num_inputs=num_inputs, num_outputs=num_features)
+
+
+@draw_feature_map.register
+def _draw_rbf(
+    kernel: RBFKernel, num_inputs: int, num_features: int, generator=None
+) -> KernelFeatureMap:
+    return _fourier_map(kernel, num_inputs, num_features, generator, None)
+
+
+@draw_feature_map.register
+def _draw_matern(
+    kernel: MaternKernel, num_inputs: int, num_features: int, generator=None
+) -> KernelFeatureMap:
+    # The spectral measure is a Student distribution with 2 nu degrees of freedom.
+    return _fourier_map(
+        kernel, num_inputs, num_features, generator, round(2 * kernel.nu)
+    )
+
+
+@draw_feature_map.register
+def _draw_scaled(
+    kernel: ScaleKernel, num_inputs: int, num_features: int, generator=None
+) -> FeatureMap:
+    active_dims, base = kernel.active_dims, kernel.base_kernel
+    # Upstream copies the columns of the base kernel to the scale and selects them once.
+    inherited = active_dims is not None and base.active_dims is not None
+    if active_dims is not None and not inherited:
+        num_inputs = len(active_dims)
+    feature_map = draw_feature_map(base, num_inputs, num_features, generator)
+    if active_dims is not None and not inherited:
+        feature_map.input_transform = ChainedTransform(
+            feature_map.input_transform, FeatureSelector(indices=active_dims)
+        )
+    feature_map.output_transform = ChainedTransform(
+        OutputscaleTransform(kernel), feature_map.output_transform
+    )
+    return feature_map
+
+
+@draw_feature_map.register
+def _draw_sum(
+    kernel: AdditiveKernel, num_inputs: int, num_features: int, generator=None
+) -> SumFeatureMap:
+    parts = kernel.kernels
+    return SumFeatureMap(
+        [draw_feature_map(part, num_inputs, num_features, generator) for part in parts]
+    )
+
+
+@draw_feature_map.register
+def _draw_product(
+    kernel: ProductKernel, num_inputs: int, num_features: int, generator=None
+) -> ProductFeatureMap:
+    exact, stationary, columns = [], [], 1
+    for part in kernel.kernels:
+        feature_map = draw_feature_map(part, num_inputs, num_features, generator)
+        if _is_fourier(feature_map):
+            stationary.append(part)
+        else:
+            exact.append(feature_map)
+            columns *= feature_map.num_outputs
+    frequencies = columns * max(1, num_features // (2 * columns))
+    _check_columns(2 * frequencies if stationary else columns)
+    fourier = []
+    for part in stationary:
+        feature_map = draw_feature_map(part, num_inputs, 2 * frequencies, generator)
+        # Quasi-random points of the same index share their leading digits, in every
+        # scrambling. Paired as they come, the frequencies of two factors would agree in
+        # sign for all pairs or for none; in random order they are independent.
+        order = torch.randperm(
+            frequencies, generator=generator, device=_device(generator)
+        )
+        weight = feature_map.weight
+        feature_map.weight = weight[..., order.to(weight.device), :]
+        fourier.append(feature_map)
+    return ProductFeatureMap(exact, fourier)
+
+
+def register_with_botorch(kernel_type: type[Kernel]) -> None:
+    """Let botorch's pathwise package find the :func:`draw_feature_map` of a kernel."""
+    draw = draw_feature_map.dispatch(kernel_type)
+
+    def generate(kernel: Kernel, *, num_inputs: int, num_outputs: int) -> FeatureMap:
+        return draw(kernel, num_inputs, num_outputs)
+
+    GenKernelFeatures.register(kernel_type)(generate)
+
+
+for _composition in (AdditiveKernel, ProductKernel):
+    if GenKernelFeatures.dispatch(_composition) is None:  # upstream's, if it has one
+        register_with_botorch(_composition)
+
+
+def _amplitude(feature_map: KernelFeatureMap) -> Tensor:
+    # Prior standard deviation: at phase zero the cosines are one and the sines vanish.
+    zeros = feature_map.weight.new_zeros(1, feature_map.weight.shape[-2])
+    return feature_map.output_transform(zeros).norm(dim=-1, keepdim=True)
+
+
+def _is_fourier(feature_map: FeatureMap) -> bool:
+    if not isinstance(feature_map, KernelFeatureMap) or feature_map.bias is not None:
+        return False
+    innermost = feature_map.output_transform
+    while isinstance(innermost, ChainedTransform):
+        innermost = innermost.transforms[-1]
+    return isinstance(innermost, SineCosineTransform)
+
+
+def _fourier_map(
+    kernel: Kernel,
+    num_inputs: int,
+    num_features: int,
+    generator: Generator | None,
+    degrees: int | None,
+) -> KernelFeatureMap:
+    # Sutherland and Schneider 2015: pairs of sine and cosine of the same frequency.
+    if num_features % 2:
+        raise UnsupportedError(
+            "num_features must be even, a sine and a cosine per frequency, but is "
+            f"{num_features}."
+        )
+    input_transform = InverseLengthscaleTransform(kernel)
+    if kernel.active_dims is not None:
+        num_inputs = len(kernel.active_dims)
+        input_transform = ChainedTransform(
+            input_transform, FeatureSelector(indices=kernel.active_dims)
+        )
+    frequencies, batch = num_features // 2, kernel.batch_shape
+    seed = torch.randint(2**31 - 1, (), generator=generator, device=_device(generator))
+    weight = draw_sobol_normal_samples(
+        d=num_inputs, n=batch.numel() * frequencies, seed=int(seed)
+    )
+    if degrees is not None:
+        chi2 = normals((len(weight), degrees), generator).to(weight).square().sum(-1)
+        weight = weight * (chi2 / degrees).rsqrt()[:, None]
+    lengthscale = kernel.lengthscale
+    return KernelFeatureMap(
+        kernel=kernel,
+        weight=weight.reshape(*batch, frequencies, num_inputs).to(lengthscale),
+        input_transform=input_transform,
+        output_transform=SineCosineTransform(
+            lengthscale.new_tensor((2 / num_features) ** 0.5)
+        ),
+    )
+
+
+def normals(shape: Size | tuple[int, ...], generator: Generator | None) -> Tensor:
+    """Standard normals, on the device of the generator."""
+    return torch.randn(shape, generator=generator, device=_device(generator))
+
+
+def _device(generator: Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _check_columns(columns: int) -> None:
+    check_memory(
+        f"The feature map of a product of kernels, {columns} columns at 1000 points,",
+        8e3 * columns,
+        8e3 * PRODUCT_FEATURES,
+        "Multiply kernels with fewer features, or draw from the posterior at fixed "
+        "points, posterior(X).rsample().",
+    )
