@@ -41,6 +41,9 @@ FORBIDDEN_CALLS = {
     "torch.set_default_dtype": "follow the dtype of the input",
     "torch.set_num_threads": "threads belong to the user",
 }
+MAY_CALL_THEM = {
+    "testing"
+}  # test cases that ship: they seed, and pickle what they made
 
 
 def positions(order):
@@ -119,7 +122,7 @@ def violations(name, source):
         if isinstance(call, ast.Call):
             dotted = ast.unparse(call.func)
             keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
-            if dotted in FORBIDDEN_CALLS:
+            if dotted in FORBIDDEN_CALLS and name not in MAY_CALL_THEM:
                 found.append(f"line {call.lineno}: {FORBIDDEN_CALLS[dotted]}")
             if keywords.get("weights_only", "True") != "True" or (
                 dotted == "torch.load" and "weights_only" not in keywords
