@@ -24,7 +24,7 @@ functional likelihoods targets augmentation plots
 operators features layer_gram spectral draws weights prediction solvers descent
 kernels: compositions feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
-linearized: curvature kronecker low_rank sampling links predictive inference evidence gp paths
+linearized: curvature kronecker low_rank sampling links predictive calibration inference evidence gp paths
 dnn: fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: evidence elbo multi_start iterative_mll em online invariance hypergradient training_speed compare
 acquisition surrogates testing doctor
@@ -41,9 +41,7 @@ FORBIDDEN_CALLS = {
     "torch.set_default_dtype": "follow the dtype of the input",
     "torch.set_num_threads": "threads belong to the user",
 }
-MAY_CALL_THEM = {
-    "testing"
-}  # test cases that ship: they seed, and pickle what they made
+MAY_CALL_THEM = {"testing"}  # tests that ship: they seed, and pickle their models
 
 
 def positions(order):
