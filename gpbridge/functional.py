@@ -68,6 +68,8 @@ class FunctionalNet(nn.Module):
         self.freeze = freeze
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.vectorized = True
+        self.forward_mode = True
+        self.num_activations = 0  # numbers that one point's backward pass keeps
         self.layer_names: tuple[str, ...] | None = None  # filled by layer_gram
         self._num_outputs: int | None = None
 
@@ -102,11 +104,28 @@ class FunctionalNet(nn.Module):
         return next(self.network.parameters()).dtype
 
     def apply_network(self, params: Params, X: Tensor) -> Tensor:
-        """Evaluate ``... x n x d`` inputs at given weights, ``... x n x m``."""
+        """Evaluate ``... x n x d`` inputs at given weights, ``... x n x m``.
+
+        Weights and buffers that are not given follow the dtype of ``X``, so that a
+        float32 network can be evaluated in float64.
+
+        Args:
+            params: Weights by name; those that are not given keep their own values.
+            X: Inputs.
+
+        Returns:
+            The outputs.
+        """
         rows = X.reshape(-1, *(self.input_shape or X.shape[-1:]))
+        if X.dtype != self.dtype:
+            params = {**self._state_in(X.dtype), **params}
         with _traceable_attention():
             outputs = functional_call(self.network, params, (rows,))
         return outputs.reshape(*X.shape[:-1], -1 if rows.numel() else self.num_outputs)
+
+    def _state_in(self, dtype: torch.dtype) -> Params:
+        state = [*self.network.named_parameters(), *self.network.named_buffers()]
+        return {k: v.to(dtype) for k, v in state if v.is_floating_point()}
 
     def forward(self, X: Tensor) -> Tensor:
         """The network at its own weights, ``... x n x m``."""
@@ -154,7 +173,9 @@ class FunctionalNet(nn.Module):
         rows = X.detach().reshape(-1, X.shape[-1])[:3].to(self.dtype)
         with torch.no_grad():
             self._num_outputs = _probe_values(self, rows)
+        self.num_activations = _count_activations(self, rows[:1])
         self.vectorized = _probe_derivative(self, rows)
+        self.forward_mode = self.vectorized and _has_forward_mode(self, rows[:1])
         return self._num_outputs
 
     def extra_repr(self) -> str:
@@ -206,7 +227,8 @@ def jacobian(
         return net.apply_network(values, x[None])[0]
 
     if chunk_size is None:
-        per_row = 3 * (net._num_outputs or 1) * sum(sizes) * rows.element_size()
+        numbers = 3 * sum(sizes) + 2 * net.num_activations
+        per_row = (net._num_outputs or 1) * numbers * rows.element_size()
         chunk_size = max(1, JACOBIAN_BYTES // per_row)
     blocks = vmap(
         jacrev(one_point),
@@ -218,24 +240,41 @@ def jacobian(
     return J.reshape(*X.shape[:-1], *J.shape[1:])
 
 
-def jvp(net: FunctionalNet, X: Tensor, tangent: Tensor) -> Tensor:
-    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``."""
+def jvp(
+    net: FunctionalNet, X: Tensor, tangent: Tensor, params: Params | None = None
+) -> Tensor:
+    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``.
+
+    ``params`` replaces the values of the random weights.
+    """
+    params = net.params if params is None else params
     if not net.vectorized:
-        return jacobian(net, X) @ tangent
-    _, product = torch.func.jvp(
-        lambda values: net.apply_network(values, X),
-        (net.params,),
-        (net.unflatten(tangent),),
-    )
-    return product
+        return jacobian(net, X, params) @ tangent
+
+    def outputs(values: Params) -> Tensor:
+        return net.apply_network(values, X)
+
+    if net.forward_mode:
+        _, product = torch.func.jvp(outputs, (params,), (net.unflatten(tangent),))
+        return product
+    # J v is the derivative of u -> v' J' u, which is linear in u: two reverse passes.
+    value, pull = torch.func.vjp(outputs, params)
+    _, push = torch.func.vjp(pull, torch.zeros_like(value))
+    return push((net.unflatten(tangent),))[0]
 
 
-def vjp(net: FunctionalNet, X: Tensor, cotangent: Tensor) -> Tensor:
-    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``."""
+def vjp(
+    net: FunctionalNet, X: Tensor, cotangent: Tensor, params: Params | None = None
+) -> Tensor:
+    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``.
+
+    ``params`` replaces the values of the random weights.
+    """
+    params = net.params if params is None else params
     if not net.vectorized:
-        J = jacobian(net, X)
+        J = jacobian(net, X, params)
         return J.flatten(0, -2).mT @ cotangent.reshape(-1)
-    _, pull = torch.func.vjp(lambda values: net.apply_network(values, X), net.params)
+    _, pull = torch.func.vjp(lambda values: net.apply_network(values, X), params)
     return net.flatten(pull(cotangent)[0])
 
 
@@ -253,6 +292,8 @@ def linearize(
     if not net.vectorized:
         J = jacobian(net, X)
         return net(X), lambda tangent: J @ tangent
+    if not net.forward_mode:
+        return net(X), lambda tangent: jvp(net, X, tangent)
     outputs, push = torch.func.linearize(
         lambda values: net.apply_network(values, X), net.params
     )
@@ -371,26 +412,62 @@ def _probe_values(net: FunctionalNet, rows: Tensor) -> int:
             f"{tuple(batch)} gave {tuple(outputs.shape)}. Flatten the output, or pass "
             "input_shape if inputs have to be unflattened."
         )
+    if not torch.isfinite(outputs).all():
+        raise ValueError(
+            "The network returns NaN or Inf on the first rows. Check its weights and "
+            "the scale of the inputs."
+        )
     if not torch.equal(outputs, again):
         raise ValueError(
             "The network returns different values for the same inputs in eval mode, so "
             "it draws fresh randomness per call. Fix the noise, or use a dropout "
             "posterior."
         )
-    alone = net.network(rows[:1].reshape(-1, *batch))
+    alone = net.network(rows[:1].reshape(-1, *batch)).reshape(-1)
+    if alone.numel() != outputs[0].numel():
+        raise ShapeError(
+            f"One row alone gives {alone.numel()} numbers, but a row among {len(rows)} "
+            f"gives {outputs[0].numel()}. Return one row of outputs per point."
+        )
     size = outputs.abs().max().clamp_min(1e-30)
-    if len(rows) > 1 and (alone[0] - outputs[0]).abs().max() > 1e-3 * size:
+    if len(rows) > 1 and (alone - outputs[0].reshape(-1)).abs().max() > 1e-3 * size:
         raise ValueError(
             "The network mixes rows: f(X)[0] differs from f(X[:1]). A kernel needs "
             "outputs that depend on their own row only (batch statistics, attention or "
             "pooling over the batch do not)."
         )
-    if not torch.isfinite(outputs).all():
-        raise ValueError(
-            "The network returns NaN or Inf on the first rows. Check its weights and "
-            "the scale of the inputs."
-        )
     return 1 if outputs.dim() == 1 else outputs.shape[1]
+
+
+def _count_activations(net: FunctionalNet, row: Tensor) -> int:
+    """How many numbers autograd keeps of one point, weights excluded."""
+    params = {k: p.detach().clone().requires_grad_() for k, p in net.params.items()}
+    weights = {p.data_ptr() for p in [*params.values(), *net.network.parameters()]}
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.data_ptr() not in weights:
+            kept[value.data_ptr()] = value.numel()
+        return value
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+    with torch.enable_grad(), hooks:
+        net.apply_network(params, row)
+    return sum(kept.values())
+
+
+def _has_forward_mode(net: FunctionalNet, row: Tensor) -> bool:
+    # A custom autograd.Function may have a backward and a vmap rule but no jvp.
+    zero = row.new_zeros(net.num_params)
+    try:
+        vmap(lambda tangent: jvp(net, row, tangent))(zero[None])
+    except Exception:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
@@ -432,7 +509,7 @@ def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
         # autograd.Function without a vmap rule) still works one point at a time.
         warnings.warn(
             "torch.func cannot vectorise this network, so Jacobians are computed one "
-            f"point at a time, which is slow: {str(error).splitlines()[0]} Avoid "
+            f"point at a time, which is slow: {_first_line(error)} Avoid "
             "data-dependent control flow; give a custom autograd.Function setup_context "
             "and generate_vmap_rule.",
             stacklevel=4,
@@ -466,6 +543,9 @@ def _looped_jacobian(net: FunctionalNet, rows: Tensor, params: Params) -> Tensor
         }
         for x in rows:
             for output in net.apply_network(leaves, x[None])[0]:
+                if not output.requires_grad:  # this point takes a constant branch
+                    result.append(x.new_zeros(sum(p.numel() for p in leaves.values())))
+                    continue
                 grads = torch.autograd.grad(
                     output,
                     list(leaves.values()),
