@@ -72,6 +72,7 @@ class FunctionalNet(nn.Module):
         self.num_activations = 0  # numbers that one point's backward pass keeps
         self.layer_names: tuple[str, ...] | None = None  # filled by layer_gram
         self._num_outputs: int | None = None
+        self.register_buffer("weight_scale", None)
 
     @property
     def params(self) -> Params:
@@ -151,7 +152,7 @@ class FunctionalNet(nn.Module):
         shapes = {name: p.shape for name, p in self.params.items()}
         parts = vector.split([math.prod(s) for s in shapes.values()], dim=-1)
         return {
-            name: part.reshape(*vector.shape[:-1], *shape)
+            name: part.reshape((*vector.shape[:-1], *shape))
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
 
@@ -178,6 +179,13 @@ class FunctionalNet(nn.Module):
         self.forward_mode = self.vectorized and _has_forward_mode(self, rows[:1])
         return self._num_outputs
 
+    def set_weight_scale(self, scale: Tensor | None) -> None:
+        """Keep a standard deviation per weight, ``p``, beside the prior variance.
+
+        Part of the state: it was measured on data and a loaded model needs it.
+        """
+        self.register_buffer("weight_scale", scale)
+
     def extra_repr(self) -> str:
         """How many of the weights are random."""
         total = sum(p.numel() for p in self.network.parameters())
@@ -198,7 +206,7 @@ def jacobian(
     params: Params | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Derivative of the outputs in the weights, :math:`J(x) = \partial f / \partial w`.
+    r"""Derivative of the outputs in the weights, :math:`J = \partial f / \partial w`.
 
     One backward pass per output and point, vectorised over points: time linear in the
     number of points. Memory is n m p numbers for the result and at most
@@ -235,18 +243,16 @@ def jacobian(
         in_dims=(None, 0),
         chunk_size=chunk_size if chunk_size < len(rows) else None,
     )(params, rows)  # each rows x m x shape
-    flat = [blocks[name].flatten(2) for name in params]
-    J = torch.cat([b if b.dim() == 3 else b[..., None] for b in flat], dim=-1)
+    # Spelled out, because flatten(2) refuses the block of a scalar weight.
+    flat = [b.reshape(*b.shape[:2], params[name].numel()) for name, b in blocks.items()]
+    J = torch.cat(flat, dim=-1)
     return J.reshape(*X.shape[:-1], *J.shape[1:])
 
 
 def jvp(
     net: FunctionalNet, X: Tensor, tangent: Tensor, params: Params | None = None
 ) -> Tensor:
-    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``.
-
-    ``params`` replaces the values of the random weights.
-    """
+    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``."""
     params = net.params if params is None else params
     if not net.vectorized:
         return jacobian(net, X, params) @ tangent
@@ -266,10 +272,7 @@ def jvp(
 def vjp(
     net: FunctionalNet, X: Tensor, cotangent: Tensor, params: Params | None = None
 ) -> Tensor:
-    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``.
-
-    ``params`` replaces the values of the random weights.
-    """
+    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``."""
     params = net.params if params is None else params
     if not net.vectorized:
         J = jacobian(net, X, params)
@@ -403,8 +406,9 @@ def _probe_values(net: FunctionalNet, rows: Tensor) -> int:
         )
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"The network must return one tensor, but returns {type(outputs).__name__}. "
-            "Wrap it in a module whose forward picks the tensor of outputs."
+            "The network must return one tensor, but returns "
+            f"{type(outputs).__name__}. Wrap it in a module whose forward picks the "
+            "tensor of outputs."
         )
     if outputs.dim() not in (1, 2) or len(outputs) != len(rows):
         raise ShapeError(
@@ -480,24 +484,30 @@ def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
     if not total.requires_grad:
         raise ValueError(
             "The network's output does not depend on its random weights in a "
-            "differentiable way (detach, no_grad, rounding or argmax in forward?), so it "
-            "has no tangent. Return the differentiable output."
+            "differentiable way (detach, no_grad, rounding or argmax in forward?), so "
+            "it has no tangent. Return the differentiable output."
         )
-    grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    try:
+        grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "The network cannot be differentiated in its random weights: "
+            f"{_first_line(error)} Look for operations in place in its forward."
+        ) from error
     unused = [n for n, g in zip(params, grads, strict=True) if g is None]
     if len(unused) == len(params) or all(
         g is None or bool((g == 0).all()) for g in grads
     ):
         if not _has_any_slope(net, rows, params):
             raise ValueError(
-                "The network's output has zero derivative in every random weight at the "
-                "first rows (detach, rounding or argmax in forward, or only dead "
+                "The network's output has zero derivative in every random weight at "
+                "the first rows (detach, rounding or argmax in forward, or only dead "
                 "units?), so it has no tangent. Return the differentiable output."
             )
     if unused:
         warnings.warn(
-            f"The output does not reach the weights {unused}; they do not contribute to "
-            "the kernel. Exclude them with parameters=, or check forward.",
+            f"The output does not reach the weights {unused}; they do not contribute "
+            "to the kernel. Exclude them with parameters=, or check forward.",
             stacklevel=4,
         )
     exact = _looped_jacobian(net, rows[:1], net.params)
@@ -510,8 +520,8 @@ def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
         warnings.warn(
             "torch.func cannot vectorise this network, so Jacobians are computed one "
             f"point at a time, which is slow: {_first_line(error)} Avoid "
-            "data-dependent control flow; give a custom autograd.Function setup_context "
-            "and generate_vmap_rule.",
+            "data-dependent control flow; give a custom autograd.Function "
+            "setup_context and generate_vmap_rule.",
             stacklevel=4,
         )
         return False
