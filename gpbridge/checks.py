@@ -17,6 +17,10 @@ class ShapeError(ValueError):
     """Arguments disagree about a dimension that they should share."""
 
 
+class ReliabilityWarning(UserWarning):
+    """A measured sign that an uncertainty should not be trusted; names the remedy."""
+
+
 class NotConvergedWarning(RuntimeWarning):
     """An iteration stopped at its limit before it reached its tolerance."""
 

@@ -56,6 +56,10 @@ class PredictionStrategy(Protocol):
         """Posterior covariance ``batch x (n m) x (n' m)``, default of all pairs."""
         ...
 
+    def cross_weights(self, projection: Projection) -> Tensor:
+        """Posterior covariance of outputs and weights, ``batch x (n m) x p``."""
+        ...
+
     def mean_weights(self, whitened: Tensor) -> Tensor:
         r"""Posterior mean :math:`\Phi^\top R A^{-1} v` for targets ``n x m``, ``p``."""
         ...
@@ -140,6 +144,11 @@ class FunctionSpaceStrategy:
             return projection
         return self._root_form(projection.features, projection.factor)
 
+    def cross_weights(self, projection: Projection) -> Tensor:
+        """Posterior covariance of outputs and weights: rho of the root form."""
+        root = self._as_root(projection).factor
+        return root[..., : root.shape[-1] - len(self.cholesky)]
+
     def mean_weights(self, whitened: Tensor) -> Tensor:
         """Posterior mean of the scaled weights."""
         representer = torch.cholesky_solve(whitened.reshape(-1, 1), self.cholesky)
@@ -173,14 +182,20 @@ class WeightSpaceStrategy:
         batches: Pairs of features and roots ``b x m x m``, whose rows make up the data;
             one pair at a time is held.
         num_params: The number p.
+        precision: :math:`\Phi^\top R R^\top \Phi`, if it is known.
     """
 
     def __init__(
-        self, batches: Iterable[tuple[TangentFeatures, Tensor]], num_params: int
+        self,
+        batches: Iterable[tuple[TangentFeatures, Tensor]],
+        num_params: int,
+        precision: Tensor | None = None,
     ) -> None:
         self._batches = batches
         self.num_params = num_params
-        self.cholesky = factorise(weight_precision(batches, num_params))
+        if precision is None:
+            precision = weight_precision(batches, num_params)
+        self.cholesky = factorise(precision)
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -197,6 +212,10 @@ class WeightSpaceStrategy:
         """Posterior covariance between the outputs of two sets of points."""
         other = left if right is None else right
         return left.factor @ other.factor.mT
+
+    def cross_weights(self, projection: Projection) -> Tensor:
+        """Posterior covariance of outputs and weights."""
+        return projection.factor @ self._inverse_root.mT
 
     def mean_weights(self, whitened: Tensor) -> Tensor:
         """Posterior mean of the scaled weights."""

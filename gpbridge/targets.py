@@ -104,7 +104,9 @@ def default_likelihood(
     # NaN and Inf are left for check_targets, which names their rows.
     usable = variance.isfinite() & (variance > 0)
     variance = torch.where(usable, variance, torch.ones_like(variance))
-    constraint = GreaterThan(NOISE_FLOOR * variance)
+    floor = NOISE_FLOOR * variance
+    # A single bound as a number: upstream cannot print a tensor of one.
+    constraint = GreaterThan(float(floor) if num_outputs == 1 else floor)
     if num_outputs == 1:
         likelihood = GaussianLikelihood(noise_constraint=constraint)
         likelihood.noise = INITIAL_NOISE * variance

@@ -1,0 +1,89 @@
+r"""Frozen draws of functions from draws of weights.
+
+In: weights, ``s x p``. Out: a differentiable function of X that evaluates all draws in
+one vectorised pass: of the tangent model, :math:`m(x) + J(x) w_s`, or of the network
+itself, :math:`f(x, w_s)`. Both satisfy :class:`~gpbridge.types.FunctionDraws`.
+Next: posteriors of every kind return these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpbridge.functional import FunctionalNet, jacobian, jvp
+
+
+class TangentDraws(nn.Module):
+    """Draws of the tangent model of a network.
+
+    Args:
+        net: The network.
+        change: Weight changes ``s x p``; a draw is ``offset_scale f + J change``.
+        offset_scale: 1 to add the network's output, 0 for a model without offset.
+        finish: Maps outputs ``s x ... x n x m`` to the caller's units.
+        prepare: Maps the caller's inputs to the network's.
+        output_indices: Outputs to keep; default all.
+    """
+
+    def __init__(
+        self,
+        net: FunctionalNet,
+        change: Tensor,
+        offset_scale: float = 1.0,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+        output_indices: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("change", change)
+        self.offset_scale = offset_scale
+        self.prepare, self.finish = prepare, finish
+        self.output_indices = None if output_indices is None else list(output_indices)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        Z = X if self.prepare is None else self.prepare(X)
+        Z = Z.to(self.net.dtype)
+        change = self.change.to(Z)
+        if self.net.vectorized:
+            moved = torch.func.vmap(lambda v: jvp(self.net, Z, v))(change)
+        else:
+            moved = (jacobian(self.net, Z) @ change.mT).movedim(-1, 0)
+        values = moved + self.offset_scale * self.net(Z)
+        values = values.to(X.dtype)
+        if self.output_indices is not None:
+            values = values[..., self.output_indices]
+        return values if self.finish is None else self.finish(values)
+
+
+class WeightDraws(nn.Module):
+    """Draws of the nonlinear network, one set of weights each.
+
+    Args:
+        net: The network.
+        weights: ``s x p``.
+    """
+
+    def __init__(self, net: FunctionalNet, weights: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("weights", weights)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        net, Z = self.net, X.to(self.net.dtype)
+        params = net.unflatten(self.weights.to(Z))
+        if net.vectorized:
+            values = torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
+        else:
+            values = torch.stack(
+                [
+                    net.apply_network({k: v[s] for k, v in params.items()}, Z)
+                    for s in range(len(self.weights))
+                ]
+            )
+        return values.to(X.dtype)

@@ -1,0 +1,91 @@
+r"""Conditioning a posterior on further observations, without touching its factors.
+
+The base posterior is a GP with mean m and covariance c. Observations y' at X' with noise
+covariance N' change it by a Schur complement,
+
+.. math::
+    m(x) + c(x, X') C^{-1} (y' - m(X')), \qquad
+    c(x, x') - c(x, X') C^{-1} c(X', x'), \qquad C = c(X', X') + N',
+
+for any number of outputs, in any space, at a cost that does not depend on the training
+data beyond that of the base posterior. Fantasies are batches of y'.
+
+In: a strategy and new observations. Out: :class:`NewData`. Next: ``gp``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpbridge.prediction import PredictionStrategy, Projection
+
+
+class NewData(NamedTuple):
+    """Observations beyond the training set, in the model's transformed units."""
+
+    X: Tensor  # batch x n' x d
+    Y: Tensor  # batch' x n' x m
+    noise: Tensor  # batch x n' x m x m
+
+
+class Update(NamedTuple):
+    """What further observations change: factor of C and whitened innovation."""
+
+    projection: Projection
+    cholesky: Tensor  # batch x (n' m) x (n' m)
+    innovation: Tensor  # batch' x (n' m), L^-1 (y' - m(X'))
+
+
+def make_update(
+    strategy: PredictionStrategy, projection: Projection, mean: Tensor, data: NewData
+) -> Update:
+    """Factorise the predictive covariance of new observations.
+
+    Args:
+        strategy: The base posterior.
+        projection: The new inputs seen through the training data.
+        mean: Their base posterior mean, ``batch x n' x m``.
+        data: The observations.
+
+    Returns:
+        The update that :func:`apply_update` applies.
+    """
+    covariance = add_blocks(strategy.covariance(projection), data.noise)
+    L = torch.linalg.cholesky(covariance)
+    misfit = (data.Y.double() - mean).flatten(-2)[..., None]
+    innovation = torch.linalg.solve_triangular(L, misfit, upper=False)[..., 0]
+    return Update(projection, L, innovation)
+
+
+def apply_update(
+    strategy: PredictionStrategy, update: Update, projection: Projection, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Posterior mean and the root of the reduction of the covariance at test points.
+
+    Args:
+        strategy: The base posterior.
+        update: The new observations.
+        projection: Test points.
+        mean: Their base posterior mean, ``batch x t x m``.
+
+    Returns:
+        The mean ``batch x t x m`` and G, ``batch x (t m) x (n' m)``; the covariance
+        falls by G G'.
+    """
+    cross = strategy.covariance(projection, update.projection)
+    G = torch.linalg.solve_triangular(update.cholesky, cross.mT, upper=False).mT
+    moved = (G @ update.innovation[..., None])[..., 0]
+    return mean + moved.unflatten(-1, mean.shape[-2:]), G
+
+
+def add_blocks(covariance: Tensor, blocks: Tensor) -> Tensor:
+    """Add ``batch x n x m x m`` blocks to the diagonal of ``batch x (n m) x (n m)``."""
+    n, m = blocks.shape[-3:-1]
+    if m == 1:
+        return covariance + torch.diag_embed(blocks[..., 0, 0])
+    full = torch.diag_embed(blocks.movedim(-3, -1))  # batch x m x m x n x n
+    full = full.movedim((-4, -3), (-3, -1))  # batch x n x m x n x m
+    return covariance + full.flatten(-4, -3).flatten(-2)

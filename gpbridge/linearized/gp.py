@@ -1,0 +1,1058 @@
+r"""A trained network as a Gaussian process and a BoTorch model.
+
+In: a network, its data, a likelihood. Out: :class:`LinearizedGP`, the posterior of the
+network's tangent model: joint over points and outputs, differentiable in the inputs,
+conditioned without retraining. Hyperparameters are learnt by ``selection``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from botorch.acquisition.objective import PosteriorTransform
+from botorch.models.gpytorch import GPyTorchModel
+from botorch.models.model import FantasizeMixin, Model
+from botorch.models.transforms.input import InputTransform
+from botorch.models.transforms.outcome import OutcomeTransform
+from botorch.posteriors import GPyTorchPosterior, Posterior
+from botorch.utils.constraints import LogTransformedInterval
+from botorch.utils.datasets import SupervisedDataset
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+)
+from gpytorch.models import GP
+from linear_operator import to_linear_operator
+from linear_operator.operators import DiagLinearOperator
+from torch import Size, Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_inputs,
+    check_not_empty,
+    check_positive,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
+from gpbridge.draws import TangentDraws
+from gpbridge.features import TangentFeatures, flat_std
+from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.kernels.tangent import Groups, NeuralTangentKernel
+from gpbridge.layer_gram import tangent_features
+from gpbridge.likelihoods import hessian_root, is_gaussian, noise_covariance
+from gpbridge.linearized.calibration import Calibration, TrainGap, calibrate, train_gap
+from gpbridge.linearized.conditioning import (
+    NewData,
+    Update,
+    add_blocks,
+    apply_update,
+    make_update,
+)
+from gpbridge.linearized.evidence import evidence
+from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.mean import TangentMean
+from gpbridge.linearized.mode import Mode, find_mode
+from gpbridge.linearized.noise import initial_noise, set_noise
+from gpbridge.linearized.predictive import probabilities
+from gpbridge.linearized.problem import TangentProblem
+from gpbridge.prediction import PredictionStrategy, Projection, apply_root
+from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
+from gpbridge.types import Evidence, FitResult
+
+_PREDICT_BYTES = 64 * 2**20  # covariance with the training data, per chunk of points
+
+
+class _Posterior(NamedTuple):
+    """The base posterior at the current hyperparameters."""
+
+    key: tuple
+    strategy: PredictionStrategy
+    std: dict[str, Tensor]
+    weights: Tensor  # scaled weights of the mean, relative to the trained ones
+
+
+class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
+    r"""The Gaussian process of a network's tangent model.
+
+    .. math::
+        f(x, w) \approx f(x, w^*) + J(x) (w - w^*), \qquad w \sim N(0, s I),
+
+    conditioned on data through a gpytorch likelihood: for Gaussian noise an exact GP
+    with kernel :math:`s J J^\top`, else Laplace's approximation with the full output
+    Hessian. In train mode a call returns the prior of this linear model, in eval mode
+    its posterior. The constructor does not fit hyperparameters: call
+    :func:`gpbridge.selection.fit_evidence`, or ``calibrate`` for classification.
+
+    Which mean: the linear model's posterior mean for Gaussian noise, the network's
+    output for classification; measured to be the safe choices. Probabilities are the
+    network's own softmax until held-out data calibrate the posterior.
+
+    Costs min(p, n m)^3 / 3 once and t m min(p, n m)^2 per call on t points; beyond the
+    memory budget conjugate gradients take over and hold neither matrix.
+
+    Args:
+        network: The trained module; a frozen copy is kept, yours is never changed. It
+            maps transformed inputs to transformed targets.
+        train_X: Inputs ``n x d``.
+        train_Y: Targets: ``n x m`` floats; ``n`` integer labels for softmax; ``n`` or
+            ``n x 1`` of 0 and 1 for one logit.
+        likelihood: A gpytorch likelihood, shared, not copied. Default by the targets:
+            Gaussian, multitask Gaussian, logistic or softmax.
+        parameters: Which weights are random, see :class:`FunctionalNet`. The last layer
+            alone needs a noise from validation data.
+        groups: Weights that share a prior variance. Several groups prune layers on a
+            trained network; ask for them explicitly.
+        g_prior: Scale each weight by the size of its feature on the data, for networks
+            whose weight scale is arbitrary. Forces ``offset=False``.
+        offset: Centre the prior of the weights at zero for the tangent at the trained
+            weights. Without, the process has mean zero. Gaussian noise only: other
+            likelihoods take the problem without offset.
+        mean: ``"linear_model"``, ``"network"``, or ``"auto"`` as above. The network's
+            output needs a noise that is not learnt.
+        noise: ``"learn"``, ``"fit_residual"``, ``"validation"``, or a variance.
+        inference: How the posterior is computed.
+        input_shape: Shape of one input, as (c, h, w), for networks on images.
+        input_transform: A botorch input transform without learnable parameters.
+        outcome_transform: A botorch outcome transform, for Gaussian noise.
+
+    Raises:
+        ShapeError: If shapes of data, network and likelihood disagree.
+        TypeError: If a tensor has the wrong kind.
+        ValueError: If an option or a combination is not supported.
+
+    Example:
+        >>> X = torch.linspace(0, 1, 20).unsqueeze(-1).double()
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(),
+        ...                           torch.nn.Linear(16, 1)).double()
+        >>> model = LinearizedGP(net, X, torch.sin(6 * X), noise=1e-2)
+        >>> model.posterior(X[:3]).variance.shape
+        torch.Size([3, 1])
+
+    References:
+        Khan, Immer, Abedi, Korzepa, Approximate Inference Turns Deep Networks into
+        Gaussian Processes, NeurIPS 2019. Immer, Korzepa, Bauer, Improving predictions
+        of Bayesian neural nets via local linearization, AISTATS 2021, eqs. (8)-(10).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train_X: Tensor,
+        train_Y: Tensor,
+        likelihood: Likelihood | None = None,
+        *,
+        parameters: Parameters = "all",
+        groups: Groups = "all",
+        g_prior: bool = False,
+        offset: bool = True,
+        mean: str = "auto",
+        noise: str | float = "learn",
+        inference: Exact = Exact(),
+        input_shape: Sequence[int] | None = None,
+        input_transform: InputTransform | None = None,
+        outcome_transform: OutcomeTransform | None = None,
+        fit_result: FitResult | None = None,
+        select: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_inputs(train_X)
+        check_not_empty(train_X=train_X)
+        check_tensor(train_Y=train_Y)
+        check_same_device(train_X=train_X, train_Y=train_Y)
+        check_choice("mean", mean, ("auto", "linear_model", "network"))
+        check_choice("select", select, (None, "validation"))
+        if train_X.dim() != 2:
+            raise ShapeError(
+                f"train_X must be ``n x d``, but has shape {tuple(train_X.shape)}. One "
+                "model holds one data set; put several in a ModelListGP."
+            )
+        if not isinstance(inference, Exact):
+            raise TypeError(
+                "inference must be gpbridge.linearized.Exact(...), but is "
+                f"{type(inference).__name__}."
+            )
+        self.inference, self.fit_result, self.select = inference, fit_result, select
+        train_X, train_Y = train_X.detach(), train_Y.detach()
+        net = _on_device(network, parameters, input_shape, train_X, inference)
+        Z = _fixed_inputs(input_transform, train_X)
+        num_outputs = net.probe(Z.to(net.dtype))
+        targets = train_Y
+        if outcome_transform is not None:
+            targets, _ = outcome_transform(train_Y)
+        if likelihood is None:
+            likelihood = default_likelihood(targets, num_outputs, train_X.dtype)
+        targets = check_targets(
+            likelihood, targets, num_outputs, len(train_X), dtype=train_X.dtype
+        )
+        gaussian = is_gaussian(likelihood)
+        if gaussian:
+            check_same_dtype("train_Y", train_Y, train_X.dtype)
+        elif outcome_transform is not None:
+            raise ValueError(
+                "outcome_transform needs a Gaussian likelihood, but the likelihood is "
+                f"{type(likelihood).__name__}, whose targets are labels."
+            )
+        self.mean = mean
+        if mean == "auto":
+            self.mean = "linear_model" if gaussian else "network"
+        self.offset = bool(offset and gaussian and not g_prior)
+        self.g_prior = g_prior
+        self._num_outputs = num_outputs
+        self.register_buffer("_train_X", train_X)
+        self.register_buffer("_train_Y", train_Y)
+        self.register_buffer("_targets", targets)
+        self.likelihood = likelihood
+        if input_transform is not None:
+            self.input_transform = input_transform
+        if outcome_transform is not None:
+            self.outcome_transform = outcome_transform
+        scale = _feature_scale(net, Z, likelihood, gaussian) if g_prior else None
+        net.set_weight_scale(scale)
+        self.covar_module = NeuralTangentKernel(net, groups=groups).to(train_X.device)
+        self.mean_module = TangentMean(net)
+        self._bound_prior_variance(Z, targets if gaussian else None)
+        self.noise, self.parameters_option = noise, parameters
+        if gaussian:
+            with torch.no_grad():
+                misfit = targets - net(Z.to(net.dtype)).to(targets)
+            value = initial_noise(
+                noise, self.mean, parameters, fit_result, misfit, likelihood
+            )
+            if value is not None:
+                set_noise(likelihood, value)
+        else:
+            warn_if_logits(likelihood, net(Z.to(net.dtype)).detach().to(Z), targets)
+        self.fitted: str | None = None
+        self.calibration: Calibration | None = None
+        self.output_indices: list[int] | None = None
+        self._new: NewData | None = None
+        self._forget()
+        self.to(train_X.device)
+        self.eval()
+
+    @classmethod
+    def from_fit(
+        cls,
+        fit_result: FitResult,
+        train_X: Tensor,
+        train_Y: Tensor,
+        likelihood: Likelihood | None = None,
+        *,
+        noise: str | float | None = None,
+        select: str | None = "auto",
+        **options: Any,
+    ) -> LinearizedGP:
+        r"""Build the model from a training run, conditioned on all rows.
+
+        Rows that only served for early stopping are data like the others. With
+        validation rows, :func:`gpbridge.selection.fit_evidence` compares the linear
+        model with the network's output there and keeps the better
+        (``select="validation"``, the default when there are such rows).
+
+        Args:
+            fit_result: What :func:`gpbridge.dnn.fit_map` returned.
+            train_X: All inputs ``n x d``, in the order of the training run.
+            train_Y: All targets.
+            likelihood: As in the constructor.
+            noise: As in the constructor. Default: learnt; ``"validation"`` if only the
+                last layer is random, ``"fit_residual"`` if ``mean="network"``.
+            select: ``"validation"``, None, or ``"auto"``.
+            **options: Of the constructor.
+
+        Returns:
+            The model, hyperparameters not yet fitted.
+        """
+        check_choice("select", select, ("auto", "validation", None))
+        has_validation = len(fit_result.validation_rows) > 0
+        if noise is None:
+            noise = "learn"
+            if options.get("mean") == "network":
+                noise = "fit_residual"
+            elif options.get("parameters", "all") == "last_layer" and has_validation:
+                noise = "validation"
+        if select == "auto":
+            free = noise == "learn" and options.get("mean", "auto") == "auto"
+            regression = fit_result.validation_variance is not None
+            settable = likelihood is None or isinstance(likelihood, GaussianLikelihood)
+            select = "validation" if free and regression and settable else None
+        if select == "validation" and not has_validation:
+            raise ValueError(
+                "select='validation' needs validation rows, but the fit result has none. "
+                "Train with validation_fraction=0.1, or pass select=None."
+            )
+        model = cls(
+            fit_result.network,
+            train_X,
+            train_Y,
+            likelihood,
+            noise=noise,
+            fit_result=fit_result,
+            select=select,
+            **options,
+        )
+        rows = torch.cat([fit_result.fit_rows, fit_result.validation_rows])
+        if len(rows) and int(rows.max()) >= len(train_X):
+            raise ShapeError(
+                f"The fit result names row {int(rows.max())}, but train_X has "
+                f"{len(train_X)} rows. Pass the data that fit_map was called with."
+            )
+        return model
+
+    # -- what it is ------------------------------------------------------------------
+
+    @property
+    def functional(self) -> FunctionalNet:
+        """The frozen network."""
+        return self.covar_module.functional
+
+    @property
+    def train_inputs(self) -> tuple[Tensor]:
+        """All inputs conditioned on, untransformed, ``batch_shape x n x d``."""
+        if self._new is None:
+            return (self._train_X,)
+        X = self._new.X
+        return (torch.cat([self._train_X.expand(*X.shape[:-2], -1, -1), X], -2),)
+
+    @property
+    def train_targets(self) -> Tensor:
+        """All targets conditioned on, transformed, ``n`` if there is one output."""
+        Y = self._targets
+        if self._new is not None:
+            new = self._new.Y
+            if self.output_indices is not None:
+                Y = Y[..., self.output_indices]
+            Y = torch.cat([Y.expand(*new.shape[:-2], -1, -1), new], -2)
+        return Y.squeeze(-1) if Y.dim() > 1 and Y.shape[-1] == 1 else Y
+
+    @property
+    def num_outputs(self) -> int:
+        """The number m of outputs."""
+        if self.output_indices is not None:
+            return len(self.output_indices)
+        return self._num_outputs
+
+    @property
+    def batch_shape(self) -> Size:
+        """Empty, or the batch of the observations conditioned on."""
+        if self._new is None:
+            return Size()
+        return torch.broadcast_shapes(self._new.X.shape[:-2], self._new.Y.shape[:-2])
+
+    @property
+    def prior_variance(self) -> Tensor:
+        """Prior variance of the weights, one per group."""
+        return self.covar_module.prior_variance
+
+    @prior_variance.setter
+    def prior_variance(self, value: float | Tensor) -> None:
+        self.covar_module.prior_variance = value
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Noise variances, ``m`` or ``n x m`` if fixed per point, in squared units of y.
+
+        Raises:
+            AttributeError: If the likelihood is not Gaussian.
+        """
+        if not is_gaussian(self.likelihood):
+            raise AttributeError(
+                f"{type(self.likelihood).__name__} has no noise variance."
+            )
+        diagonal = self._noise(self._targets.double()).diagonal(dim1=-2, dim2=-1)
+        fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
+        return (diagonal if fixed else diagonal[0]).to(self._train_X.dtype)
+
+    def __repr__(self) -> str:
+        """Sizes, and whether hyperparameters were fitted."""
+        n, net = len(self._train_X), self.functional
+        how = "not fitted" if self.fitted is None else f"fitted by {self.fitted}"
+        return (
+            f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, random "
+            f"weights={net.num_params}, {type(self.likelihood).__name__}, "
+            f"mean={self.mean!r}, hyperparameters {how})"
+        )
+
+    # -- BoTorch ---------------------------------------------------------------------
+
+    def forward(self, X: Tensor) -> MultivariateNormal:
+        """The prior in train mode, the posterior in eval mode, at ``... x n x d``.
+
+        Inputs are untransformed in train mode and transformed in eval mode, as in
+        botorch's models.
+        """
+        if self.training:
+            Z = self.transform_inputs(X)
+            features = self._features(Z, self._std())
+            weights = self._trained_weights()
+            mean = features.value + features.matmul(-weights)
+            if not self.offset:
+                mean = torch.zeros_like(mean)
+            return _normal(mean, features.gram(), X.dtype)
+        mean, covariance = self._joint(X)
+        return _normal(mean, covariance, X.dtype)
+
+    def posterior(
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: PosteriorTransform | None = None,
+        **kwargs: Any,
+    ) -> Posterior:
+        """Joint posterior of the latent function over points and outputs.
+
+        Args:
+            X: Inputs ``batch_shape x q x d``.
+            output_indices: Outputs to keep; default all.
+            observation_noise: Whether to add noise, or noise variances ``... x q x m``
+                in transformed units. Gaussian noise only.
+            posterior_transform: Applied last.
+            **kwargs: None are used.
+
+        Returns:
+            A posterior over ``batch_shape x q x m`` values.
+
+        Raises:
+            NotImplementedError: If noise is asked for under labels.
+        """
+        if output_indices is not None:
+            return self.subset_output(output_indices).posterior(
+                X, None, observation_noise, posterior_transform
+            )
+        self.eval()
+        check_inputs(X, "X", self._train_X.shape[-1])
+        check_same_dtype("X", X, self._train_X.dtype)
+        check_same_device(X=X, train_X=self._train_X)
+        Z = self.transform_inputs(X)
+        mean, covariance = self._joint(Z)
+        if observation_noise is not False:
+            covariance = add_blocks(covariance, self._noise_of(observation_noise, mean))
+        posterior = GPyTorchPosterior(_normal(mean, covariance, X.dtype))
+        if hasattr(self, "outcome_transform"):
+            posterior = self.outcome_transform.untransform_posterior(posterior, X=X)
+        if posterior_transform is not None:
+            return posterior_transform(posterior=posterior, X=X)
+        return posterior
+
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> LinearizedGP:
+        """The model given further observations, with the same hyperparameters.
+
+        Nothing is retrained and this model is not changed. For Gaussian noise the
+        result equals a model built with all data; with ``mean="network"`` the network's
+        output stays the mean that new observations correct. For classification the
+        points join the training data and the posterior is recomputed.
+
+        Args:
+            X: Inputs ``batch_shape x n' x d``, untransformed.
+            Y: Targets ``batch_shape' x n' x m``, untransformed; labels as in training.
+            noise: Variances ``... x n' x m``, transformed; needed for fixed noise.
+            **kwargs: None are used.
+
+        Returns:
+            A model that shares network, likelihood and factors with this one.
+        """
+        check_inputs(X, "X", self._train_X.shape[-1])
+        if not is_gaussian(self.likelihood):
+            return self._with_labels(X, Y)
+        check_tensor(Y=Y)
+        if Y.shape[-1] != self.num_outputs or Y.shape[-2] != X.shape[-2]:
+            raise ShapeError(
+                f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of shape "
+                f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
+            )
+        Z = self.transform_inputs(X)
+        if hasattr(self, "outcome_transform"):
+            Y, _ = self.outcome_transform(Y, X=Z)
+        blocks = self._noise_of(True if noise is None else noise, Y.double())
+        new = NewData(Z, Y, blocks)
+        if self._new is not None:
+            new = _join(self._new, new)
+        conditioned = self._share()
+        conditioned._new = new
+        conditioned._update = None
+        return conditioned
+
+    def fantasize(self, X: Tensor, *args: Any, **kwargs: Any) -> Model:
+        """Condition on observations drawn from the posterior at ``X``.
+
+        Raises:
+            NotImplementedError: For classification.
+        """
+        if not is_gaussian(self.likelihood):
+            raise NotImplementedError(
+                f"Fantasies need Gaussian observations of the latent function, but "
+                f"{type(self.likelihood).__name__} observes labels. Condition on labels "
+                "with condition_on_observations."
+            )
+        return super().fantasize(X, *args, **kwargs)
+
+    def subset_output(self, idcs: list[int]) -> LinearizedGP:
+        """The joint model seen through some of its outputs."""
+        own = list(range(self._num_outputs))
+        if self.output_indices is not None:
+            own = self.output_indices
+        if not idcs or any(not -len(own) <= i < len(own) for i in idcs):
+            raise ValueError(
+                f"idcs must name outputs in 0 .. {len(own) - 1}, but is {idcs}."
+            )
+        if self._new is not None:
+            raise NotImplementedError(
+                "Subset the outputs before conditioning on further observations."
+            )
+        subset = self._share()
+        subset.output_indices = [own[i] for i in idcs]
+        if hasattr(self, "outcome_transform"):
+            subset.outcome_transform = self.outcome_transform.subset_output(idcs)
+        return subset
+
+    @classmethod
+    def construct_inputs(
+        cls, training_data: SupervisedDataset, network: nn.Module, **options: Any
+    ) -> dict[str, Any]:
+        """Constructor arguments from a dataset, as Ax and botorch ask for them."""
+        inputs = super().construct_inputs(training_data)
+        variance = inputs.pop("train_Yvar", None)
+        if variance is not None:
+            options["likelihood"] = FixedNoiseGaussianLikelihood(variance.squeeze(-1))
+        return {"network": network, **inputs, **options}
+
+    def subset_rows(self, rows: Tensor) -> LinearizedGP:
+        """An independent model with the same options on some of the training rows.
+
+        Args:
+            rows: Row numbers.
+
+        Returns:
+            The model, with a likelihood of its own and nothing to select.
+        """
+        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
+            raise NotImplementedError(
+                "Rows of a model with fixed noise per point cannot be taken out. Build a "
+                "model with the noise of those rows."
+            )
+        twin = copy.deepcopy(self)
+        for name in ("_train_X", "_train_Y", "_targets"):
+            setattr(twin, name, getattr(self, name)[rows])
+        twin.select = None
+        return twin
+
+    def use_mean(self, mean: str, noise: str | float) -> None:
+        """Change mean and noise together, as in the constructor; Gaussian noise only."""
+        check_choice("mean", mean, ("linear_model", "network"))
+        self.mean, self.noise = mean, noise
+        misfit = self.problem.Y - self.problem.outputs
+        value = initial_noise(
+            noise, mean, self.parameters_option, self.fit_result, misfit, self.likelihood
+        )
+        if value is not None:
+            set_noise(self.likelihood, value)
+
+    # -- prediction ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, X: Tensor, link: str | None = None) -> Distribution:
+        """Predictive distribution of y at each point, noise included.
+
+        Points are processed in chunks of constant memory.
+
+        Args:
+            X: Inputs ``... x n x d``.
+            link: For classification, how latent uncertainty becomes probabilities:
+                ``"plugin"`` (the network's own, the default until calibrated),
+                ``"pairwise"`` (the default after), ``"probit_centred"``, ``"probit"``,
+                ``"laplace_bridge"``, ``"monte_carlo"``.
+
+        Returns:
+            Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
+            ``... x n x 1``; Categorical ``... x n``.
+        """
+        self.eval()
+        check_inputs(X, "X", self._train_X.shape[-1])
+        check_same_dtype("X", X, self._train_X.dtype)
+        if is_gaussian(self.likelihood):
+            return self._predict_gaussian(X)
+        calibration = self.calibration
+        if link is None:
+            link = "plugin" if calibration is None else calibration.link
+        elif link != "plugin" and calibration is None:
+            self._warn_about_gap(link)
+        temperature = 1.0 if calibration is None else calibration.temperature
+        if link == "plugin" and self.mean == "network":
+            mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
+            blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
+        else:
+            mean, blocks = self.marginals(X)
+        probs = probabilities(
+            self.likelihood, mean, blocks, link, calibration_temperature=temperature
+        ).to(X.dtype)
+        return Categorical(probs) if probs.shape[-1] > 1 else Bernoulli(probs)
+
+    def _predict_gaussian(self, X: Tensor) -> Distribution:
+        mean, blocks = self.marginals(X)
+        blocks = blocks + self._noise_of(True, mean)
+        variance = blocks.diagonal(dim1=-2, dim2=-1)
+        if hasattr(self, "outcome_transform"):
+            diagonal = DiagLinearOperator(variance.flatten(-2))
+            m = mean.shape[-1]
+            mvn = (
+                MultivariateNormal(mean.squeeze(-1), diagonal)
+                if m == 1
+                else MultitaskMultivariateNormal(mean, diagonal)
+            )
+            posterior = self.outcome_transform.untransform_posterior(
+                GPyTorchPosterior(mvn), X=X
+            )
+            mean, variance = posterior.mean, posterior.variance
+        normal = Normal(mean.to(X.dtype), variance.sqrt().to(X.dtype))
+        return normal if mean.shape[-1] == 1 else Independent(normal, 1)
+
+    def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
+        """Choose prior variance and a temperature on held-out data, if that helps.
+
+        The only rule measured to be safe for classification: a joint choice by held-out
+        NLL, adopted if better than the network's own probabilities by one standard
+        error. Afterwards ``predict`` uses the pairwise link; else it is unchanged and a
+        warning gives the numbers.
+
+        Args:
+            X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
+                tenth of the data is enough.
+            Y_val: Their labels.
+
+        Returns:
+            What was adopted, or None.
+        """
+        return calibrate(self, X_val, Y_val)
+
+    @property
+    def train_gap(self) -> TrainGap:
+        """How far predictions contradict the training labels; classification only."""
+        return train_gap(self)
+
+    # -- evidence and draws ----------------------------------------------------------
+
+    def evidence(self) -> Evidence:
+        """Log marginal likelihood of the training data with its parts, total nats.
+
+        At the linear model's own optimum, without hyperpriors, in transformed units;
+        differentiable in prior variances and noise. See
+        :mod:`gpbridge.linearized.evidence`.
+
+        Raises:
+            MemoryError: If the exact evidence needs more than the memory budget.
+        """
+        problem = self.problem
+        problem.check_size("The exact evidence")
+        result, self._mode = evidence(problem, self.prior_variance.double(), self._mode)
+        return result
+
+    def log_evidence(self) -> Tensor:
+        """Log marginal likelihood of the training data, total nats."""
+        return self.evidence().value
+
+    @torch.no_grad()
+    def draw(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> TangentDraws:
+        """Freeze functions drawn from the posterior.
+
+        Exact and joint over all inputs: each draw is the tangent model at one set of
+        weights, differentiable in X. Memory s p.
+
+        Args:
+            num_samples: The number s of functions.
+            generator: Source of randomness.
+
+        Returns:
+            A function of X, ``... x n x d`` to ``s x ... x n x m``.
+        """
+        self.eval()
+        check_positive(num_samples=num_samples)
+        base = self._conditioned()
+        change = base.strategy.draw_weights(num_samples, generator)
+        if self.mean == "linear_model":
+            change = change + base.weights
+        update = self._updated()
+        if update is not None:
+            change = self._condition_weights(base, update, change, generator)
+        draws = TangentDraws(
+            self.functional,
+            change * flat_std(self.functional, base.std).double(),
+            1.0 if self.offset or self.mean == "network" else 0.0,
+            self.transform_inputs,
+            self._untransform,
+            self.output_indices,
+        )
+        return draws
+
+    # -- inside ----------------------------------------------------------------------
+
+    @property
+    def problem(self) -> TangentProblem:
+        """The linear model with its caches at unit prior variance."""
+        if self._problem is None:
+            with torch.no_grad():
+                Z = self.transform_inputs(self._train_X)
+            floating = self._targets.is_floating_point()
+            self._problem = TangentProblem(
+                self.functional,
+                Z.to(self.functional.dtype),
+                self._targets.double() if floating else self._targets,
+                self.likelihood,
+                self.covar_module.groups,
+                self.covar_module.unit_std(),
+                self.offset,
+                self.inference,
+            )
+        return self._problem
+
+    def _std(self) -> dict[str, Tensor]:
+        return self.problem.scaled_std(self.prior_variance)
+
+    def _features(self, Z: Tensor, std: dict[str, Tensor]) -> TangentFeatures:
+        features = self.problem.features(Z.to(self.functional.dtype), std)
+        if self.output_indices is not None:
+            features = features.select(self.output_indices)
+        return features
+
+    def _trained_weights(self) -> Tensor:
+        """The trained weights in scaled units; not defined for a g-prior."""
+        net = self.functional
+        return net.flatten(net.params).detach() / flat_std(net, self._std())
+
+    def _key(self) -> tuple:
+        noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
+        return (self.prior_variance.detach().tolist(), noise, self.mean)
+
+    def _conditioned(self) -> _Posterior:
+        """The base posterior, kept as long as no hyperparameter changes its value.
+
+        Values are compared, not tensor versions: gpytorch's ``initialize`` writes to
+        ``.data``.
+        """
+        key = self._key()
+        if self._base is None or self._base.key != key:
+            with torch.no_grad():
+                self._base = self._condition(key)
+            self._update = None
+        return self._base
+
+    def _condition(self, key: tuple) -> _Posterior:
+        problem, std = self.problem, self._std()
+        strategy = problem.strategy(self.prior_variance)
+        if self.mean == "network":
+            weights = torch.zeros((), dtype=torch.float64)
+        elif is_gaussian(self.likelihood):
+            misfit = (problem.Y - problem.prior_mean)[..., None]
+            whitened = (problem.root().mT @ misfit)[..., 0]
+            weights = strategy.mean_weights(whitened)
+            if self.offset:
+                weights = weights - self._trained_weights().double()
+        else:
+            mode: Mode = find_mode(problem, self.prior_variance)
+            weights = mode.weights / problem.expand(self.prior_variance.double().sqrt())
+        return _Posterior(key, strategy, std, weights)
+
+    def _project(self, Z: Tensor) -> tuple[Projection, Tensor]:
+        """Test points seen through the training data, and their mean."""
+        base = self._conditioned()
+        features = self._features(Z, base.std)
+        return base.strategy.project(features), self._mean_of(features, base)
+
+    def _mean_of(self, features: TangentFeatures, base: _Posterior) -> Tensor:
+        if self.mean == "network":
+            return features.value.double()
+        moved = features.matmul(base.weights.to(features.value)).double()
+        return moved + features.value.double() if self.offset else moved
+
+    def _updated(self) -> Update | None:
+        base = self._conditioned()
+        if self._new is not None and self._update is None:
+            projection, mean = self._project(self._new.X)
+            self._update = make_update(base.strategy, projection, mean, self._new)
+        return self._update
+
+    def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``... x n x m`` and covariance ``... x (n m) x (n m)``, float64."""
+        strategy = self._conditioned().strategy
+        update = self._updated()
+        projection, mean = self._project(Z)
+        covariance = strategy.covariance(projection)
+        if update is not None:
+            mean, G = apply_update(strategy, update, projection, mean)
+            covariance = covariance - G @ G.mT
+        return mean, covariance
+
+    def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``... x n x m`` and covariance ``... x n x m x m`` of each point."""
+        if self._new is not None and len(self.batch_shape):
+            raise NotImplementedError(
+                "predict does not take a model with a batch of fantasies. Ask "
+                "posterior(X) for joint moments."
+            )
+        strategy, update = self._conditioned().strategy, self._updated()
+        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
+        columns = self._targets.shape[0] * self._num_outputs**2
+        step = max(1, _PREDICT_BYTES // (8 * max(columns, self.functional.num_params)))
+        means, blocks = [], []
+        for part in rows.split(max(step, 16)):
+            projection, mean = self._project(part)
+            block = projection.blocks
+            if update is not None:
+                mean, G = apply_update(strategy, update, projection, mean)
+                G = G.unflatten(-2, mean.shape[-2:])
+                block = block - G @ G.mT
+            means.append(mean)
+            blocks.append(block)
+        shape = X.shape[:-1]
+        return (
+            torch.cat(means).reshape(*shape, -1),
+            torch.cat(blocks).reshape(*shape, self.num_outputs, self.num_outputs),
+        )
+
+    def _condition_weights(
+        self,
+        base: _Posterior,
+        update: Update,
+        weights: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Matheron's rule in weight space for the observations conditioned on."""
+        if len(self.batch_shape):
+            raise NotImplementedError(
+                "draw does not take a model with a batch of fantasies. Draw from the "
+                "model that was fantasised from."
+            )
+        features = update.projection.features
+        like = features.value
+        values = torch.stack([features.matmul(w.to(like)) for w in weights]).double()
+        if self.offset or self.mean == "network":
+            values = values + like.double()
+        noise = torch.randn(
+            *values.shape, generator=generator, dtype=torch.float64, device=like.device
+        )
+        roots = torch.linalg.cholesky(self._new.noise.double())  # n' x m x m
+        values = values + (roots @ noise[..., None])[..., 0]
+        misfit = (self._new.Y.double() - values).flatten(1).mT  # (n' m) x s
+        cross = base.strategy.cross_weights(update.projection)  # (n' m) x p
+        return weights + (cross.mT @ torch.cholesky_solve(misfit, update.cholesky)).mT
+
+    def _noise(self, f: Tensor, noise: Tensor | None = None) -> Tensor:
+        return noise_covariance(self.likelihood, f, noise).detach().double()
+
+    def _noise_of(self, asked: bool | Tensor, mean: Tensor) -> Tensor:
+        """Noise covariance of each point's outputs, ``... x n x m x m``."""
+        if not is_gaussian(self.likelihood):
+            raise NotImplementedError(
+                f"{type(self.likelihood).__name__} observes labels, so its noise cannot "
+                "be added to the latent posterior. Use predict(X) for probabilities."
+            )
+        if isinstance(asked, Tensor):
+            variance = asked.to(mean)
+            if variance.shape[-1] != mean.shape[-1]:
+                variance = variance.unsqueeze(-1)
+            check_positive(noise=variance)
+            return torch.diag_embed(variance.expand(mean.shape))
+        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
+            # Other points than those of training: the average noise, as in botorch.
+            level = self._noise(self._targets.double()).mean(0)
+            return level.expand(*mean.shape, mean.shape[-1])
+        m = self._num_outputs
+        blocks = self._noise(mean.new_zeros(*mean.shape[:-1], m))
+        if self.output_indices is not None:
+            blocks = blocks[..., self.output_indices, :][..., self.output_indices]
+        return blocks
+
+    def _untransform(self, values: Tensor) -> Tensor:
+        if hasattr(self, "outcome_transform"):
+            values, _ = self.outcome_transform.untransform(values)
+        return values
+
+    def _with_labels(self, X: Tensor, Y: Tensor) -> LinearizedGP:
+        if X.dim() != 2:
+            raise NotImplementedError(
+                "Conditioning a classifier takes one data set, ``n' x d``, but X has "
+                f"shape {tuple(X.shape)}."
+            )
+        Y = check_targets(
+            self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
+        )
+        conditioned = self._share()
+        conditioned._train_X = torch.cat([self._train_X, X])
+        conditioned._targets = torch.cat([self._targets, Y])
+        conditioned._train_Y = conditioned._targets
+        conditioned._forget()
+        return conditioned
+
+    def _warn_about_gap(self, link: str) -> None:
+        gap = self.train_gap
+        if gap.posterior > gap.network + 0.05:
+            warnings.warn(
+                f"link={link!r} without calibration: on the training data the predictive "
+                f"contradicts the labels by {gap.posterior:.3f} on average, the network "
+                f"by {gap.network:.3f}. Pass held-out data to calibrate().",
+                stacklevel=3,
+            )
+
+    def _bound_prior_variance(self, Z: Tensor, targets: Tensor | None) -> None:
+        """Bound the prior variance relative to the kernel's size and the targets'."""
+        with torch.no_grad():
+            rows = Z[:: max(1, len(Z) // 200)].to(self.functional.dtype)
+            unit = self.covar_module.unit_std()
+            features = tangent_features(self.functional, rows, unit)
+            size = float(features.blocks().diagonal(dim1=-2, dim2=-1).mean())
+            power = 1.0
+            if targets is not None:
+                power = max(float(targets.square().mean()), 1e-30)
+        if not size > 0:
+            raise ValueError(
+                "The tangent kernel is zero on the training inputs: every random weight "
+                "has zero derivative there. Check for dead units, or select other "
+                "parameters."
+            )
+        scale = power / size
+        bounds = LogTransformedInterval(
+            min(2e-9 * scale, 1e-3), max(2.2e4 * scale, 1e3)
+        ).to(self._train_X.device)
+        self.covar_module.register_constraint(
+            "raw_prior_variance", bounds, replace=True
+        )
+
+    def _share(self) -> LinearizedGP:
+        """A shallow copy: modules and caches are shared, further data are not."""
+        twin = copy.copy(self)
+        for name in ("_parameters", "_buffers", "_modules"):
+            twin.__dict__[name] = self.__dict__[name].copy()
+        return twin
+
+    def _forget(self) -> None:
+        self._problem: TangentProblem | None = None
+        self._base: _Posterior | None = None
+        self._update: Update | None = None
+        self._mode: Mode | None = None
+
+    def train(self, mode: bool = True) -> LinearizedGP:
+        """Set the mode; network and transforms stay in eval mode."""
+        super().train(mode)
+        for name in ("input_transform", "outcome_transform"):
+            if hasattr(self, name):
+                getattr(self, name).eval()
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any
+    ):
+        """Load network, data and hyperparameters; transforms are part of the state."""
+        return nn.Module.load_state_dict(self, state_dict, strict=strict)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LinearizedGP:
+        super()._apply(fn, *args, **kwargs)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles carry the state, not what can be computed from it."""
+        state = {**self.__dict__}
+        state.update(_problem=None, _base=None, _update=None, _mode=None)
+        return state
+
+    def _set_transformed_inputs(self) -> None:
+        """Nothing to swap: inputs are kept as given and transformed where used."""
+
+    def _revert_to_original_inputs(self) -> None:
+        """Nothing to swap."""
+
+
+def _on_device(
+    network: nn.Module,
+    parameters: Parameters,
+    input_shape: Sequence[int] | None,
+    X: Tensor,
+    inference: Exact,
+) -> FunctionalNet:
+    devices = {p.device for p in network.parameters()} if _is_module(network) else set()
+    if devices and devices != {X.device}:
+        raise ValueError(
+            f"The network is on {', '.join(map(str, devices))}, but train_X is on "
+            f"{X.device}. Move one of them with .to(...)."
+        )
+    net = FunctionalNet(network, parameters, input_shape)
+    dtype = inference.jacobian_dtype
+    if dtype is None:
+        dtype = torch.float64 if X.device.type == "cpu" else X.dtype
+    return net.to(dtype)
+
+
+def _is_module(network: object) -> bool:
+    return isinstance(network, nn.Module)
+
+
+def _fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:
+    if transform is None:
+        return X
+    if any(p.requires_grad for p in transform.parameters()):
+        raise ValueError(
+            f"{type(transform).__name__} has learnable parameters, but the network was "
+            "trained on fixed inputs. Pass a transform without them, or warp the inputs "
+            "in the network."
+        )
+    with torch.no_grad():
+        Z = transform(X)  # in train mode a transform reads its bounds here
+    transform.eval()
+    return Z
+
+
+def _feature_scale(
+    net: FunctionalNet, Z: Tensor, likelihood: Likelihood, gaussian: bool
+) -> Tensor:
+    """Inverse root of each feature's curvature on the data, 0 where it is dead, p."""
+    root = None if gaussian else hessian_root(likelihood, net(Z.to(net.dtype)).double())
+    one = {name: Z.new_ones((), dtype=net.dtype) for name in net.params}
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(Z), 64):
+            rows = Z[start : start + 64].to(net.dtype)
+            J = tangent_features(net, rows, one).rows().double()
+            if root is not None:
+                J = apply_root(root[start : start + 64].mT, J)
+            total = total + J.square().sum(0)
+    alive = total > 1e-20 * total.max()
+    return torch.where(alive, total.clamp_min(1e-300).rsqrt(), 0.0).to(net.dtype)
+
+
+def _normal(mean: Tensor, covariance: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+    # Wrapped, since a dense covariance would be factorised by the distribution, which
+    # fails for a singular one.
+    operator = to_linear_operator(covariance.to(dtype))
+    mean = mean.to(dtype)
+    if mean.shape[-1] == 1:
+        return MultivariateNormal(mean.squeeze(-1), operator)
+    return MultitaskMultivariateNormal(mean, operator)
+
+
+def _join(old: NewData, new: NewData) -> NewData:
+    """Concatenate observations along points, batches broadcast."""
+    joined = []
+    for a, b in zip(old, new, strict=True):
+        trailing = 3 if a is old.noise else 2
+        batch = torch.broadcast_shapes(a.shape[:-trailing], b.shape[:-trailing])
+        a = a.expand(*batch, *a.shape[-trailing:])
+        b = b.expand(*batch, *b.shape[-trailing:])
+        joined.append(torch.cat([a, b], dim=-trailing))
+    return NewData(*joined)
+

@@ -1,0 +1,137 @@
+"""Where the noise variance of a regression model comes from.
+
+Learning it jointly with the prior is safe for the linear model's own mean and for no
+other choice; the rest takes it from residuals. In: the options of the model and the
+record of the training run. Out: noise variances, or None to learn them.
+Next: ``gp`` sets them in the likelihood.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+    MultitaskGaussianLikelihood,
+)
+from torch import Tensor
+
+from gpbridge.checks import check_choice, check_positive
+from gpbridge.functional import Parameters
+from gpbridge.types import FitResult
+
+
+def initial_noise(
+    noise: str | float,
+    mean: str,
+    parameters: Parameters,
+    fit_result: FitResult | None,
+    misfit: Tensor,
+    likelihood: Likelihood,
+) -> Tensor | None:
+    """Resolve the ``noise`` option.
+
+    Args:
+        noise: ``"learn"``, ``"fit_residual"``, ``"validation"`` or a variance.
+        mean: ``"linear_model"`` or ``"network"``.
+        parameters: Which weights are random.
+        fit_result: The training run, if it is known.
+        misfit: Residuals of the network on all rows, ``n x m``.
+        likelihood: The Gaussian likelihood.
+
+    Returns:
+        Noise variances ``m``, or None if they are learnt or fixed per point.
+
+    Raises:
+        ValueError: If the network's output is asked for as mean with a learnt noise, or
+            the training run lacks what was asked for.
+    """
+    fixed = isinstance(likelihood, FixedNoiseGaussianLikelihood)
+    if isinstance(noise, str):
+        check_choice("noise", noise, ("learn", "fit_residual", "validation"))
+    if fixed:
+        if noise != "learn":
+            raise ValueError(
+                f"noise={noise!r} has no effect with FixedNoiseGaussianLikelihood, which "
+                "holds its own. Leave noise out."
+            )
+        return None
+    if noise == "learn":
+        if mean == "network":
+            raise ValueError(
+                "mean='network' cannot learn its noise: the linear model fits better "
+                "than the network, so the learnt noise is too small for the network's "
+                "residuals. Pass noise='fit_residual' with LinearizedGP.from_fit, or a "
+                "variance."
+            )
+        if parameters == "last_layer":
+            warnings.warn(
+                "parameters='last_layer' with a learnt noise is overconfident: the "
+                "features were fitted to the same targets. Pass noise='validation' with "
+                "LinearizedGP.from_fit, or a variance.",
+                stacklevel=4,
+            )
+        return None
+    if noise == "validation":
+        if fit_result is None or fit_result.validation_variance is None:
+            raise ValueError(
+                "noise='validation' needs a fit result with validation rows. Train with "
+                "gpbridge.dnn.fit_map and use LinearizedGP.from_fit, or pass a variance."
+            )
+        return fit_result.validation_variance
+    if noise == "fit_residual":
+        if fit_result is not None and fit_result.residual_variance is not None:
+            return fit_result.residual_variance
+        warnings.warn(
+            "noise='fit_residual' without a fit result takes the residuals of all rows, "
+            "which are too small if the network was trained on them for long. Use "
+            "LinearizedGP.from_fit.",
+            stacklevel=4,
+        )
+        return misfit.square().mean(0)
+    check_positive(noise=noise)
+    return torch.as_tensor(noise).to(misfit).expand(misfit.shape[-1])
+
+
+def set_noise(likelihood: Likelihood, variance: Tensor) -> None:
+    """Fix the noise variances ``m`` of a likelihood, at its floor if they are below it.
+
+    Args:
+        likelihood: A Gaussian or multitask Gaussian likelihood.
+        variance: The variances.
+
+    Raises:
+        TypeError: If the likelihood has no such parameter.
+    """
+    variance = variance.detach()
+    if isinstance(likelihood, GaussianLikelihood):
+        raw = likelihood.noise_covar
+        value = _within(variance[:1], raw.raw_noise_constraint)
+        likelihood.noise = value
+        raw.raw_noise.requires_grad_(False)
+    elif (
+        isinstance(likelihood, MultitaskGaussianLikelihood)
+        and likelihood.has_task_noise
+        and likelihood.rank == 0
+    ):
+        if likelihood.has_global_noise:
+            floor = likelihood.raw_noise_constraint.lower_bound
+            likelihood.noise = 2 * floor + 1e-12
+            likelihood.raw_noise.requires_grad_(False)
+        value = _within(variance, likelihood.raw_task_noises_constraint)
+        likelihood.task_noises = value.to(likelihood.raw_task_noises)
+        likelihood.raw_task_noises.requires_grad_(False)
+    else:
+        raise TypeError(
+            f"The noise of {type(likelihood).__name__} cannot be set to one variance per "
+            "output. Set it in the likelihood and pass noise='learn'."
+        )
+
+
+def _within(variance: Tensor, constraint) -> Tensor:
+    lower, upper = constraint.lower_bound, constraint.upper_bound
+    slack = 1 + 1e-6  # a value on the bound has no finite inverse transform
+    return torch.clamp(variance, (lower * slack).to(variance), upper.to(variance))

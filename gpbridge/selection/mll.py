@@ -1,0 +1,60 @@
+"""The evidence of a linearised network as a gpytorch objective.
+
+In: a :class:`~gpbridge.LinearizedGP`. Out: a ``MarginalLogLikelihood`` that
+``botorch.fit_gpytorch_mll`` optimises. Next: ``evidence`` chooses the fastest way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods import Likelihood
+from gpytorch.mlls import MarginalLogLikelihood
+from torch import Tensor
+
+from gpbridge.linearized.gp import LinearizedGP
+
+
+class LaplaceEvidence(MarginalLogLikelihood):
+    r"""Log evidence of a linearised network divided by the number of targets.
+
+    Exact for Gaussian noise, Laplace's approximation at the linear model's own optimum
+    otherwise (see :mod:`gpbridge.linearized.evidence`). Per datum, as gpytorch's
+    objectives are; ``model.log_evidence()`` is in total nats. Without hyperpriors.
+
+    Args:
+        likelihood: The model's likelihood.
+        model: The model.
+
+    Raises:
+        TypeError: If the model is not a LinearizedGP.
+
+    Example:
+        >>> import torch, gpbridge
+        >>> X = torch.rand(8, 1).double()
+        >>> net = torch.nn.Linear(1, 1).double()
+        >>> model = gpbridge.LinearizedGP(net, X, X.sin())
+        >>> mll = LaplaceEvidence(model.likelihood, model)
+        >>> bool(mll(model(X), X.sin().squeeze(-1)).isfinite())
+        True
+    """
+
+    def __init__(self, likelihood: Likelihood, model: LinearizedGP) -> None:
+        super().__init__(likelihood, model)
+        if not isinstance(model, LinearizedGP):
+            raise TypeError(
+                "LaplaceEvidence needs a gpbridge.LinearizedGP, but model is "
+                f"{type(model).__name__}. For an ExactGP use gpytorch's "
+                "ExactMarginalLogLikelihood."
+            )
+
+    def forward(
+        self, function_dist: MultivariateNormal, target: Tensor, *params: Any
+    ) -> Tensor:
+        """Evidence per datum; the prior it needs is the model's, not the argument."""
+        return self.model.log_evidence() / self.model.train_targets.numel()
+
+    def compute_custom_loss(self, **kwargs: Any) -> Tensor:
+        """What botorch minimises: it never builds the prior over the data."""
+        return -self.model.log_evidence() / self.model.train_targets.numel()
