@@ -9,7 +9,7 @@ Next: ``prediction`` conditions on such features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,6 +51,10 @@ class TangentFeatures(Protocol):
         r"""Product :math:`\Phi^\top u`, ``n x m x k`` to ``p x k``, unbatched sets."""
         ...
 
+    def select(self, outputs: Sequence[int]) -> TangentFeatures:
+        """The features of some of the outputs."""
+        ...
+
 
 class DenseFeatures(NamedTuple):
     """Features held as a matrix: one product per question, memory n m p."""
@@ -79,6 +83,12 @@ class DenseFeatures(NamedTuple):
     def t_matmul(self, outputs: Tensor) -> Tensor:
         """Transposed product, for an unbatched set of points."""
         return self.matrix.mT @ outputs.flatten(0, 1)
+
+    def select(self, outputs: Sequence[int]) -> DenseFeatures:
+        """The features of some of the outputs."""
+        chosen = list(outputs)
+        matrix = self.matrix.unflatten(-2, self.value.shape[-2:])[..., chosen, :]
+        return DenseFeatures(self.value[..., chosen], matrix.flatten(-3, -2))
 
 
 def flat_std(net: FunctionalNet, std: PriorStd) -> Tensor:

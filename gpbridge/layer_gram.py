@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,22 +93,19 @@ class LayerFeatures(NamedTuple):
 
     def _gram_block(self, other: LayerFeatures) -> Tensor:
         K = self.matrix @ other.matrix.mT
-        n, n_other, m = (
-            self.value.shape[-2],
-            other.value.shape[-2],
-            self.value.shape[-1],
-        )
+        n, m = self.value.shape[-2:]
+        n_other, m_other = other.value.shape[-2:]
         for name, mine in self.layers.items():
             theirs = other.layers[name]
             if mine.inputs.shape[-2] == 1:
                 part = mine.signal.flatten(-4, -2) @ theirs.signal.flatten(-4, -2).mT
                 pairs = mine.inputs[..., 0, :] @ theirs.inputs[..., 0, :].mT
-                if m > 1:
-                    part = part.unflatten(-1, (n_other, m)).unflatten(-3, (n, m))
-                    part = (part * pairs[..., :, None, :, None]).flatten(-2)
-                    K = K + part.flatten(-3, -2)
-                else:
+                if m == m_other == 1:
                     K = torch.addcmul(K, part, pairs)
+                    continue
+                part = part.unflatten(-1, (n_other, m_other)).unflatten(-3, (n, m))
+                part = (part * pairs[..., :, None, :, None]).flatten(-2)
+                K = K + part.flatten(-3, -2)
             else:
                 K = K + _contract_positions(mine, theirs)
         return K
@@ -122,6 +120,20 @@ class LayerFeatures(NamedTuple):
                 for name, s in self.layers.items()
             },
             self.matrix[start * m : stop * m],
+            self.columns,
+        )
+
+    def select(self, outputs: Sequence[int]) -> LayerFeatures:
+        """The features of some of the outputs."""
+        chosen = list(outputs)
+        matrix = self.matrix.unflatten(-2, self.value.shape[-2:])[..., chosen, :]
+        return LayerFeatures(
+            self.value[..., chosen],
+            {
+                name: LayerSignal(s.inputs, s.signal[..., chosen, :, :])
+                for name, s in self.layers.items()
+            },
+            matrix.flatten(-3, -2),
             self.columns,
         )
 
@@ -348,6 +360,7 @@ def _positions(
 def _contract_positions(mine: LayerSignal, theirs: LayerSignal) -> Tensor:
     """Sum over pairs of positions, one position of the first set at a time."""
     m, T = mine.signal.shape[-3:-1]
+    m_other = theirs.signal.shape[-3]
     n, n_other = mine.inputs.shape[-3], theirs.inputs.shape[-3]
     their_inputs = theirs.inputs.flatten(-3, -2)  # (n' T') x i
     their_signal = theirs.signal.transpose(-3, -2).flatten(-4, -2)  # (n' T' m) x o
@@ -355,7 +368,7 @@ def _contract_positions(mine: LayerSignal, theirs: LayerSignal) -> Tensor:
     for t in range(T):
         pairs = mine.inputs[..., t, :] @ their_inputs.mT  # n x (n' T')
         part = mine.signal[..., t, :].flatten(-3, -2) @ their_signal.mT
-        part = part.unflatten(-1, (n_other, -1, m)).unflatten(-4, (n, m))
+        part = part.unflatten(-1, (n_other, -1, m_other)).unflatten(-4, (n, m))
         pairs = pairs.unflatten(-1, (n_other, -1))[..., :, None, :, :, None]
         total = total + (part * pairs).sum(-2)  # n x m x n' x m
     return total.flatten(-2).flatten(-3, -2)
