@@ -46,14 +46,26 @@ class TangentDraws(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
-        Z = X if self.prepare is None else self.prepare(X)
-        Z = Z.to(self.net.dtype)
+        return self._evaluate(X, None)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        return self._evaluate(X, 0)
+
+    def _evaluate(self, X: Tensor, dim: int | None) -> Tensor:
+        net = self.net
+        Z = (X if self.prepare is None else self.prepare(X)).to(net.dtype)
         change = self.change.to(Z)
-        if self.net.vectorized:
-            moved = torch.func.vmap(lambda v: jvp(self.net, Z, v))(change)
+        if net.vectorized:
+            moved = torch.func.vmap(lambda v, z: jvp(net, z, v), (0, dim))(change, Z)
+        elif dim is None:
+            moved = (jacobian(net, Z) @ change.mT).movedim(-1, 0)
         else:
-            moved = (jacobian(self.net, Z) @ change.mT).movedim(-1, 0)
-        values = moved + self.offset_scale * self.net(Z)
+            pairs = zip(Z, change, strict=True)
+            moved = torch.stack([jacobian(net, z) @ v for z, v in pairs])
+        values = moved
+        if self.offset_scale:
+            values = values + self.offset_scale * net(Z)
         values = values.to(X.dtype)
         if self.output_indices is not None:
             values = values[..., self.output_indices]

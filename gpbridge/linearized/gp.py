@@ -518,14 +518,28 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     @classmethod
     def construct_inputs(
-        cls, training_data: SupervisedDataset, network: nn.Module, **options: Any
+        cls,
+        training_data: SupervisedDataset,
+        network: nn.Module | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Constructor arguments from a dataset, as Ax and botorch ask for them."""
+        """Constructor arguments from a dataset, as Ax and botorch ask for them.
+
+        Args:
+            training_data: Inputs, targets, and perhaps known noise variances.
+            network: The trained network; leave it out to pass it later.
+            **options: Passed on.
+
+        Returns:
+            Keyword arguments for the constructor.
+        """
         inputs = super().construct_inputs(training_data)
         variance = inputs.pop("train_Yvar", None)
         if variance is not None:
             options["likelihood"] = FixedNoiseGaussianLikelihood(variance.squeeze(-1))
-        return {"network": network, **inputs, **options}
+        if network is not None:
+            options["network"] = network
+        return {**inputs, **options}
 
     def subset_rows(self, rows: Tensor) -> LinearizedGP:
         """An independent model with the same options on some of the training rows.
