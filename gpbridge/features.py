@@ -55,6 +55,14 @@ class TangentFeatures(Protocol):
         """The features of some of the outputs."""
         ...
 
+    def take(self, points: Tensor) -> TangentFeatures:
+        """The features of some of the points, unbatched sets."""
+        ...
+
+    def to(self, dtype: torch.dtype) -> TangentFeatures:
+        """The features in another precision."""
+        ...
+
 
 class DenseFeatures(NamedTuple):
     """Features held as a matrix: one product per question, memory n m p."""
@@ -89,6 +97,15 @@ class DenseFeatures(NamedTuple):
         chosen = list(outputs)
         matrix = self.matrix.unflatten(-2, self.value.shape[-2:])[..., chosen, :]
         return DenseFeatures(self.value[..., chosen], matrix.flatten(-3, -2))
+
+    def take(self, points: Tensor) -> DenseFeatures:
+        """The features of some of the points, unbatched sets."""
+        matrix = self.matrix.unflatten(0, self.value.shape)[points]
+        return DenseFeatures(self.value[points], matrix.flatten(0, 1))
+
+    def to(self, dtype: torch.dtype) -> DenseFeatures:
+        """The features in another precision."""
+        return DenseFeatures(self.value.to(dtype), self.matrix.to(dtype))
 
 
 def flat_std(net: FunctionalNet, std: PriorStd) -> Tensor:

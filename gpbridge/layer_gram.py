@@ -87,7 +87,7 @@ class LayerFeatures(NamedTuple):
         K = self.value.new_empty(n * m, other.value.shape[0] * m)
         step = max(1, _CACHE_ROWS // m)
         for start in range(0, n, step):
-            part = self.rows_between(start, min(start + step, n))
+            part = self.take(slice(start, start + step))
             K[start * m : (start + step) * m] = part._gram_block(other)
         return K
 
@@ -110,16 +110,28 @@ class LayerFeatures(NamedTuple):
                 K = K + _contract_positions(mine, theirs)
         return K
 
-    def rows_between(self, start: int, stop: int) -> LayerFeatures:
-        """The features of some of the points of an unbatched set."""
-        m = self.value.shape[-1]
+    def take(self, points: Tensor | slice) -> LayerFeatures:
+        """The features of some of the points, unbatched sets."""
+        matrix = self.matrix.unflatten(0, self.value.shape)[points]
         return LayerFeatures(
-            self.value[start:stop],
+            self.value[points],
             {
-                name: LayerSignal(s.inputs[start:stop], s.signal[start:stop])
+                name: LayerSignal(s.inputs[points], s.signal[points])
                 for name, s in self.layers.items()
             },
-            self.matrix[start * m : stop * m],
+            matrix.flatten(0, 1),
+            self.columns,
+        )
+
+    def to(self, dtype: torch.dtype) -> LayerFeatures:
+        """The features in another precision."""
+        return LayerFeatures(
+            self.value.to(dtype),
+            {
+                name: LayerSignal(s.inputs.to(dtype), s.signal.to(dtype))
+                for name, s in self.layers.items()
+            },
+            self.matrix.to(dtype),
             self.columns,
         )
 

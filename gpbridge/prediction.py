@@ -30,6 +30,9 @@ _SAFE = (
     1e6  # cancellation allowed: eps * prior variance / posterior variance < 1 / _SAFE
 )
 _MANY_ROWS = 128  # from here on a triangular solve beats the product with an inverse
+_BLOCKS = 8  # column blocks of a triangular product
+_DELICATE = 8  # rows on which float32 products are checked against float64
+_SINGLE_TOLERANCE = 1e-3  # relative error of a variance that a float32 caller accepts
 
 
 class Projection(NamedTuple):
@@ -58,6 +61,10 @@ class PredictionStrategy(Protocol):
 
     def cross_weights(self, projection: Projection) -> Tensor:
         """Posterior covariance of outputs and weights, ``batch x (n m) x p``."""
+        ...
+
+    def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
+        """Per-point covariances ``t x m x m`` in float32, or None if that is unsafe."""
         ...
 
     def mean_weights(self, whitened: Tensor) -> Tensor:
@@ -93,6 +100,7 @@ class FunctionSpaceStrategy:
         self.features = features
         self.root = root.double()
         self.cholesky = factorise(whiten(gram.double(), self.root))
+        self._single_fails = False  # once they did, float32 products are not tried again
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -112,7 +120,8 @@ class FunctionSpaceStrategy:
         if cross.requires_grad or cross.shape[:-1].numel() < _MANY_ROWS:
             V = cross @ self._inverse_root
         else:
-            rhs = apply_root(self.root.mT, cross.reshape(-1, cross.shape[-1]).mT)
+            rows = cross.reshape(-1, cross.shape[-1])
+            rhs = apply_root_right(rows, self.root).mT
             V = torch.linalg.solve_triangular(self.cholesky, rhs, upper=False)
             V = V.mT.reshape(cross.shape)
         prior = features.blocks().double()
@@ -121,6 +130,39 @@ class FunctionSpaceStrategy:
         if _nothing_cancels(blocks.detach(), prior.detach(), features.value.dtype):
             return Projection(features, V, False, blocks)
         return self._root_form(features, V)
+
+    @torch.no_grad()
+    def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
+        """Per-point covariances by float32 products, or None if they lose digits.
+
+        Twice as fast. The points that lost most of their prior variance are the most
+        delicate; they are computed again in float64, and decide.
+
+        Args:
+            features: Features of ``t`` test points, unbatched.
+
+        Returns:
+            ``t x m x m`` in float64, or None.
+        """
+        t, m = features.value.shape
+        if t * m < _MANY_ROWS or self._single_fails:
+            return None
+        train, W = self._single
+        cross = features.to(torch.float32).gram(train)
+        V = triangular_product(cross, W, self.root.shape[-1]).unflatten(0, (t, m))
+        prior = features.blocks().double()
+        blocks = prior - (V @ V.mT).double()
+        variance = blocks.diagonal(dim1=-2, dim2=-1)
+        kept = (variance / prior.diagonal(dim1=-2, dim2=-1)).amin(-1)
+        rows = kept.topk(min(_DELICATE, t), largest=False).indices
+        exact = self.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
+        error = (variance[rows] / exact - 1).abs().max()
+        self._single_fails = not bool(error < _SINGLE_TOLERANCE)
+        return None if self._single_fails else blocks
+
+    @cached_property
+    def _single(self) -> tuple[TangentFeatures, Tensor]:
+        return self.features.to(torch.float32), self._inverse_root.float()
 
     def _root_form(self, features: TangentFeatures, V: Tensor) -> Projection:
         rho = features.rows().double() - V @ self._whitened_features
@@ -213,6 +255,10 @@ class WeightSpaceStrategy:
         other = left if right is None else right
         return left.factor @ other.factor.mT
 
+    def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
+        """None: with p < n m there is little to save."""
+        return None
+
     def cross_weights(self, projection: Projection) -> Tensor:
         """Posterior covariance of outputs and weights."""
         return projection.factor @ self._inverse_root.mT
@@ -239,6 +285,28 @@ class WeightSpaceStrategy:
         return normal @ self._inverse_root.mT
 
 
+def triangular_product(matrix: Tensor, triangular: Tensor, granule: int) -> Tensor:
+    """Product with a block upper triangular matrix, without most of its zeros.
+
+    Args:
+        matrix: ``... x k``.
+        triangular: ``k x k``, zero below its diagonal blocks.
+        granule: Side of those blocks.
+
+    Returns:
+        ``... x k``
+    """
+    k = triangular.shape[-1]
+    if matrix.shape[:-1].numel() < _MANY_ROWS or k < 64 * _BLOCKS:
+        return matrix @ triangular
+    step = -(-k // (_BLOCKS * granule)) * granule
+    parts = [
+        matrix[..., : start + step] @ triangular[: start + step, start : start + step]
+        for start in range(0, k, step)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
 def whiten(gram: Tensor, root: Tensor) -> Tensor:
     r"""The whitened prior covariance :math:`R^\top K R`, R block diagonal.
 
@@ -260,6 +328,13 @@ def apply_root(root: Tensor, matrix: Tensor) -> Tensor:
     """Product of a block-diagonal matrix, ``n x m x m``, with ``(n m) x k``."""
     n, m = root.shape[:2]
     return (root @ matrix.reshape(n, m, -1)).reshape(n * m, -1)
+
+
+def apply_root_right(matrix: Tensor, root: Tensor) -> Tensor:
+    """Product of ``k x (n m)`` with a block-diagonal matrix, ``n x m x m``."""
+    if root.shape[-1] == 1:
+        return matrix * root.reshape(-1)
+    return apply_root(root.mT, matrix.mT).mT
 
 
 def weight_precision(

@@ -62,7 +62,7 @@ from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.mode import Mode, find_mode
 from gpbridge.linearized.noise import initial_noise, set_noise
-from gpbridge.linearized.predictive import probabilities
+from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import PredictionStrategy, Projection, apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
@@ -607,10 +607,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
         else:
             mean, blocks = self.marginals(X)
-        probs = probabilities(
-            self.likelihood, mean, blocks, link, calibration_temperature=temperature
-        ).to(X.dtype)
-        return Categorical(probs) if probs.shape[-1] > 1 else Bernoulli(probs)
+        logs = class_log_probabilities(self.likelihood, mean, blocks, link)
+        logs = temper_logs(logs, temperature).to(X.dtype)
+        if mean.shape[-1] == 1:
+            return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
+        return Categorical(logits=logs)
 
     def _predict_gaussian(self, X: Tensor) -> Distribution:
         mean, blocks = self.marginals(X)
@@ -821,6 +822,13 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         step = max(1, _PREDICT_BYTES // (8 * max(columns, self.functional.num_params)))
         means, blocks = [], []
         for part in rows.split(max(step, 16)):
+            if update is None and self._train_X.dtype == torch.float32:
+                features = self._features(part, self._conditioned().std)
+                block = strategy.single_precision_blocks(features)
+                if block is not None:
+                    means.append(self._mean_of(features, self._conditioned()))
+                    blocks.append(block)
+                    continue
             projection, mean = self._project(part)
             block = projection.blocks
             if update is not None:
