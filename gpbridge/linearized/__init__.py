@@ -6,4 +6,11 @@ from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.paths import TangentPath
 
-__all__ = ["Calibration", "Exact", "LinearizedGP", "TangentMean", "TangentPath", "TrainGap"]
+__all__ = [
+    "Calibration",
+    "Exact",
+    "LinearizedGP",
+    "TangentMean",
+    "TangentPath",
+    "TrainGap",
+]

@@ -91,4 +91,3 @@ def noise_spectrum(problem: TangentProblem) -> GaussianSpectrum:
     return gaussian_spectrum_of_weights(
         problem.scatter()[0, 0], problem.matmul, problem.t_matmul, targets
     )
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
@@ -19,19 +19,20 @@ from botorch.models.model import FantasizeMixin, Model
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior, Posterior
-from botorch.utils.constraints import LogTransformedInterval
 from botorch.utils.datasets import SupervisedDataset
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
     Likelihood,
 )
 from gpytorch.models import GP
-from linear_operator import to_linear_operator
-from linear_operator.operators import DiagLinearOperator
 from torch import Size, Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+)
 
 from gpbridge.checks import (
     ShapeError,
@@ -44,40 +45,32 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.draws import TangentDraws
-from gpbridge.features import TangentFeatures, flat_std
-from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.functional import FunctionalNet, Parameters, jvp
 from gpbridge.kernels.tangent import Groups, NeuralTangentKernel
-from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import hessian_root, is_gaussian, noise_covariance
+from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import Calibration, TrainGap, calibrate, train_gap
 from gpbridge.linearized.conditioning import (
     NewData,
     Update,
     add_blocks,
-    apply_update,
-    make_update,
+)
+from gpbridge.linearized.construction import (
+    feature_scale,
+    fixed_inputs,
+    freeze_network,
+    prior_variance_bounds,
 )
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
-from gpbridge.linearized.mode import Mode, find_mode
+from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import initial_noise, set_noise
+from gpbridge.linearized.outcomes import latent_distribution, target_distribution
+from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
 from gpbridge.linearized.problem import TangentProblem
-from gpbridge.prediction import PredictionStrategy, Projection, apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
 from gpbridge.types import Evidence, FitResult
-
-_PREDICT_BYTES = 64 * 2**20  # covariance with the training data, per chunk of points
-
-
-class _Posterior(NamedTuple):
-    """The base posterior at the current hyperparameters."""
-
-    key: tuple
-    strategy: PredictionStrategy
-    std: dict[str, Tensor]
-    weights: Tensor  # scaled weights of the mean, relative to the trained ones
 
 
 class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
@@ -182,8 +175,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
         train_X, train_Y = train_X.detach(), train_Y.detach()
-        net = _on_device(network, parameters, input_shape, train_X, inference)
-        Z = _fixed_inputs(input_transform, train_X)
+        net = freeze_network(network, parameters, input_shape, train_X, inference)
+        Z = fixed_inputs(input_transform, train_X)
         num_outputs = net.probe(Z.to(net.dtype))
         targets = train_Y
         if outcome_transform is not None:
@@ -215,11 +208,17 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             self.input_transform = input_transform
         if outcome_transform is not None:
             self.outcome_transform = outcome_transform
-        scale = _feature_scale(net, Z, likelihood, gaussian) if g_prior else None
+        scale = feature_scale(net, Z, likelihood) if g_prior else None
         net.set_weight_scale(scale)
         self.covar_module = NeuralTangentKernel(net, groups=groups).to(train_X.device)
         self.mean_module = TangentMean(net)
-        self._bound_prior_variance(Z, targets if gaussian else None)
+        self.covar_module.register_constraint(
+            "raw_prior_variance",
+            prior_variance_bounds(
+                net, Z, self.covar_module.unit_std(), targets if gaussian else None
+            ),
+            replace=True,
+        )
         self.noise, self.parameters_option = noise, parameters
         if gaussian:
             with torch.no_grad():
@@ -390,15 +389,20 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         botorch's models.
         """
         if self.training:
-            Z = self.transform_inputs(X)
-            features = self._features(Z, self._std())
-            weights = self._trained_weights()
-            mean = features.value + features.matmul(-weights)
-            if not self.offset:
-                mean = torch.zeros_like(mean)
-            return _normal(mean, features.gram(), X.dtype)
-        mean, covariance = self._joint(X)
-        return _normal(mean, covariance, X.dtype)
+            return self._prior(self.transform_inputs(X), X.dtype)
+        return latent_distribution(*self._joint(X), X.dtype)
+
+    def _prior(self, Z: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+        Z = Z.to(self.functional.dtype)
+        std = self.problem.scaled_std(self.prior_variance)
+        covariance = self.problem.features(Z, std).gram()
+        mean = self.functional(Z)
+        if self.offset:
+            net = self.functional
+            mean = mean - jvp(net, Z, net.flatten(net.params))
+        else:
+            mean = torch.zeros_like(mean)
+        return latent_distribution(mean, covariance, dtype)
 
     def posterior(
         self,
@@ -436,7 +440,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         mean, covariance = self._joint(Z)
         if observation_noise is not False:
             covariance = add_blocks(covariance, self._noise_of(observation_noise, mean))
-        posterior = GPyTorchPosterior(_normal(mean, covariance, X.dtype))
+        posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
         if hasattr(self, "outcome_transform"):
             posterior = self.outcome_transform.untransform_posterior(posterior, X=X)
         if posterior_transform is not None:
@@ -567,7 +571,12 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         self.mean, self.noise = mean, noise
         misfit = self.problem.Y - self.problem.outputs
         value = initial_noise(
-            noise, mean, self.parameters_option, self.fit_result, misfit, self.likelihood
+            noise,
+            mean,
+            self.parameters_option,
+            self.fit_result,
+            misfit,
+            self.likelihood,
         )
         if value is not None:
             set_noise(self.likelihood, value)
@@ -595,7 +604,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         check_inputs(X, "X", self._train_X.shape[-1])
         check_same_dtype("X", X, self._train_X.dtype)
         if is_gaussian(self.likelihood):
-            return self._predict_gaussian(X)
+            mean, blocks = self.marginals(X)
+            blocks = blocks + self._noise_of(True, mean)
+            variance = blocks.diagonal(dim1=-2, dim2=-1)
+            transform = getattr(self, "outcome_transform", None)
+            return target_distribution(mean, variance, transform, X)
         calibration = self.calibration
         if link is None:
             link = "plugin" if calibration is None else calibration.link
@@ -612,25 +625,6 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         if mean.shape[-1] == 1:
             return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
         return Categorical(logits=logs)
-
-    def _predict_gaussian(self, X: Tensor) -> Distribution:
-        mean, blocks = self.marginals(X)
-        blocks = blocks + self._noise_of(True, mean)
-        variance = blocks.diagonal(dim1=-2, dim2=-1)
-        if hasattr(self, "outcome_transform"):
-            diagonal = DiagLinearOperator(variance.flatten(-2))
-            m = mean.shape[-1]
-            mvn = (
-                MultivariateNormal(mean.squeeze(-1), diagonal)
-                if m == 1
-                else MultitaskMultivariateNormal(mean, diagonal)
-            )
-            posterior = self.outcome_transform.untransform_posterior(
-                GPyTorchPosterior(mvn), X=X
-            )
-            mean, variance = posterior.mean, posterior.variance
-        normal = Normal(mean.to(X.dtype), variance.sqrt().to(X.dtype))
-        return normal if mean.shape[-1] == 1 else Independent(normal, 1)
 
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
@@ -694,22 +688,20 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         self.eval()
         check_positive(num_samples=num_samples)
-        base = self._conditioned()
-        change = base.strategy.draw_weights(num_samples, generator)
-        if self.mean == "linear_model":
-            change = change + base.weights
-        update = self._updated()
-        if update is not None:
-            change = self._condition_weights(base, update, change, generator)
-        draws = TangentDraws(
+        if len(self.batch_shape):
+            raise NotImplementedError(
+                "draw does not take a model with a batch of fantasies. Draw from the "
+                "model that was fantasised from."
+            )
+        update, base = self._updated(), self._conditioned()
+        return TangentDraws(
             self.functional,
-            change * flat_std(self.functional, base.std).double(),
-            1.0 if self.offset or self.mean == "network" else 0.0,
+            base.draw(num_samples, generator, update, self._new),
+            1.0 if base.adds_network else 0.0,
             self.transform_inputs,
             self._untransform,
             self.output_indices,
         )
-        return draws
 
     # -- inside ----------------------------------------------------------------------
 
@@ -732,143 +724,55 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             )
         return self._problem
 
-    def _std(self) -> dict[str, Tensor]:
-        return self.problem.scaled_std(self.prior_variance)
-
-    def _features(self, Z: Tensor, std: dict[str, Tensor]) -> TangentFeatures:
-        features = self.problem.features(Z.to(self.functional.dtype), std)
-        if self.output_indices is not None:
-            features = features.select(self.output_indices)
-        return features
-
-    def _trained_weights(self) -> Tensor:
-        """The trained weights in scaled units; not defined for a g-prior."""
-        net = self.functional
-        return net.flatten(net.params).detach() / flat_std(net, self._std())
-
     def _key(self) -> tuple:
         noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
         return (self.prior_variance.detach().tolist(), noise, self.mean)
 
-    def _conditioned(self) -> _Posterior:
-        """The base posterior, kept as long as no hyperparameter changes its value.
+    def _conditioned(self) -> TangentPosterior:
+        """The posterior, kept as long as no hyperparameter changes its value.
 
         Values are compared, not tensor versions: gpytorch's ``initialize`` writes to
         ``.data``.
         """
         key = self._key()
-        if self._base is None or self._base.key != key:
-            with torch.no_grad():
-                self._base = self._condition(key)
-            self._update = None
-        return self._base
-
-    def _condition(self, key: tuple) -> _Posterior:
-        problem, std = self.problem, self._std()
-        strategy = problem.strategy(self.prior_variance)
-        if self.mean == "network":
-            weights = torch.zeros((), dtype=torch.float64)
-        elif is_gaussian(self.likelihood):
-            misfit = (problem.Y - problem.prior_mean)[..., None]
-            whitened = (problem.root().mT @ misfit)[..., 0]
-            weights = strategy.mean_weights(whitened)
-            if self.offset:
-                weights = weights - self._trained_weights().double()
-        else:
-            mode: Mode = find_mode(problem, self.prior_variance)
-            weights = mode.weights / problem.expand(self.prior_variance.double().sqrt())
-        return _Posterior(key, strategy, std, weights)
-
-    def _project(self, Z: Tensor) -> tuple[Projection, Tensor]:
-        """Test points seen through the training data, and their mean."""
-        base = self._conditioned()
-        features = self._features(Z, base.std)
-        return base.strategy.project(features), self._mean_of(features, base)
-
-    def _mean_of(self, features: TangentFeatures, base: _Posterior) -> Tensor:
-        if self.mean == "network":
-            return features.value.double()
-        moved = features.matmul(base.weights.to(features.value)).double()
-        return moved + features.value.double() if self.offset else moved
+        if self._posterior is None or self._posterior[0] != key:
+            made = TangentPosterior(
+                self.problem, self.prior_variance.detach(), self.mean
+            )
+            self._posterior, self._update = (key, made), None
+        return self._posterior[1]
 
     def _updated(self) -> Update | None:
         base = self._conditioned()
         if self._new is not None and self._update is None:
-            projection, mean = self._project(self._new.X)
-            self._update = make_update(base.strategy, projection, mean, self._new)
+            self._update = base.update(self._new, self.output_indices)
         return self._update
 
     def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean ``... x n x m`` and covariance ``... x (n m) x (n m)``, float64."""
-        strategy = self._conditioned().strategy
         update = self._updated()
-        projection, mean = self._project(Z)
-        covariance = strategy.covariance(projection)
-        if update is not None:
-            mean, G = apply_update(strategy, update, projection, mean)
-            covariance = covariance - G @ G.mT
-        return mean, covariance
+        return self._conditioned().joint(Z, self.output_indices, update)
 
     def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean ``... x n x m`` and covariance ``... x n x m x m`` of each point."""
-        if self._new is not None and len(self.batch_shape):
-            raise NotImplementedError(
-                "predict does not take a model with a batch of fantasies. Ask "
-                "posterior(X) for joint moments."
-            )
-        strategy, update = self._conditioned().strategy, self._updated()
-        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
-        columns = self._targets.shape[0] * self._num_outputs**2
-        step = max(1, _PREDICT_BYTES // (8 * max(columns, self.functional.num_params)))
-        means, blocks = [], []
-        for part in rows.split(max(step, 16)):
-            if update is None and self._train_X.dtype == torch.float32:
-                features = self._features(part, self._conditioned().std)
-                block = strategy.single_precision_blocks(features)
-                if block is not None:
-                    means.append(self._mean_of(features, self._conditioned()))
-                    blocks.append(block)
-                    continue
-            projection, mean = self._project(part)
-            block = projection.blocks
-            if update is not None:
-                mean, G = apply_update(strategy, update, projection, mean)
-                G = G.unflatten(-2, mean.shape[-2:])
-                block = block - G @ G.mT
-            means.append(mean)
-            blocks.append(block)
-        shape = X.shape[:-1]
-        return (
-            torch.cat(means).reshape(*shape, -1),
-            torch.cat(blocks).reshape(*shape, self.num_outputs, self.num_outputs),
-        )
+        """Latent moments of each point in transformed units, float64.
 
-    def _condition_weights(
-        self,
-        base: _Posterior,
-        update: Update,
-        weights: Tensor,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Matheron's rule in weight space for the observations conditioned on."""
+        Args:
+            X: Inputs ``... x n x d``.
+
+        Returns:
+            Mean ``... x n x m`` and covariance ``... x n x m x m``.
+        """
         if len(self.batch_shape):
             raise NotImplementedError(
-                "draw does not take a model with a batch of fantasies. Draw from the "
-                "model that was fantasised from."
+                "Marginals of a model with a batch of fantasies are not supported. Ask "
+                "posterior(X) for joint moments."
             )
-        features = update.projection.features
-        like = features.value
-        values = torch.stack([features.matmul(w.to(like)) for w in weights]).double()
-        if self.offset or self.mean == "network":
-            values = values + like.double()
-        noise = torch.randn(
-            *values.shape, generator=generator, dtype=torch.float64, device=like.device
+        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
+        update = self._updated()
+        mean, blocks = self._conditioned().marginals(
+            rows, self.output_indices, update, X.dtype == torch.float32
         )
-        roots = torch.linalg.cholesky(self._new.noise.double())  # n' x m x m
-        values = values + (roots @ noise[..., None])[..., 0]
-        misfit = (self._new.Y.double() - values).flatten(1).mT  # (n' m) x s
-        cross = base.strategy.cross_weights(update.projection)  # (n' m) x p
-        return weights + (cross.mT @ torch.cholesky_solve(misfit, update.cholesky)).mT
+        m, shape = self.num_outputs, X.shape[:-1]
+        return mean.reshape(*shape, m), blocks.reshape(*shape, m, m)
 
     def _noise(self, f: Tensor, noise: Tensor | None = None) -> Tensor:
         return noise_covariance(self.likelihood, f, noise).detach().double()
@@ -927,30 +831,6 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 stacklevel=3,
             )
 
-    def _bound_prior_variance(self, Z: Tensor, targets: Tensor | None) -> None:
-        """Bound the prior variance relative to the kernel's size and the targets'."""
-        with torch.no_grad():
-            rows = Z[:: max(1, len(Z) // 200)].to(self.functional.dtype)
-            unit = self.covar_module.unit_std()
-            features = tangent_features(self.functional, rows, unit)
-            size = float(features.blocks().diagonal(dim1=-2, dim2=-1).mean())
-            power = 1.0
-            if targets is not None:
-                power = max(float(targets.square().mean()), 1e-30)
-        if not size > 0:
-            raise ValueError(
-                "The tangent kernel is zero on the training inputs: every random weight "
-                "has zero derivative there. Check for dead units, or select other "
-                "parameters."
-            )
-        scale = power / size
-        bounds = LogTransformedInterval(
-            min(2e-9 * scale, 1e-3), max(2.2e4 * scale, 1e3)
-        ).to(self._train_X.device)
-        self.covar_module.register_constraint(
-            "raw_prior_variance", bounds, replace=True
-        )
-
     def _share(self) -> LinearizedGP:
         """A shallow copy: modules and caches are shared, further data are not."""
         twin = copy.copy(self)
@@ -960,7 +840,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def _forget(self) -> None:
         self._problem: TangentProblem | None = None
-        self._base: _Posterior | None = None
+        self._posterior: tuple[tuple, TangentPosterior] | None = None
         self._update: Update | None = None
         self._mode: Mode | None = None
 
@@ -990,7 +870,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     def __getstate__(self) -> dict:
         """Copies and pickles carry the state, not what can be computed from it."""
         state = {**self.__dict__}
-        state.update(_problem=None, _base=None, _update=None, _mode=None)
+        state.update(_problem=None, _posterior=None, _update=None, _mode=None)
         return state
 
     def _set_transformed_inputs(self) -> None:
@@ -998,73 +878,6 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def _revert_to_original_inputs(self) -> None:
         """Nothing to swap."""
-
-
-def _on_device(
-    network: nn.Module,
-    parameters: Parameters,
-    input_shape: Sequence[int] | None,
-    X: Tensor,
-    inference: Exact,
-) -> FunctionalNet:
-    devices = {p.device for p in network.parameters()} if _is_module(network) else set()
-    if devices and devices != {X.device}:
-        raise ValueError(
-            f"The network is on {', '.join(map(str, devices))}, but train_X is on "
-            f"{X.device}. Move one of them with .to(...)."
-        )
-    net = FunctionalNet(network, parameters, input_shape)
-    dtype = inference.jacobian_dtype
-    if dtype is None:
-        dtype = torch.float64 if X.device.type == "cpu" else X.dtype
-    return net.to(dtype)
-
-
-def _is_module(network: object) -> bool:
-    return isinstance(network, nn.Module)
-
-
-def _fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:
-    if transform is None:
-        return X
-    if any(p.requires_grad for p in transform.parameters()):
-        raise ValueError(
-            f"{type(transform).__name__} has learnable parameters, but the network was "
-            "trained on fixed inputs. Pass a transform without them, or warp the inputs "
-            "in the network."
-        )
-    with torch.no_grad():
-        Z = transform(X)  # in train mode a transform reads its bounds here
-    transform.eval()
-    return Z
-
-
-def _feature_scale(
-    net: FunctionalNet, Z: Tensor, likelihood: Likelihood, gaussian: bool
-) -> Tensor:
-    """Inverse root of each feature's curvature on the data, 0 where it is dead, p."""
-    root = None if gaussian else hessian_root(likelihood, net(Z.to(net.dtype)).double())
-    one = {name: Z.new_ones((), dtype=net.dtype) for name in net.params}
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(Z), 64):
-            rows = Z[start : start + 64].to(net.dtype)
-            J = tangent_features(net, rows, one).rows().double()
-            if root is not None:
-                J = apply_root(root[start : start + 64].mT, J)
-            total = total + J.square().sum(0)
-    alive = total > 1e-20 * total.max()
-    return torch.where(alive, total.clamp_min(1e-300).rsqrt(), 0.0).to(net.dtype)
-
-
-def _normal(mean: Tensor, covariance: Tensor, dtype: torch.dtype) -> MultivariateNormal:
-    # Wrapped, since a dense covariance would be factorised by the distribution, which
-    # fails for a singular one.
-    operator = to_linear_operator(covariance.to(dtype))
-    mean = mean.to(dtype)
-    if mean.shape[-1] == 1:
-        return MultivariateNormal(mean.squeeze(-1), operator)
-    return MultitaskMultivariateNormal(mean, operator)
 
 
 def _join(old: NewData, new: NewData) -> NewData:
@@ -1077,4 +890,3 @@ def _join(old: NewData, new: NewData) -> NewData:
         b = b.expand(*batch, *b.shape[-trailing:])
         joined.append(torch.cat([a, b], dim=-trailing))
     return NewData(*joined)
-

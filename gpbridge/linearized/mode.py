@@ -138,7 +138,9 @@ def _newton_function(
         step = (b - apply_root(root, inner))[:, 0] - a
         moved = gram @ step
         t, new = _line_search(
-            lambda t, step=step, moved=moved: objective(a + t * step, shift + t * moved),
+            lambda t, step=step, moved=moved: objective(
+                a + t * step, shift + t * moved
+            ),
             value,
         )
         a, shift = a + t * step, shift + t * moved
@@ -181,7 +183,9 @@ def _newton_weight(
         )
         moved = problem.matmul(step)
         t, new = _line_search(
-            lambda t, step=step, moved=moved: objective(v + t * step, shift + t * moved),
+            lambda t, step=step, moved=moved: objective(
+                v + t * step, shift + t * moved
+            ),
             value,
         )
         v, shift = v + t * step, shift + t * moved

@@ -18,7 +18,7 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory
-from gpbridge.features import DenseFeatures, TangentFeatures, dense_features
+from gpbridge.features import DenseFeatures, TangentFeatures
 from gpbridge.functional import FunctionalNet, jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
@@ -116,7 +116,9 @@ class TangentProblem:
 
     def expand(self, per_group: Tensor) -> Tensor:
         """Spread one number per group over the weights, ``p``."""
-        by_name = {n: per_group[g] for g, names in enumerate(self.groups) for n in names}
+        by_name = {
+            n: per_group[g] for g, names in enumerate(self.groups) for n in names
+        }
         params = self.net.params
         return torch.cat(
             [by_name[name].expand(params[name].numel()) for name in self.unit_std]
@@ -138,7 +140,8 @@ class TangentProblem:
             with torch.no_grad():
                 self._grams = [
                     self.features(
-                        self.X, {n: self.unit_std[n] for n in self.unit_std if n in names}
+                        self.X,
+                        {n: self.unit_std[n] for n in self.unit_std if n in names},
                     )
                     .gram()
                     .double()
@@ -298,7 +301,9 @@ class _Batches:
 
 def _is_shared(likelihood: Likelihood) -> bool:
     """Whether one noise covariance serves every point."""
-    return isinstance(likelihood, GaussianLikelihood) or hasattr(likelihood, "num_tasks")
+    return isinstance(likelihood, GaussianLikelihood) or hasattr(
+        likelihood, "num_tasks"
+    )
 
 
 def _off_diagonal(root: Tensor) -> tuple[Tensor, Tensor]:

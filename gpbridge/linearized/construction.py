@@ -1,0 +1,119 @@
+"""What the constructor of a linearised GP measures and refuses.
+
+In: the user's network, data, transforms. Out: a frozen network in the working
+precision, transformed inputs, feature scales of a g-prior, bounds of the prior variance.
+Next: ``gp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from botorch.models.transforms.input import InputTransform
+from botorch.utils.constraints import LogTransformedInterval
+from gpytorch.likelihoods import Likelihood
+from torch import Tensor, nn
+
+from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.layer_gram import tangent_features
+from gpbridge.likelihoods import hessian_root, is_gaussian
+from gpbridge.linearized.inference import Exact
+from gpbridge.prediction import apply_root
+
+_ROWS = 200  # training points on which the size of the kernel is measured
+_DEAD = 1e-20  # squared size of a feature, of the largest, below which it is dead
+
+
+def freeze_network(
+    network: nn.Module,
+    parameters: Parameters,
+    input_shape: Sequence[int] | None,
+    X: Tensor,
+    inference: Exact,
+) -> FunctionalNet:
+    """Copy the network to the working precision: float64 on the CPU.
+
+    Raises:
+        ValueError: If network and inputs are on different devices.
+    """
+    if isinstance(network, nn.Module):
+        devices = {p.device for p in network.parameters()}
+        if devices and devices != {X.device}:
+            raise ValueError(
+                f"The network is on {', '.join(map(str, devices))}, but train_X is on "
+                f"{X.device}. Move one of them with .to(...)."
+            )
+    dtype = inference.jacobian_dtype
+    if dtype is None:
+        dtype = torch.float64 if X.device.type == "cpu" else X.dtype
+    return FunctionalNet(network, parameters, input_shape).to(dtype)
+
+
+def fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:
+    """Transform the inputs once; the transform reads its bounds from them here.
+
+    Raises:
+        ValueError: If the transform has parameters to learn.
+    """
+    if transform is None:
+        return X
+    if any(p.requires_grad for p in transform.parameters()):
+        raise ValueError(
+            f"{type(transform).__name__} has learnable parameters, but the network was "
+            "trained on fixed inputs. Pass a transform without them, or warp the inputs "
+            "in the network."
+        )
+    with torch.no_grad():
+        Z = transform(X)
+    transform.eval()
+    return Z
+
+
+@torch.no_grad()
+def feature_scale(net: FunctionalNet, Z: Tensor, likelihood: Likelihood) -> Tensor:
+    r"""Scale of each weight under a g-prior, ``p``.
+
+    .. math:: s_i = \Big( \sum_n (J_n^\top R_n R_n^\top J_n)_{ii} \Big)^{-1/2}
+
+    with R = I for Gaussian noise, whose size the prior variance absorbs. Weights whose
+    feature vanishes on the data get scale 0: dividing by a small floor would make them
+    the largest.
+    """
+    Z = Z.to(net.dtype)
+    root = None
+    if not is_gaussian(likelihood):
+        root = hessian_root(likelihood, net(Z).double())
+    one = {name: Z.new_ones(()) for name in net.params}
+    total = 0.0
+    for start in range(0, len(Z), 64):
+        J = tangent_features(net, Z[start : start + 64], one).rows().double()
+        if root is not None:
+            J = apply_root(root[start : start + 64].mT, J)
+        total = total + J.square().sum(0)
+    alive = total > _DEAD * total.max()
+    tiny = torch.finfo(total.dtype).tiny
+    return torch.where(alive, total.clamp_min(tiny).rsqrt(), 0.0).to(net.dtype)
+
+
+@torch.no_grad()
+def prior_variance_bounds(
+    net: FunctionalNet, Z: Tensor, unit_std: dict[str, Tensor], targets: Tensor | None
+) -> LogTransformedInterval:
+    """Bounds in units of the targets' power over the kernel's mean diagonal.
+
+    Raises:
+        ValueError: If the kernel vanishes on the data.
+    """
+    rows = Z[:: max(1, len(Z) // _ROWS)].to(net.dtype)
+    blocks = tangent_features(net, rows, unit_std).blocks()
+    size = float(blocks.diagonal(dim1=-2, dim2=-1).mean())
+    if not size > 0:
+        raise ValueError(
+            "The tangent kernel is zero on the training inputs: every random weight has "
+            "zero derivative there. Check for dead units, or select other parameters."
+        )
+    power = 1.0 if targets is None else max(float(targets.square().mean()), 1e-30)
+    scale = power / size
+    bounds = LogTransformedInterval(min(2e-9 * scale, 1e-3), max(2.2e4 * scale, 1e3))
+    return bounds.to(Z.device)

@@ -1,0 +1,56 @@
+"""Distributions of latent values and of targets, in the caller's dtype and units.
+
+In: float64 moments. Out: gpytorch and torch distributions. Next: ``gp``.
+"""
+
+from __future__ import annotations
+
+import torch
+from botorch.models.transforms.outcome import OutcomeTransform
+from botorch.posteriors import GPyTorchPosterior
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from linear_operator import to_linear_operator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+
+def latent_distribution(
+    mean: Tensor, covariance: Tensor | LinearOperator, dtype: torch.dtype
+) -> MultivariateNormal:
+    """Joint distribution of ``... x n x m`` values, multitask if m > 1.
+
+    The covariance is wrapped: a dense one would be factorised by the distribution when
+    it is built, which fails for a singular matrix.
+    """
+    operator = to_linear_operator(covariance).to(dtype)
+    mean = mean.to(dtype)
+    if mean.shape[-1] == 1:
+        return MultivariateNormal(mean.squeeze(-1), operator)
+    return MultitaskMultivariateNormal(mean, operator)
+
+
+def target_distribution(
+    mean: Tensor,
+    variance: Tensor,
+    transform: OutcomeTransform | None,
+    X: Tensor,
+) -> Distribution:
+    """Distribution of the targets at each point, noise included.
+
+    Args:
+        mean: ``... x n x m`` in transformed units.
+        variance: Likewise, noise included.
+        transform: Of the targets.
+        X: The inputs, for transforms that depend on them; their dtype is returned.
+
+    Returns:
+        Normal ``... x n x 1``, or independent Normals over m outputs.
+    """
+    if transform is not None:
+        flat = DiagLinearOperator(variance.flatten(-2))
+        latent = latent_distribution(mean, flat, torch.float64)
+        posterior = transform.untransform_posterior(GPyTorchPosterior(latent), X=X)
+        mean, variance = posterior.mean, posterior.variance
+    normal = Normal(mean.to(X.dtype), variance.sqrt().to(X.dtype))
+    return normal if mean.shape[-1] == 1 else Independent(normal, 1)
