@@ -21,7 +21,7 @@ ORDER = """
 types
 _version checks metrics data distributed
 functional likelihoods targets augmentation plots
-operators features layer_gram spectral draws weights prediction solvers descent
+operators features layer_gram spectral draws weights prediction solvers matrix_free descent
 kernels: compositions feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
 linearized: curvature kronecker low_rank sampling links predictive calibration inference evidence gp paths
