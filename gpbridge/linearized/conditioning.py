@@ -24,9 +24,9 @@ from gpbridge.prediction import PredictionStrategy, Projection
 
 
 class NewData(NamedTuple):
-    """Observations beyond the training set, in the model's transformed units."""
+    """Observations beyond the training set, targets in the model's transformed units."""
 
-    X: Tensor  # batch x n' x d
+    X: Tensor  # batch x n' x d, as the user passed them until they are used
     Y: Tensor  # batch' x n' x m
     noise: Tensor  # batch x n' x m x m
 

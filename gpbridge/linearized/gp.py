@@ -475,11 +475,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of shape "
                 f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
             )
-        Z = self.transform_inputs(X)
         if hasattr(self, "outcome_transform"):
-            Y, _ = self.outcome_transform(Y, X=Z)
+            Y, _ = self.outcome_transform(Y, X=self.transform_inputs(X))
         blocks = self._noise_of(True if noise is None else noise, Y.double())
-        new = NewData(Z, Y, blocks)
+        new = NewData(X, Y, blocks)
         if self._new is not None:
             new = _join(self._new, new)
         conditioned = self._share()
@@ -745,7 +744,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     def _updated(self) -> Update | None:
         base = self._conditioned()
         if self._new is not None and self._update is None:
-            self._update = base.update(self._new, self.output_indices)
+            new = self._new._replace(X=self.transform_inputs(self._new.X))
+            self._update = base.update(new, self.output_indices)
         return self._update
 
     def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -861,6 +861,17 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state_dict carries beside tensors: plain values, no code."""
+        calibration = None if self.calibration is None else tuple(self.calibration)
+        return {"mean": self.mean, "fitted": self.fitted, "calibration": calibration}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self.mean, self.fitted = state["mean"], state["fitted"]
+        kept = state["calibration"]
+        self.calibration = None if kept is None else Calibration(*kept)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LinearizedGP:
         super()._apply(fn, *args, **kwargs)
