@@ -23,7 +23,7 @@ from linear_operator.operators import (
     MatmulLinearOperator,
     RootLinearOperator,
 )
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from gpbridge.checks import ShapeError, check_choice, check_positive
 from gpbridge.features import TangentFeatures, dense_features, flat_std
@@ -130,7 +130,8 @@ class NeuralTangentKernel(Kernel):
             prior_variance_constraint = LogTransformedInterval(*VARIANCE_BOUNDS)
         self.register_constraint("raw_prior_variance", prior_variance_constraint)
         self.prior_variance = 1.0
-        self._cache: tuple | None = None
+        self._cache: tuple | None = None  # Gram matrices of one set of inputs
+        self._train: tuple | None = None  # features of one set of inputs
 
     @property
     def prior_variance(self) -> Tensor:
@@ -252,7 +253,7 @@ class NeuralTangentKernel(Kernel):
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the cached Gram matrices behind."""
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "_train": None}
 
     def _probe(self, x: Tensor) -> None:
         if self.functional._num_outputs is None:
@@ -306,6 +307,29 @@ class NeuralTangentKernel(Kernel):
         net = self.functional
         return tangent_features(net, x.to(net.dtype), self.unit_std(group), self.method)
 
+    def _kept_features(self, x: Tensor, group: int) -> TangentFeatures:
+        """Features of the second argument, which in prediction are the training data.
+
+        Kept as long as the same tensor comes back, unchanged, with the same weights.
+        """
+        if x.requires_grad or not self.functional.freeze:
+            return self._features(x, group)
+        while x.dim() > 2 and (x.stride(0) == 0 or x.shape[0] == 1):
+            x = x[0]  # an expanded batch repeats the same points
+        key = self._identity(x)
+        if self._train is None or self._train[0] != key:
+            self._train = (key, x, {})  # held, so that its address is not given away
+        kept = self._train[2]
+        if group not in kept:
+            with torch.no_grad():
+                kept[group] = self._features(x, group)
+        return kept[group]
+
+    def _identity(self, x: Tensor) -> tuple:
+        """What tells whether a tensor and the network are still the same."""
+        weights = tuple(p._version for p in self.functional.params.values())
+        return (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, weights)
+
     def _unit_grams(self, x1: Tensor, x2: Tensor, same: bool) -> list[Tensor]:
         """Gram matrices of each group at prior variance one.
 
@@ -313,9 +337,7 @@ class NeuralTangentKernel(Kernel):
         as the same tensor comes back, unchanged, with the same weights.
         """
         keep = same and self.functional.freeze and not x1.requires_grad
-        key = (x1.data_ptr(), x1._version, x1.shape, x1.stride(), x1.dtype) + tuple(
-            p._version for p in self.functional.params.values()
-        )
+        key = self._identity(x1)
         if keep and self._cache is not None and self._cache[0] == key:
             return self._cache[2]
         if self.weight_covariance is not None:
@@ -329,7 +351,7 @@ class NeuralTangentKernel(Kernel):
             grams = []
             for g in range(len(self.groups)):
                 left = self._features(x1, g)
-                grams.append(left.gram(None if same else self._features(x2, g)))
+                grams.append(left.gram(None if same else self._kept_features(x2, g)))
         grams = [gram.to(x1.dtype) for gram in grams]
         if keep:
             # The inputs are held so that their address cannot be given to others.
