@@ -137,6 +137,10 @@ class MatrixFreeStrategy:
         other = left if right is None else right
         return left.factor @ other.factor.mT
 
+    def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
+        """None: certified solves want float64."""
+        return None
+
     def cross_weights(self, projection: Projection) -> Tensor:
         """Posterior covariance of outputs and weights: rho of the root form."""
         return projection.factor[..., : self.num_params]

@@ -182,7 +182,7 @@ def nystrom_preconditioner(
         sketch = torch.linalg.qr(sketch).Q
         seen = operator._matmul(sketch.to(operator.dtype)).double() - shift * sketch
         # M is positive semi-definite up to round-off, which the small shift covers.
-        size = torch.linalg.matrix_norm(seen, keepdim=True)
+        size = torch.linalg.matrix_norm(seen, keepdim=True).clamp_min(1e-290)
         small = torch.finfo(operator.dtype).eps * size
         seen = seen + small * sketch
         core = sketch.mT @ seen
