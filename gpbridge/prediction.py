@@ -153,8 +153,7 @@ class FunctionSpaceStrategy:
         prior = features.blocks().double()
         blocks = prior - (V @ V.mT).double()
         variance = blocks.diagonal(dim1=-2, dim2=-1)
-        kept = (variance / prior.diagonal(dim1=-2, dim2=-1)).amin(-1)
-        rows = kept.topk(min(_DELICATE, t), largest=False).indices
+        rows = _delicate(variance, prior.diagonal(dim1=-2, dim2=-1))
         exact = self.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
         error = (variance[rows] / exact - 1).abs().max()
         self._single_fails = not bool(error < _SINGLE_TOLERANCE)
@@ -238,6 +237,7 @@ class WeightSpaceStrategy:
         if precision is None:
             precision = weight_precision(batches, num_params)
         self.cholesky = factorise(precision)
+        self._single_fails = False  # once they did, float32 products are not tried again
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -246,7 +246,7 @@ class WeightSpaceStrategy:
 
     def project(self, features: TangentFeatures) -> Projection:
         """See test points through the data."""
-        F = features.rows().double() @ self._inverse_root
+        F = triangular_product(features.rows().double(), self._inverse_root, 1)
         per_point = F.unflatten(-2, features.value.shape[-2:])
         return Projection(features, F, True, per_point @ per_point.mT)
 
@@ -255,9 +255,36 @@ class WeightSpaceStrategy:
         other = left if right is None else right
         return left.factor @ other.factor.mT
 
+    @torch.no_grad()
     def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
-        """None: with p < n m there is little to save."""
-        return None
+        """Per-point covariances by float32 products, checked on the delicate points.
+
+        A product of roots loses fewer digits than a difference: the check nearly always
+        holds.
+
+        Args:
+            features: Features of ``t`` test points, unbatched.
+
+        Returns:
+            ``t x m x m`` in float64, or None.
+        """
+        t, m = features.value.shape
+        if t * m < _MANY_ROWS or self._single_fails:
+            return None
+        F = triangular_product(features.to(torch.float32).rows(), self._single, 1)
+        F = F.unflatten(0, (t, m))
+        blocks = (F @ F.mT).double()
+        variance = blocks.diagonal(dim1=-2, dim2=-1)
+        prior = features.blocks().diagonal(dim1=-2, dim2=-1)
+        rows = _delicate(variance, prior)
+        exact = self.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
+        error = (variance[rows] / exact - 1).abs().max()
+        self._single_fails = not bool(error < _SINGLE_TOLERANCE)
+        return None if self._single_fails else blocks
+
+    @cached_property
+    def _single(self) -> Tensor:
+        return self._inverse_root.float()
 
     def cross_weights(self, projection: Projection) -> Tensor:
         """Posterior covariance of outputs and weights."""
@@ -346,8 +373,25 @@ def weight_precision(
         rows = apply_root(root.double().mT, features.rows().double())
         if total is None:
             total = rows.new_zeros(num_params, num_params)
-        total.addmm_(rows.mT, rows)
-    return total
+        add_scatter(total, rows)
+    return symmetrise(total)
+
+
+def add_scatter(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows' rows`` to the upper block triangle of ``total``, in place.
+
+    Half of a symmetric product need not be computed; :func:`symmetrise` completes it.
+    """
+    p = rows.shape[-1]
+    step = -(-p // (_BLOCKS if p >= 64 * _BLOCKS else 1))
+    for start in range(0, p, step):
+        stop = start + step
+        total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+
+
+def symmetrise(total: Tensor) -> Tensor:
+    """Mirror the upper triangle of a square matrix."""
+    return total.triu() + total.triu(1).mT
 
 
 def factorise(matrix: Tensor) -> Tensor:
@@ -373,6 +417,12 @@ def _nothing_cancels(posterior: Tensor, prior: Tensor, dtype: torch.dtype) -> bo
     variance = posterior.diagonal(dim1=-2, dim2=-1)
     before = prior.diagonal(dim1=-2, dim2=-1)
     return bool((variance > _SAFE * torch.finfo(dtype).eps * before).all())
+
+
+def _delicate(posterior: Tensor, prior: Tensor) -> Tensor:
+    """The points that lost most of their prior variance, ``t x m`` to a few rows."""
+    kept = (posterior / prior).amin(-1)
+    return kept.topk(min(_DELICATE, len(kept)), largest=False).indices
 
 
 def _standard_normal(

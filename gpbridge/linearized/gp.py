@@ -646,7 +646,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     @property
     def train_gap(self) -> TrainGap:
         """How far predictions contradict the training labels; classification only."""
-        return train_gap(self)
+        key = self._key()
+        if self._gap is None or self._gap[0] != key:
+            self._gap = (key, train_gap(self))
+        return self._gap[1]
 
     # -- evidence and draws ----------------------------------------------------------
 
@@ -843,6 +846,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         self._posterior: tuple[tuple, TangentPosterior] | None = None
         self._update: Update | None = None
         self._mode: Mode | None = None
+        self._gap: tuple[tuple, TrainGap] | None = None
 
     def train(self, mode: bool = True) -> LinearizedGP:
         """Set the mode; network and transforms stay in eval mode."""
@@ -881,7 +885,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     def __getstate__(self) -> dict:
         """Copies and pickles carry the state, not what can be computed from it."""
         state = {**self.__dict__}
-        state.update(_problem=None, _posterior=None, _update=None, _mode=None)
+        state.update(_problem=None, _posterior=None, _update=None, _mode=None, _gap=None)
         return state
 
     def _set_transformed_inputs(self) -> None:

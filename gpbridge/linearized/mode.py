@@ -25,6 +25,7 @@ from gpbridge.prediction import apply_root, factorise, whiten
 
 _STEPS = 60  # Newton steps; a well-posed problem takes about ten
 _INNER = 50  # conjugate gradient steps per Newton step
+_INNER_TOLERANCE = 1e-4  # of the squared preconditioned residual
 _TOLERANCE = 1e-9  # of the objective, relative to its size and to one nat
 
 
@@ -220,7 +221,7 @@ def _conjugate_gradients(operator, rhs: Tensor, precondition) -> Tensor:
     direction, rz = z, rhs @ z
     first = rz
     for _ in range(_INNER):
-        if bool(rz <= 1e-8 * first):
+        if bool(rz <= _INNER_TOLERANCE * first):
             break
         image = operator(direction)
         alpha = rz / (direction @ image)

@@ -28,7 +28,9 @@ from gpbridge.prediction import (
     FunctionSpaceStrategy,
     PredictionStrategy,
     WeightSpaceStrategy,
+    add_scatter,
     apply_root,
+    symmetrise,
 )
 from gpbridge.solvers import ConjugateGradients
 
@@ -208,10 +210,9 @@ class TangentProblem:
             for features, _ in self.batches():
                 stop = start + features.value.shape[0]
                 rows = features.rows().double()
-                rows = apply_root(root[start:stop].mT, rows)
-                total.addmm_(rows.mT, rows)
+                add_scatter(total, apply_root(root[start:stop].mT, rows))
                 start = stop
-        return total
+        return symmetrise(total)
 
     def rows(self) -> Tensor | None:
         """The dense unit features ``(n m) x p``, or None if they take too much memory."""
