@@ -2,12 +2,14 @@
 
 The peer is what a careful user writes in five lines: ``vmap(jacrev)`` per sample, then
 J J'. Ours contracts the layers' signals and never forms J. Tanh networks of 8 inputs.
+Every call gets new inputs, because the kernel keeps the features of the last ones.
 Run with ``python benchmarks/bench_gram.py [--smoke]``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import problems
 import timing
@@ -51,10 +53,15 @@ def row(
     kernel = NeuralTangentKernel(network).to(dtype)
     theirs, ours = dense_gram(network, X), our_gram(kernel, X)
     error = (ours - theirs).abs().max() / theirs.abs().max()
+    count = itertools.count(1)
+
+    def fresh() -> Tensor:
+        return X + 1e-3 * next(count)
+
     times = timing.interleave(
         {
-            "ours": lambda: our_gram(kernel, X),
-            "dense": lambda: dense_gram(network, X),
+            "ours": lambda: our_gram(kernel, fresh()),
+            "dense": lambda: dense_gram(network, fresh()),
         },
         repeats,
     )

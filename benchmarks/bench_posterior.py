@@ -61,8 +61,8 @@ def peer_fit(kind: str, network: nn.Module, X: Tensor, Y: Tensor) -> object:
 
 def peer_variance(kind: str, fitted: object, X: Tensor) -> Tensor:
     """Marginal variances of the latent function."""
-    kwargs = {"pred_type": "gp"} if kind == "FunctionalLaplace" else {}
-    return fitted(X, **kwargs)[1].reshape(-1).detach()
+    options = {"pred_type": "gp"} if kind == "FunctionalLaplace" else {}
+    return peers.predict(fitted, X, **options)[1].reshape(-1).detach()
 
 
 def dense_variance(network: nn.Module, X: Tensor, X_test: Tensor) -> Tensor:

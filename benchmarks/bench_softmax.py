@@ -67,9 +67,8 @@ def peer_fit(kind: str, network: nn.Module, X: Tensor, y: Tensor) -> object:
 def peer_probabilities(fitted: object, X: Tensor) -> Tensor:
     """Averaged class probabilities, ``n x 10``."""
     batches = X.unflatten(-1, IMAGE).split(PREDICT_BATCH)
-    return torch.cat(
-        [fitted(batch, link_approx="probit").detach() for batch in batches]
-    )
+    parts = [peers.predict(fitted, batch, link_approx="probit") for batch in batches]
+    return torch.cat(parts).detach()
 
 
 def times(num_train: int, num_test: int, repeats: int) -> None:

@@ -26,6 +26,7 @@ torch breaks the import."""
 
 try:
     import laplace
+    from backpack.context import CTX
     from laplace.curvature import BackPackGGN, CurvlinopsGGN
 except ImportError:
     laplace = None
@@ -79,3 +80,16 @@ def functional(
         sigma_noise=noise_variance**0.5,
         prior_precision=1.0,
     )
+
+
+def predict(fitted: laplace.BaseLaplace, X: Tensor, **options: str) -> object:
+    """Call the peer, with its BackPACK hooks in order.
+
+    One model's Jacobians remove the hooks of every other model in the process, so two
+    models cannot take turns; without hooks and without their flag, each sets its own.
+    """
+    CTX.remove_hooks()
+    for module in fitted.model.modules():
+        if hasattr(module, "_backpack_extend"):
+            del module._backpack_extend
+    return fitted(X, **options)

@@ -100,7 +100,8 @@ def compare_memory(
     work: str, peer: str, ours: Memory, theirs: Memory, target: float | None = None
 ) -> Row:
     """A row from two peaks; a peer that ran out of memory is shown as such."""
-    ratio = theirs.peak / ours.peak if theirs.failure is None else float("nan")
+    failed = ours.failure is not None or theirs.failure is not None
+    ratio = float("nan") if failed else theirs.peak / ours.peak
     return Row(
         work,
         peer,
