@@ -401,7 +401,8 @@ def factorise(matrix: Tensor) -> Tensor:
         ValueError: If the factorisation fails, which needs NaN or a matrix so large
             that round-off exceeds one.
     """
-    shifted = matrix + torch.eye(matrix.shape[-1]).to(matrix)
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if bool(info.any()):
         raise ValueError(

@@ -195,28 +195,33 @@ def _search_frozen_spectrum(model: LinearizedGP) -> None:
     raw = model.covar_module.raw_prior_variance
     if not raw.requires_grad:
         return
-    bounds = {"s": _log_bounds(model.covar_module.raw_prior_variance_constraint)}
+    low, high = _log_bounds(model.covar_module.raw_prior_variance_constraint)
     size = float(spectrum.eigenvalues.sum()) / problem.outputs.numel()
-    best: tuple[float, float] | None = None
-    for start in (math.log(float(model.prior_variance.detach())), -math.log(size)):
-        s = min(max(start, bounds["s"][0]), bounds["s"][1])
-        parameter = torch.tensor([s], dtype=torch.float64, requires_grad=True)
-        mode = None
+    mode = None
 
-        def closure(parameter: Tensor = parameter) -> tuple[Tensor, list[Tensor]]:
-            nonlocal mode
-            variance = parameter.exp().to(problem.outputs.device)
-            found, mode = spectral_evidence(problem, variance, spectrum, mode)
-            loss = -found.value
-            return loss, list(torch.autograd.grad(loss, [parameter]))
+    def loss_at(log_variance: Tensor) -> Tensor:
+        nonlocal mode
+        variance = log_variance.exp().to(problem.outputs.device)
+        found, mode = spectral_evidence(problem, variance, spectrum, mode)
+        return -found.value
 
-        result = scipy_minimize(
-            closure, {"s": parameter}, bounds, options={"maxiter": 30, "ftol": 1e-9}
-        )
-        found = -float(result.fval), float(parameter.detach())
-        if best is None or found[0] > best[0]:
-            best = found
-    model.prior_variance = math.exp(best[1])
+    starts = [float(model.prior_variance.detach().log()), -math.log(size)]
+    trials = [torch.tensor([min(max(s, low), high)]).double() for s in starts]
+    with torch.no_grad():
+        best = min(trials, key=lambda trial: float(loss_at(trial)))
+    parameter = best.requires_grad_()
+
+    def closure() -> tuple[Tensor, list[Tensor]]:
+        loss = loss_at(parameter)
+        return loss, list(torch.autograd.grad(loss, [parameter]))
+
+    scipy_minimize(
+        closure,
+        {"s": parameter},
+        {"s": (low, high)},
+        options={"maxiter": 30, "ftol": 1e-7},
+    )
+    model.prior_variance = float(parameter.detach().exp())
 
 
 def _search_gradient(model: LinearizedGP) -> None:
