@@ -143,6 +143,8 @@ class JacobianOperator(_TangentOperator):
         if rhs.dim() == 2 and not self.transposed:  # one tangent: more points
             result = product(X.flatten(0, -2), rhs, chunk * batch.numel())
             return result.reshape(*batch, -1, rhs.shape[-1])
+        if 0 in (*X.shape[:-1], rhs.shape[-1]):
+            return rhs.new_zeros(*batch, self.shape[-2], rhs.shape[-1])
         X = X.reshape(-1, *X.shape[-2:])
         rhs = rhs.expand(*batch, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:])
         if self.net.vectorized:
