@@ -1,8 +1,8 @@
 """Gaussian processes and deep networks as one thing, for GPyTorch and BoTorch.
 
-A trained network plus a Gaussian prior over its weights is a Gaussian process. Bring any
-``torch.nn.Module``: :class:`LinearizedGP` conditions it on data, ``selection`` learns its
-hyperparameters by marginal likelihood, and the result is a BoTorch model.
+A trained network plus a Gaussian prior over its weights is a Gaussian process. Bring
+any ``torch.nn.Module``: :class:`LinearizedGP` conditions it on data, ``selection``
+learns its hyperparameters by marginal likelihood, and the result is a BoTorch model.
 """
 
 from gpbridge import data, dnn, kernels, likelihoods, linearized, metrics, selection

@@ -80,7 +80,8 @@ def check_not_empty(**values: Tensor) -> None:
     for name, value in values.items():
         if value.shape[0] == 0:
             raise InputDataError(
-                f"{name} has no rows (shape {tuple(value.shape)}). A model without data "
+                f"{name} has no rows (shape {tuple(value.shape)}). A model without "
+                f"data "
                 "is its prior: ask the kernel and the mean for it."
             )
 
@@ -149,7 +150,8 @@ def check_labels(labels: Tensor, num_classes: int, name: str = "train_Y") -> Non
         row = int(torch.nonzero(bad)[0])
         raise InputDataError(
             f"{name} must lie in 0 .. {num_classes - 1} (the network has {num_classes} "
-            f"outputs), but row {row} is {int(labels[row])}. Drop ignored rows, or give "
+            f"outputs), but row {row} is {int(labels[row])}. Drop ignored rows, or "
+            f"give "
             "the network one output per class."
         )
 

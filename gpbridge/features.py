@@ -1,4 +1,4 @@
-r"""Tangent features: the rows of :math:`\Phi(x) = J(x) S^{1/2}` and their Gram matrices.
+r"""Tangent features: rows of :math:`\Phi(x) = J(x) S^{1/2}` and their Gram matrices.
 
 In: a :class:`~gpbridge.functional.FunctionalNet`, inputs, and the prior standard
 deviation of its weights. Out: an object that answers what a Gaussian process asks (Gram

@@ -7,9 +7,9 @@ the kernel is the product of two small Gram matrices,
 .. math::
     K_l = (\Delta \Delta^\top) \circ (s_W A A^\top + s_b),
 
-at a cost of n^2 (width) instead of n^2 (width)^2. A convolution is such a layer at every
-position, summed over pairs of positions. Other layers, tied weights and layers that are
-called more than once fall back to per-sample Jacobians of their own weights.
+at a cost of n^2 (width) instead of n^2 (width)^2. A convolution is such a layer at
+every position, summed over pairs of positions. Other layers, tied weights and layers
+that are called more than once fall back to per-sample Jacobians of their own weights.
 
 In: a network, inputs, prior standard deviations. Out: :class:`LayerFeatures`.
 Next: ``prediction`` and ``kernels/tangent`` consume them.

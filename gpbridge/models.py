@@ -17,13 +17,14 @@ from torch import Size, Tensor
 
 
 class NetworkKernelGP(SingleTaskGP):
-    """A ``SingleTaskGP`` that evaluates its kernel against the training inputs as they are.
+    """A ``SingleTaskGP`` whose kernel meets the training inputs as they are.
 
-    Upstream joins training and test inputs for every t-batch and evaluates the kernel on
-    all of them, which is cheap for a Matérn kernel and not for a network: at 1000 points
-    an acquisition costs 136 times a Matérn's. Here the test points meet the training
-    inputs without copies, so that :class:`gpbridge.kernels.NeuralTangentKernel` keeps
-    its features of the training data. All else, arguments included, is upstream's.
+    Upstream joins training and test inputs for every t-batch and evaluates the kernel
+    on all of them, which is cheap for a Matérn kernel and not for a network: at 1000
+    points an acquisition costs 136 times a Matérn's. Here the test points meet the
+    training inputs without copies, so that
+    :class:`gpbridge.kernels.NeuralTangentKernel` keeps its features of the training
+    data. All else, arguments included, is upstream's.
 
     Example:
         >>> from gpytorch.kernels import MaternKernel, ScaleKernel
@@ -37,7 +38,10 @@ class NetworkKernelGP(SingleTaskGP):
     """
 
     def _get_test_prior_mean_and_covariances(
-        self, train_inputs: Iterable[Tensor], test_inputs: Iterable[Tensor], **kwargs: Any
+        self,
+        train_inputs: Iterable[Tensor],
+        test_inputs: Iterable[Tensor],
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Size, Size, type[Distribution]]:
         (train_X,), (test_X,) = train_inputs, test_inputs
         # ExactGP.__call__ would condition; Module's calls forward, which is the prior.

@@ -127,7 +127,8 @@ def plot_reliability(
         zorder=3,
         label=f"{label + ', ' if label else ''}ECE {error:.3f}",
     )
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set(xlabel="confidence", ylabel="accuracy")
     ax.set_aspect("equal")
     ax.legend(frameon=False, loc="upper left")
     return ax

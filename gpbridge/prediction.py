@@ -8,11 +8,12 @@ carries regression and classification,
     \operatorname{cov}(x, x') = k(x, x')
         - k(x, X) R A^{-1} R^\top k(X, x'),
 
-or the same in weight space with :math:`H = I + \Phi^\top R R^\top \Phi`. What depends on
-the training data is factorised once, in float64; a call touches the test points only.
+or the same in weight space with :math:`H = I + \Phi^\top R R^\top \Phi`. What depends
+on the training data is factorised once, in float64; a call touches the test points
+only.
 
-In: features and roots. Out: covariances, posterior mean weights and weight draws, all in
-the scaled weights :math:`\omega = S^{-1/2} w`. Next: ``linearized/gp``.
+In: features and roots. Out: covariances, posterior mean weights and weight draws, all
+in the scaled weights :math:`\omega = S^{-1/2} w`. Next: ``linearized/gp``.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class FunctionSpaceStrategy:
         self.features = features
         self.root = root.double()
         self.cholesky = factorise(whiten(gram.double(), self.root))
-        self._single_fails = False  # once they did, float32 products are not tried again
+        self._single_fails = (
+            False  # once they did, float32 products are not tried again
+        )
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -200,7 +203,7 @@ class FunctionSpaceStrategy:
     def draw_weights(
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Matheron's rule in weight space: a prior draw, minus what the data explain."""
+        """Matheron's rule in weight space: a prior draw minus what data explain."""
         (n, m), like = self.features.value.shape, self.features.value
         p = self.features.t_matmul(like.new_zeros(n, m, 1)).shape[0]
         prior = _standard_normal((num_samples, p), generator, like)
@@ -237,7 +240,9 @@ class WeightSpaceStrategy:
         if precision is None:
             precision = weight_precision(batches, num_params)
         self.cholesky = factorise(precision)
-        self._single_fails = False  # once they did, float32 products are not tried again
+        self._single_fails = (
+            False  # once they did, float32 products are not tried again
+        )
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -367,7 +372,7 @@ def apply_root_right(matrix: Tensor, root: Tensor) -> Tensor:
 def weight_precision(
     batches: Iterable[tuple[TangentFeatures, Tensor]], num_params: int
 ) -> Tensor:
-    r"""The matrix :math:`\Phi^\top R R^\top \Phi`, accumulated over batches, float64."""
+    r"""The matrix :math:`\Phi^\top R R^\top \Phi`, summed over batches, float64."""
     total = None
     for features, root in batches:
         rows = apply_root(root.double().mT, features.rows().double())
@@ -407,7 +412,8 @@ def factorise(matrix: Tensor) -> Tensor:
     if bool(info.any()):
         raise ValueError(
             f"I + R' K R could not be factorised: its largest entry is "
-            f"{matrix.detach().abs().max():.3g}, so the prior variance is too large for "
+            f"{matrix.detach().abs().max():.3g}, so the prior variance is too large "
+            f"for "
             "the noise. Standardise the targets, or raise the noise floor."
         )
     return factor

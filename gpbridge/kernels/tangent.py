@@ -57,9 +57,9 @@ class NeuralTangentKernel(Kernel):
     kernel. With a network trained on the same targets the evidence is blind to
     overfitting: use :class:`gpbridge.LinearizedGP`, which takes the safe form.
 
-    Cost of the matrix of n points: ``n² (width)`` per linear layer in function space, ``n
-    m p²`` for a solve in weight space, one forward and one backward pass per product if
-    matrix-free.
+    Cost of the matrix of n points: ``n² (width)`` per linear layer in function space,
+    ``n m p²`` for a solve in weight space, one forward and one backward pass per
+    product if matrix-free.
 
     Args:
         network: The network, copied and frozen (see
@@ -178,7 +178,7 @@ class NeuralTangentKernel(Kernel):
         return {name: unit * by_name[name] for name, unit in self.unit_std().items()}
 
     def features(self, x: Tensor) -> Tensor:
-        r"""Features :math:`\phi(x) = J(x) S^{1/2}` of a scalar network, ``... x n x p``.
+        r"""Features :math:`J(x) S^{1/2}` of a network with one output, ``... x n x p``.
 
         Args:
             x: Inputs ``... x n x d``, the columns already selected.
@@ -192,7 +192,8 @@ class NeuralTangentKernel(Kernel):
         self._probe(x)
         if self.functional.num_outputs > 1:
             raise ShapeError(
-                "Features of one row per point need a network with one output, but this "
+                "Features of one row per point need a network with one output, but "
+                "this "
                 f"one has {self.functional.num_outputs}. Draw from the posterior at "
                 "fixed points, or use LinearizedGP.draw."
             )

@@ -1,9 +1,10 @@
 r"""Calibrating a linearised classifier on held-out data, and the warning that is free.
 
-Evidence does not choose a prior that predicts well: on a confident network the posterior
-stays close to the prior and contradicts the labels it was conditioned on. A joint choice
-of prior variance and temperature on held-out data does; one eigendecomposition serves
-all candidates. In: a model and held-out labels. Out: what was adopted. Next: ``gp``.
+Evidence does not choose a prior that predicts well: on a confident network the
+posterior stays close to the prior and contradicts the labels it was conditioned on. A
+joint choice of prior variance and temperature on held-out data does; one
+eigendecomposition serves all candidates. In: a model and held-out labels. Out: what was
+adopted. Next: ``gp``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 r"""Conditioning a posterior on further observations, without touching its factors.
 
-The base posterior is a GP with mean m and covariance c. Observations y' at X' with noise
-covariance N' change it by a Schur complement,
+The base posterior is a GP with mean m and covariance c. Observations y' at X' with
+noise covariance N' change it by a Schur complement,
 
 .. math::
     m(x) + c(x, X') C^{-1} (y' - m(X')), \qquad
@@ -24,7 +24,7 @@ from gpbridge.prediction import PredictionStrategy, Projection
 
 
 class NewData(NamedTuple):
-    """Observations beyond the training set, targets in the model's transformed units."""
+    """Observations beyond the training set, targets in transformed units."""
 
     X: Tensor  # batch x n' x d, as the user passed them until they are used
     Y: Tensor  # batch' x n' x m

@@ -1,8 +1,8 @@
 """What the constructor of a linearised GP measures and refuses.
 
 In: the user's network, data, transforms. Out: a frozen network in the working
-precision, transformed inputs, feature scales of a g-prior, bounds of the prior variance.
-Next: ``gp``.
+precision, transformed inputs, feature scales of a g-prior, bounds of the prior
+variance. Next: ``gp``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:
     if any(p.requires_grad for p in transform.parameters()):
         raise ValueError(
             f"{type(transform).__name__} has learnable parameters, but the network was "
-            "trained on fixed inputs. Pass a transform without them, or warp the inputs "
+            "trained on fixed inputs. Pass a transform without them, or warp the "
+            "inputs "
             "in the network."
         )
     with torch.no_grad():
@@ -110,7 +111,8 @@ def prior_variance_bounds(
     size = float(blocks.diagonal(dim1=-2, dim2=-1).mean())
     if not size > 0:
         raise ValueError(
-            "The tangent kernel is zero on the training inputs: every random weight has "
+            "The tangent kernel is zero on the training inputs: every random weight "
+            "has "
             "zero derivative there. Check for dead units, or select other parameters."
         )
     power = 1.0 if targets is None else max(float(targets.square().mean()), 1e-30)

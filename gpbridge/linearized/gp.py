@@ -269,6 +269,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Returns:
             The model, hyperparameters not yet fitted.
+
+        Raises:
+            ValueError: If there are no validation rows to select by.
+            ShapeError: If the rows of the training run are not rows of the data.
         """
         check_choice("select", select, ("auto", "validation", None))
         has_validation = len(fit_result.validation_rows) > 0
@@ -285,7 +289,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             select = "validation" if free and regression and settable else None
         if select == "validation" and not has_validation:
             raise ValueError(
-                "select='validation' needs validation rows, but the fit result has none. "
+                "select='validation' needs validation rows, but the fit result has "
+                "none. "
                 "Train with validation_fraction=0.1, or pass select=None."
             )
         model = cls(
@@ -357,7 +362,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     @property
     def noise_variance(self) -> Tensor:
-        """Noise variances, ``m`` or ``n x m`` if fixed per point, in squared units of y.
+        """Noise variances, ``m``, or ``n x m`` if fixed per point, in squared units.
 
         Raises:
             AttributeError: If the likelihood is not Gaussian.
@@ -465,6 +470,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Returns:
             A model that shares network, likelihood and factors with this one.
+
+        Raises:
+            ShapeError: If Y does not fit X and the outputs.
         """
         check_inputs(X, "X", self._train_X.shape[-1])
         if not is_gaussian(self.likelihood):
@@ -472,7 +480,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         check_tensor(Y=Y)
         if Y.shape[-1] != self.num_outputs or Y.shape[-2] != X.shape[-2]:
             raise ShapeError(
-                f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of shape "
+                f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of "
+                f"shape "
                 f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
             )
         if hasattr(self, "outcome_transform"):
@@ -495,7 +504,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         if not is_gaussian(self.likelihood):
             raise NotImplementedError(
                 f"Fantasies need Gaussian observations of the latent function, but "
-                f"{type(self.likelihood).__name__} observes labels. Condition on labels "
+                f"{type(self.likelihood).__name__} observes labels. Condition on "
+                f"labels "
                 "with condition_on_observations."
             )
         return super().fantasize(X, *args, **kwargs)
@@ -555,7 +565,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             raise NotImplementedError(
-                "Rows of a model with fixed noise per point cannot be taken out. Build a "
+                "Rows of a model with fixed noise per point cannot be taken out. Build "
+                "a "
                 "model with the noise of those rows."
             )
         twin = copy.deepcopy(self)
@@ -565,7 +576,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         return twin
 
     def use_mean(self, mean: str, noise: str | float) -> None:
-        """Change mean and noise together, as in the constructor; Gaussian noise only."""
+        """Change mean and noise together, as in the constructor (Gaussian noise)."""
         check_choice("mean", mean, ("linear_model", "network"))
         self.mean, self.noise = mean, noise
         misfit = self.problem.Y - self.problem.outputs
@@ -784,7 +795,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """Noise covariance of each point's outputs, ``... x n x m x m``."""
         if not is_gaussian(self.likelihood):
             raise NotImplementedError(
-                f"{type(self.likelihood).__name__} observes labels, so its noise cannot "
+                f"{type(self.likelihood).__name__} observes labels, so its noise "
+                f"cannot "
                 "be added to the latent posterior. Use predict(X) for probabilities."
             )
         if isinstance(asked, Tensor):
@@ -828,8 +840,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         gap = self.train_gap
         if gap.posterior > gap.network + 0.05:
             warnings.warn(
-                f"link={link!r} without calibration: on the training data the predictive "
-                f"contradicts the labels by {gap.posterior:.3f} on average, the network "
+                f"link={link!r} without calibration: on the training data the "
+                f"predictive "
+                f"contradicts the labels by {gap.posterior:.3f} on average, the "
+                f"network "
                 f"by {gap.network:.3f}. Pass held-out data to calibrate().",
                 stacklevel=3,
             )
@@ -885,7 +899,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
     def __getstate__(self) -> dict:
         """Copies and pickles carry the state, not what can be computed from it."""
         state = {**self.__dict__}
-        state.update(_problem=None, _posterior=None, _update=None, _mode=None, _gap=None)
+        for cache in ("_problem", "_posterior", "_update", "_mode", "_gap"):
+            state[cache] = None
         return state
 
     def _set_transformed_inputs(self) -> None:

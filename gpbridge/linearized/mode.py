@@ -1,4 +1,4 @@
-r"""The optimum of the linear model, a convex problem,
+r"""The optimum of the linear model, a convex problem.
 
 .. math:: \hat w = \arg\max_w \; \log p(y \mid m + J w)
           - \tfrac12 w^\top S^{-1} w .
@@ -13,6 +13,8 @@ Next: ``evidence`` evaluates the Laplace approximation there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ from gpbridge.checks import NotConvergedWarning
 from gpbridge.likelihoods import is_gaussian, residual
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import apply_root, factorise, whiten
+
+Objective = Callable[[Tensor, Tensor], Tensor]
 
 _STEPS = 60  # Newton steps; a well-posed problem takes about ten
 _INNER = 50  # conjugate gradient steps per Newton step
@@ -138,12 +142,8 @@ def _newton_function(
         inner = torch.cholesky_solve(apply_root(root.mT, gram @ b), L)
         step = (b - apply_root(root, inner))[:, 0] - a
         moved = gram @ step
-        t, new = _line_search(
-            lambda t, step=step, moved=moved: objective(
-                a + t * step, shift + t * moved
-            ),
-            value,
-        )
+        along = partial(_along, objective, (a, shift), (step, moved))
+        t, new = _line_search(along, value)
         a, shift = a + t * step, shift + t * moved
         converged = new - value <= _TOLERANCE * (1 + value.abs())
         value = new
@@ -177,18 +177,14 @@ def _newton_weight(
         def curvature(x: Tensor, root: Tensor = root) -> Tensor:
             seen = problem.matmul(x).reshape(-1, 1)
             curved = apply_root(root, apply_root(root.mT, seen))
-            return problem.t_matmul(curved.reshape(f.shape)) + x / scale**2
+            return problem.t_matmul(curved.reshape(m0.shape)) + x / scale**2
 
         step = _conjugate_gradients(
             curvature, gradient, lambda x: scale * _solve(frozen, scale * x)
         )
         moved = problem.matmul(step)
-        t, new = _line_search(
-            lambda t, step=step, moved=moved: objective(
-                v + t * step, shift + t * moved
-            ),
-            value,
-        )
+        along = partial(_along, objective, (v, shift), (step, moved))
+        t, new = _line_search(along, value)
         v, shift = v + t * step, shift + t * moved
         converged = new - value <= _TOLERANCE * (1 + value.abs())
         value = new
@@ -203,7 +199,19 @@ def _solve(L: Tensor, rhs: Tensor) -> Tensor:
     return torch.cholesky_solve(rhs[:, None], L)[:, 0]
 
 
-def _line_search(objective, value: Tensor) -> tuple[float, Tensor]:
+def _along(
+    objective: Objective,
+    start: tuple[Tensor, Tensor],
+    step: tuple[Tensor, Tensor],
+    t: float,
+) -> Tensor:
+    """The objective at a fraction t of a step in weights and latent values."""
+    return objective(*(x + t * dx for x, dx in zip(start, step, strict=True)))
+
+
+def _line_search(
+    objective: Callable[[float], Tensor], value: Tensor
+) -> tuple[float, Tensor]:
     """Halve the step until the concave objective rises; a zero step ends the search."""
     t = 1.0
     while t > 1e-6:
@@ -214,7 +222,11 @@ def _line_search(objective, value: Tensor) -> tuple[float, Tensor]:
     return 0.0, value
 
 
-def _conjugate_gradients(operator, rhs: Tensor, precondition) -> Tensor:
+def _conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Preconditioned CG for one right-hand side, to a tolerance that suits Newton."""
     x = torch.zeros_like(rhs)
     r, z = rhs, precondition(rhs)

@@ -55,7 +55,8 @@ def initial_noise(
     if fixed:
         if noise != "learn":
             raise ValueError(
-                f"noise={noise!r} has no effect with FixedNoiseGaussianLikelihood, which "
+                f"noise={noise!r} has no effect with FixedNoiseGaussianLikelihood, "
+                f"which "
                 "holds its own. Leave noise out."
             )
         return None
@@ -70,7 +71,8 @@ def initial_noise(
         if parameters == "last_layer":
             warnings.warn(
                 "parameters='last_layer' with a learnt noise is overconfident: the "
-                "features were fitted to the same targets. Pass noise='validation' with "
+                "features were fitted to the same targets. Pass noise='validation' "
+                "with "
                 "LinearizedGP.from_fit, or a variance.",
                 stacklevel=4,
             )
@@ -78,15 +80,18 @@ def initial_noise(
     if noise == "validation":
         if fit_result is None or fit_result.validation_variance is None:
             raise ValueError(
-                "noise='validation' needs a fit result with validation rows. Train with "
-                "gpbridge.dnn.fit_map and use LinearizedGP.from_fit, or pass a variance."
+                "noise='validation' needs a fit result with validation rows. Train "
+                "with "
+                "gpbridge.dnn.fit_map and use LinearizedGP.from_fit, or pass a "
+                "variance."
             )
         return fit_result.validation_variance
     if noise == "fit_residual":
         if fit_result is not None and fit_result.residual_variance is not None:
             return fit_result.residual_variance
         warnings.warn(
-            "noise='fit_residual' without a fit result takes the residuals of all rows, "
+            "noise='fit_residual' without a fit result takes the residuals of all "
+            "rows, "
             "which are too small if the network was trained on them for long. Use "
             "LinearizedGP.from_fit.",
             stacklevel=4,
@@ -126,7 +131,8 @@ def set_noise(likelihood: Likelihood, variance: Tensor) -> None:
         likelihood.raw_task_noises.requires_grad_(False)
     else:
         raise TypeError(
-            f"The noise of {type(likelihood).__name__} cannot be set to one variance per "
+            f"The noise of {type(likelihood).__name__} cannot be set to one variance "
+            f"per "
             "output. Set it in the likelihood and pass noise='learn'."
         )
 

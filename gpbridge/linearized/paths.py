@@ -1,8 +1,8 @@
 """Posterior draws of a linearised network for botorch's pathwise samplers.
 
-Upstream dispatches on the type of the model and knows its own only. A linearised network
-is finite-dimensional, so its paths are exact. In: a model. Out: sample paths, registered
-with ``draw_matheron_paths``; thus ``get_matheron_path_model`` works.
+Upstream dispatches on the type of the model and knows its own only. A linearised
+network is finite-dimensional, so its paths are exact. In: a model. Out: sample paths,
+registered with ``draw_matheron_paths``; thus ``get_matheron_path_model`` works.
 """
 
 from __future__ import annotations

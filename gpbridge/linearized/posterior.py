@@ -1,8 +1,8 @@
 r"""The posterior of the tangent model at fixed hyperparameters.
 
-In: a :class:`~gpbridge.linearized.problem.TangentProblem`, prior variances, the choice of
-mean. Out: :class:`TangentPosterior`, which answers for moments and draws at new points,
-given the training data and, by a Schur complement, any further observations.
+In: a :class:`~gpbridge.linearized.problem.TangentProblem`, prior variances, the choice
+of mean. Out: :class:`TangentPosterior`, which answers for moments and draws at new
+points, given the training data and, by a Schur complement, any further observations.
 Next: ``gp`` keeps one as long as no hyperparameter changes its value.
 """
 

@@ -1,9 +1,9 @@
-r"""The linear model of a network on its data, and what does not change while it is fitted.
+r"""The linear model of a network on its data, and what stays while it is fitted.
 
 The model is :math:`f(x, w) = m(x) + J(x) w` with :math:`w \sim N(0, S)`, S one variance
-per group of weights, and a likelihood of y given f. With offset, :math:`m(x) = f(x, w^*)
-- J(x) w^*`; without, m = 0. Gram or scatter matrices at unit prior variance are formed
-once; every evidence and posterior is assembled from them.
+per group of weights, and a likelihood of y given f. With offset, :math:`m(x) = f(x,
+w^*) - J(x) w^*`; without, m = 0. Gram or scatter matrices at unit prior variance are
+formed once; every evidence and posterior is assembled from them.
 
 In: a frozen network, inputs, targets, groups. Out: a :class:`TangentProblem`.
 Next: ``mode`` finds its optimum, ``evidence`` its marginal likelihood.
@@ -152,7 +152,7 @@ class TangentProblem:
         return self._grams
 
     def gram(self, prior_variance: Tensor) -> Tensor:
-        """The prior covariance of the latent values, differentiable in its variances."""
+        """Prior covariance of the latent values, differentiable in its variances."""
         total = 0.0
         for variance, gram in zip(prior_variance, self.grams(), strict=True):
             total = total + variance * gram
@@ -215,7 +215,7 @@ class TangentProblem:
         return symmetrise(total)
 
     def rows(self) -> Tensor | None:
-        """The dense unit features ``(n m) x p``, or None if they take too much memory."""
+        """Dense unit features ``(n m) x p``, or None if they take too much memory."""
         needed = 8 * self.outputs.numel() * self.num_params
         if needed > self.inference.memory_budget / 4:
             return None

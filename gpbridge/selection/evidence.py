@@ -2,9 +2,9 @@ r"""Hyperparameters by maximising the evidence (type-II maximum likelihood).
 
 For one prior variance, with one noise variance or with R frozen, one eigendecomposition
 makes every step linear in the number of data; else the gradient of the exact evidence
-is followed with cached Gram matrices. Several starts, the best by evidence. Every search
-stays inside the bounds of the hyperparameters, so that the value returned is the value
-the model has. In: a model. Out: the same model, fitted. Next: ``weight_decay``.
+is followed with cached Gram matrices. Several starts, the best by evidence. Every
+search stays inside the bounds of the hyperparameters, so that the value returned is the
+value the model has. In: a model. Out: the same model, fitted. Next: ``weight_decay``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def log_evidence(model: GP) -> Tensor:
     if isinstance(model, ExactGP):
         return _exact_log_evidence(model)
     raise TypeError(
-        "log_evidence needs a LinearizedGP or a gpytorch ExactGP with training data, but "
+        "log_evidence needs a LinearizedGP or a gpytorch ExactGP with training data, "
+        "but "
         f"model is {type(model).__name__}. A variational GP has a bound: gpytorch's "
         "VariationalELBO."
     )
@@ -138,7 +139,8 @@ def _search_noise_spectrum(model: LinearizedGP) -> None:
     noise_covar = model.likelihood.noise_covar
     learn_noise = noise_covar.raw_noise.requires_grad
     learn_prior = model.covar_module.raw_prior_variance.requires_grad
-    now = tuple(math.log(float(v.detach())) for v in (model.prior_variance, model.noise_variance))
+    both = (model.prior_variance, model.noise_variance)
+    now = tuple(math.log(float(value.detach())) for value in both)
     bounds = {
         "s": _log_bounds(model.covar_module.raw_prior_variance_constraint),
         "v": _log_bounds(noise_covar.raw_noise_constraint),
@@ -152,7 +154,8 @@ def _search_noise_spectrum(model: LinearizedGP) -> None:
         (s + math.log(scale / size), v + math.log(scale)) for s, v in STARTS
     ]
     best = max(
-        (_climb(spectrum, start, bounds) for start in starts), key=lambda found: found[0]
+        (_climb(spectrum, start, bounds) for start in starts),
+        key=lambda found: found[0],
     )
     if learn_prior:
         model.prior_variance = math.exp(best[1])

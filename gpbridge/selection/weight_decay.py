@@ -91,7 +91,8 @@ class MatchedWeightDecay:
         one = {name: outputs.new_ones((), dtype=net.dtype) for name in net.params}
         if net.num_params < outputs.numel():
             batches = _Pairs(net, Z, root, one)
-            eigenvalues = decompose(weight_precision(batches, net.num_params)).eigenvalues
+            precision = weight_precision(batches, net.num_params)
+            eigenvalues = decompose(precision).eigenvalues
         else:
             gram = tangent_features(net, Z, one).gram().double()
             eigenvalues = decompose(whiten(gram, root)).eigenvalues
@@ -119,13 +120,13 @@ def _best_decay(
 ) -> float:
     """Maximise over a grid of the ratio s / v; the best v is then in closed form.
 
-    With c = s / v the Gaussian evidence is, up to constants, -(error + norm / c) / (2 v)
-    - count / 2 log v - 1/2 log det(I + c K), so v = (error + norm / c) / count.
+    With c = s / v the Gaussian evidence is, up to constants, -(error + norm / c) / (2
+    v) - count / 2 log v - 1/2 log det(I + c K), so v = (error + norm / c) / count.
     """
     size = float(eigenvalues.sum()) / count
     ratios = torch.logspace(-6, 9, _GRID, dtype=torch.float64) / size
-    half_logdet = 0.5 * torch.log1p(ratios[:, None].to(eigenvalues) * eigenvalues).sum(1)
-    ratios, half_logdet = ratios.cpu(), half_logdet.cpu()
+    scaled = ratios[:, None].to(eigenvalues) * eigenvalues
+    half_logdet = 0.5 * torch.log1p(scaled).sum(1).cpu()
     if error is None:
         value = -0.5 * norm / ratios - half_logdet
     else:
