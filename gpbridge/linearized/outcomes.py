@@ -14,6 +14,8 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from gpbridge.checks import ShapeError
+
 
 def latent_distribution(
     mean: Tensor, covariance: Tensor | LinearOperator, dtype: torch.dtype
@@ -22,11 +24,20 @@ def latent_distribution(
 
     The covariance is wrapped: a dense one would be factorised by the distribution when
     it is built, which fails for a singular matrix.
+
+    Raises:
+        ShapeError: If there are several outputs and no points.
     """
     operator = to_linear_operator(covariance).to(dtype)
     mean = mean.to(dtype)
     if mean.shape[-1] == 1:
         return MultivariateNormal(mean.squeeze(-1), operator)
+    if mean.numel() == 0:
+        raise ShapeError(
+            f"X must have at least one point, but the posterior mean has shape "
+            f"{tuple(mean.shape)}: gpytorch has no joint distribution of several "
+            "outputs at no points. Try predict(X), which takes none."
+        )
     return MultitaskMultivariateNormal(mean, operator)
 
 

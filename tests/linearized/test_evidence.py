@@ -1,0 +1,158 @@
+"""The evidence against dense oracles: its value, its parts and its gradient."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpbridge import Exact
+from tests import oracles_linearized as oracles
+from tests.conftest import ROOT
+from tests.linearized.problems import (
+    PRIOR_VARIANCE,
+    PROBLEMS,
+    both_spaces,
+    build,
+    curvature,
+    every_likelihood,
+    gaussian_likelihoods,
+    inputs,
+    label_likelihoods,
+    network,
+    targets,
+)
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@both_spaces
+@gaussian_likelihoods
+@pytest.mark.parametrize("offset", [True, False])
+def test_under_gaussian_noise_it_is_the_log_density_of_the_targets(name, space, offset):
+    X = inputs()
+    train = oracles.tangent(network(PROBLEMS[name].m), X)
+    noise, Y = PROBLEMS[name].noise(len(X)), targets(name, X)
+    expected = oracles.gaussian_log_evidence(train, PRIOR_VARIANCE, noise, Y, offset)
+    got = build(name, space, offset=offset).log_evidence()
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@both_spaces
+@label_likelihoods
+def test_under_labels_it_is_laplaces_at_the_optimum_of_the_linear_model(name, space):
+    X, net, m = inputs(), network(PROBLEMS[name].m), PROBLEMS[name].m
+    train = oracles.tangent(net, X)
+    expected = oracles.laplace_log_evidence(
+        train,
+        PRIOR_VARIANCE,
+        PROBLEMS[name].log_density,
+        targets(name, X),
+        m,
+        curvature(name, net, X),
+    )
+    got = build(name, space).log_evidence().item()
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_at_the_optimum_the_evidence_at_given_weights_is_the_exact_one():
+    X, Y = inputs(), targets("gaussian", inputs())
+    train = oracles.tangent(network(), X)
+    Phi = train.features(PRIOR_VARIANCE)
+    H = torch.eye(Phi.shape[1]).double() + Phi.T @ Phi / 0.03
+    w = torch.linalg.solve(H, Phi.T @ (Y[:, 0] - train.mean())) / 0.03
+    w = w * PRIOR_VARIANCE**0.5
+    expected = oracles.evidence_at_weights(
+        train, PRIOR_VARIANCE, 0.03, Y, w, train.mean() + train.J @ w
+    )
+    got = build("gaussian").log_evidence()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0.0)
+    trained = oracles.evidence_at_weights(
+        train, PRIOR_VARIANCE, 0.03, Y, train.weights, train.value
+    )
+    assert trained < got  # the network is not at that optimum
+
+
+@both_spaces
+@every_likelihood
+def test_its_parts_add_up_and_the_dimension_is_a_trace(name, space):
+    X, net = inputs(), network(PROBLEMS[name].m)
+    Phi = oracles.tangent(net, X).features(PRIOR_VARIANCE)
+    if PROBLEMS[name].gaussian:
+        precision = torch.linalg.inv(PROBLEMS[name].noise(len(X)))
+    else:
+        precision = curvature(name, net, X)
+    H = torch.eye(Phi.shape[1]).double() + Phi.T @ precision @ Phi
+    found = build(name, space).evidence()
+    assert found.value.item() == pytest.approx((found.fit - found.complexity).item())
+    torch.testing.assert_close(found.complexity, 0.5 * torch.logdet(H), **EXACT)
+    dimension = Phi.shape[1] - torch.linalg.inv(H).trace()
+    torch.testing.assert_close(found.effective_dimension, dimension, **EXACT)
+
+
+@both_spaces
+@pytest.mark.parametrize("groups", ["all", "layer", "tensor"])
+@every_likelihood
+def test_its_gradient_matches_finite_differences(name, space, groups):
+    if name == "fixed_noise" and groups != "layer":
+        pytest.skip("no noise to differentiate")
+    model = build(name, space, groups=groups)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for i, p in enumerate(parameters):
+        with torch.no_grad():
+            p.add_(0.1 * torch.linspace(-1, 1, p.numel()).reshape(p.shape) + 0.01 * i)
+    gradients = torch.autograd.grad(model.log_evidence(), parameters)
+    step = 1e-4
+    for p, gradient in zip(parameters, gradients, strict=True):
+        for i in range(p.numel()):
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[i] += sign * step
+                    values.append(model.log_evidence())
+                    p.view(-1)[i] -= sign * step
+            expected = (values[0] - values[1]) / (2 * step)
+            torch.testing.assert_close(
+                gradient.view(-1)[i], expected, rtol=2e-5, atol=2e-6
+            )
+
+
+SCRIPT = """
+{imports}
+import torch
+from botorch.models import SingleTaskGP
+from gpbridge.selection import log_evidence
+from tests.linearized.problems import build, inputs, targets
+torch.set_num_threads(1)
+X = inputs(810)
+Y = targets("gaussian", X)
+with torch.no_grad():
+    print(build("gaussian", "function", X=X, Y=Y).log_evidence().item())
+    print(log_evidence(SingleTaskGP(X, Y, outcome_transform=None)).item())
+"""
+
+
+def test_its_value_does_not_depend_on_the_order_of_imports():
+    # Importing botorch changes gpytorch's global settings: the number of points above
+    # which a determinant becomes stochastic (800 without it), among others.
+    orders = ("import gpytorch; import gpbridge", "import gpbridge; import gpytorch")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(imports=imports)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for imports in orders
+    ]
+    first, second = (process.communicate()[0].split() for process in running)
+    assert len(first) == 2 and first == second
+
+
+def test_beyond_the_memory_budget_it_is_refused_with_the_memory_it_needs():
+    model = build("gaussian", inference=Exact(memory_budget=4000))
+    message = r"exact evidence of 12 points with 1 outputs and 25 random .* GiB"
+    with pytest.raises(MemoryError, match=message):
+        model.log_evidence()
