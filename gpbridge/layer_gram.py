@@ -84,7 +84,7 @@ class LayerFeatures(NamedTuple):
         if self.value.dim() > 2 or other.value.dim() > 2:
             return self._gram_block(other)
         n, m = self.value.shape
-        K = self.value.new_empty(n * m, other.value.shape[0] * m)
+        K = self.value.new_empty(n * m, other.value.numel())
         step = max(1, _CACHE_ROWS // m)
         for start in range(0, n, step):
             part = self.take(slice(start, start + step))
@@ -401,7 +401,7 @@ def _verified_layers(net: FunctionalNet, X: Tensor) -> tuple[str, ...]:
 
     def count(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            # Hooks see positional arguments only: a layer called by keyword is left out.
+            # A hook sees positional arguments only: no layers called by keyword.
             calls[name] = calls.get(name, 0) + (1 if args else 2)
 
         return hook

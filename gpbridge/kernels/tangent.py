@@ -143,7 +143,15 @@ class NeuralTangentKernel(Kernel):
         raw = self.raw_prior_variance
         value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
         check_positive(prior_variance=value)
-        raw = self.raw_prior_variance_constraint.inverse_transform(value)
+        constraint = self.raw_prior_variance_constraint
+        lower, upper = constraint.lower_bound, constraint.upper_bound
+        if bool(((value < lower) | (value > upper)).any()):
+            raise ValueError(
+                f"prior_variance must lie in [{float(lower):.3g}, {float(upper):.3g}], "
+                f"but is {value.tolist()}. Scale the targets, or set other bounds with "
+                'register_constraint("raw_prior_variance", ..., replace=True).'
+            )
+        raw = constraint.inverse_transform(value)
         self.initialize(raw_prior_variance=raw.expand_as(self.raw_prior_variance))
 
     @property

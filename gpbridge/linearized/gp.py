@@ -37,6 +37,7 @@ from torch.distributions import (
 from gpbridge.checks import (
     ShapeError,
     check_choice,
+    check_finite,
     check_inputs,
     check_not_empty,
     check_positive,
@@ -160,6 +161,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         check_inputs(train_X)
         check_not_empty(train_X=train_X)
         check_tensor(train_Y=train_Y)
+        check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
         check_same_device(train_X=train_X, train_Y=train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
@@ -365,12 +367,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """Noise variances, ``m``, or ``n x m`` if fixed per point, in squared units.
 
         Raises:
-            AttributeError: If the likelihood is not Gaussian.
+            TypeError: If the likelihood is not Gaussian.
         """
         if not is_gaussian(self.likelihood):
-            raise AttributeError(
-                f"{type(self.likelihood).__name__} has no noise variance."
-            )
+            # Not an AttributeError, which torch's modules replace by their own.
+            raise TypeError(f"{type(self.likelihood).__name__} has no noise variance.")
         diagonal = self._noise(self._targets.double()).diagonal(dim1=-2, dim2=-1)
         fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
         return (diagonal if fixed else diagonal[0]).to(self._train_X.dtype)
@@ -473,16 +474,25 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Raises:
             ShapeError: If Y does not fit X and the outputs.
+            ValueError: If the noise is fixed per point and not given.
         """
         check_inputs(X, "X", self._train_X.shape[-1])
         if not is_gaussian(self.likelihood):
             return self._with_labels(X, Y)
         check_tensor(Y=Y)
-        if Y.shape[-1] != self.num_outputs or Y.shape[-2] != X.shape[-2]:
+        for name, value in (("X", X), ("Y", Y)):
+            check_same_dtype(name, value, self._train_X.dtype)
+        if Y.shape[-2:] != (X.shape[-2], self.num_outputs):
             raise ShapeError(
                 f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of "
-                f"shape "
-                f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
+                f"shape {tuple(X.shape)}, but has shape {tuple(Y.shape)}."
+            )
+        check_finite(Y=Y)
+        if noise is None and isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
+            raise ValueError(
+                "noise must be given: FixedNoiseGaussianLikelihood holds the noise of "
+                "the training points only. Pass the variances of the new observations, "
+                f"``... x {X.shape[-2]} x 1``."
             )
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=self.transform_inputs(X))
@@ -634,7 +644,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         logs = temper_logs(logs, temperature).to(X.dtype)
         if mean.shape[-1] == 1:
             return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
-        return Categorical(logits=logs)
+        # The check of its arguments fails for no points at all.
+        return Categorical(logits=logs, validate_args=logs.numel() > 0)
 
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
