@@ -17,9 +17,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpbridge.checks import ShapeError
+from gpbridge.tracing import traceable
 from gpbridge.types import Apply, Params
 
 Parameters = str | Sequence[str] | Callable[[str], bool]
@@ -120,7 +120,7 @@ class FunctionalNet(nn.Module):
         rows = X.reshape(-1, *(self.input_shape or X.shape[-1:]))
         if X.dtype != self.dtype:
             params = {**self._state_in(X.dtype), **params}
-        with _traceable_attention():
+        with traceable():
             outputs = functional_call(self.network, params, (rows,))
         return outputs.reshape(*X.shape[:-1], -1 if rows.numel() else self.num_outputs)
 
@@ -175,8 +175,8 @@ class FunctionalNet(nn.Module):
         with torch.no_grad():
             self._num_outputs = _probe_values(self, rows)
         self.num_activations = _count_activations(self, rows[:1])
-        self.vectorized = _probe_derivative(self, rows)
-        self.forward_mode = self.vectorized and _has_forward_mode(self, rows[:1])
+        _probe_derivative(self, rows)
+        _probe_tracing(self, rows[:1])
         return self._num_outputs
 
     def set_weight_scale(self, scale: Tensor | None) -> None:
@@ -256,16 +256,14 @@ def jvp(
     params = net.params if params is None else params
     if not net.vectorized:
         return jacobian(net, X, params) @ tangent
-
-    def outputs(values: Params) -> Tensor:
-        return net.apply_network(values, X)
-
     if net.forward_mode:
-        _, product = torch.func.jvp(outputs, (params,), (net.unflatten(tangent),))
+        _, product = torch.func.jvp(
+            lambda values: net.apply_network(values, X),
+            (params,),
+            (net.unflatten(tangent),),
+        )
         return product
-    # J v is the derivative of u -> v' J' u, which is linear in u: two reverse passes.
-    value, pull = torch.func.vjp(outputs, params)
-    _, push = torch.func.vjp(pull, torch.zeros_like(value))
+    _, push = _transposed_pull(net, X, params)
     return push((net.unflatten(tangent),))[0]
 
 
@@ -295,12 +293,18 @@ def linearize(
     if not net.vectorized:
         J = jacobian(net, X)
         return net(X), lambda tangent: J @ tangent
-    if not net.forward_mode:
-        return net(X), lambda tangent: jvp(net, X, tangent)
-    outputs, push = torch.func.linearize(
-        lambda values: net.apply_network(values, X), net.params
-    )
-    return outputs, lambda tangent: push(net.unflatten(tangent))
+    # Reverse mode twice: torch.func.linearize traces, slowly and with warnings.
+    outputs, push = _transposed_pull(net, X, net.params)
+    return outputs, lambda tangent: push((net.unflatten(tangent),))[0]
+
+
+def _transposed_pull(
+    net: FunctionalNet, X: Tensor, params: Params
+) -> tuple[Tensor, Callable]:
+    """J v as the derivative of u -> v' J' u, which is linear in u."""
+    value, pull = torch.func.vjp(lambda values: net.apply_network(values, X), params)
+    _, push = torch.func.vjp(pull, torch.zeros_like(value))
+    return value, push
 
 
 def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
@@ -343,25 +347,19 @@ def _belongs(name: str, asked: str) -> bool:
 
 def _frozen_copy(network: nn.Module, freeze: bool, names: list[str]) -> nn.Module:
     with _without_hooks(network):
-        own = copy.deepcopy(network)
+        try:
+            own = copy.deepcopy(network)
+        except RuntimeError as error:
+            raise ValueError(
+                f"network cannot be copied: {_first_line(error)} It keeps a tensor "
+                "that a graph computed, as the old torch.nn.utils.weight_norm does. "
+                "Detach it, or use torch.nn.utils.parametrizations."
+            ) from error
     random = set(names)
     for name, p in own.named_parameters():
         p.requires_grad_(not freeze and name in random)
         p.grad = None
     return own.eval()
-
-
-@contextmanager
-def _traceable_attention():
-    # Fused attention has no batching rule and no double backward. The switch of the
-    # transformer layers is global upstream, so it is put back.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -460,21 +458,11 @@ def _count_activations(net: FunctionalNet, row: Tensor) -> int:
     return sum(kept.values())
 
 
-def _has_forward_mode(net: FunctionalNet, row: Tensor) -> bool:
-    # A custom autograd.Function may have a backward and a vmap rule but no jvp.
-    zero = row.new_zeros(net.num_params)
-    try:
-        vmap(lambda tangent: jvp(net, row, tangent))(zero[None])
-    except Exception:
-        return False
-    return True
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
+def _probe_derivative(net: FunctionalNet, rows: Tensor) -> None:
     # Differentiate with plain autograd first: it says which weights are not reached.
     params = {
         name: p.detach().clone().requires_grad_() for name, p in net.params.items()
@@ -510,28 +498,83 @@ def _probe_derivative(net: FunctionalNet, rows: Tensor) -> bool:
             "to the kernel. Exclude them with parameters=, or check forward.",
             stacklevel=4,
         )
-    exact = _looped_jacobian(net, rows[:1], net.params)
+
+
+def _probe_tracing(net: FunctionalNet, row: Tensor) -> None:
+    """Choose the transforms of torch.func that reproduce plain autograd at a point.
+
+    Compared are products with the Jacobian and their derivative in the inputs, which
+    acquisition functions need.
+    """
+    generator = torch.Generator(row.device).manual_seed(0)
+    tangent = torch.randn(
+        net.num_params, generator=generator, dtype=row.dtype, device=row.device
+    )
+
+    def rows_of_jacobian(x: Tensor) -> Tensor:
+        return jacobian(net, x) @ tangent
+
+    def product(x: Tensor) -> Tensor:
+        return vmap(lambda v: jvp(net, x, v))(tangent[None])[0]
+
+    net.vectorized = net.forward_mode = False
+    plain = _value_and_slope(rows_of_jacobian, row)
+    net.vectorized = True
+    problem = _disagreement(rows_of_jacobian, row, plain)
+    if problem is None:
+        for net.forward_mode in (True, False):
+            problem = _disagreement(product, row, plain)
+            if problem is None:
+                return
+    # Data-dependent control flow, an autograd.Function without a vmap rule: it still
+    # works one point at a time.
+    net.vectorized = False
+    warnings.warn(
+        "torch.func cannot vectorise this network, so Jacobians are computed one "
+        f"point at a time, which is slow: {problem} Avoid data-dependent control flow; "
+        "give a custom autograd.Function setup_context and generate_vmap_rule.",
+        stacklevel=4,
+    )
+
+
+def _value_and_slope(
+    route: Callable[[Tensor], Tensor], row: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A product at one point, and its derivative in the inputs where there is one."""
+    x = row.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = route(x)
+        # Unequal weights, because outputs such as probabilities sum to a constant.
+        weights = torch.arange(1.0, value.numel() + 1).cos().to(value)
+        total = value.reshape(-1) @ weights
+    if not total.requires_grad:  # as after a ReLU network
+        return value.detach(), torch.zeros_like(row)
     try:
-        net.vectorized = True
-        fast = jacobian(net, rows[:1])
-    except Exception as error:
-        # Whatever torch.func cannot trace (data-dependent control flow, an
-        # autograd.Function without a vmap rule) still works one point at a time.
-        warnings.warn(
-            "torch.func cannot vectorise this network, so Jacobians are computed one "
-            f"point at a time, which is slow: {_first_line(error)} Avoid "
-            "data-dependent control flow; give a custom autograd.Function "
-            "setup_context and generate_vmap_rule.",
-            stacklevel=4,
-        )
-        return False
-    scale = exact.abs().max()
-    if (fast.reshape(exact.shape) - exact).abs().max() > 1e-2 * scale:
-        raise ValueError(
-            "The network's Jacobian by torch.func differs from plain autograd, so its "
-            "forward is not a pure function of weights and inputs."
-        )
-    return True
+        (slope,) = torch.autograd.grad(total, x, allow_unused=True)
+    except (RuntimeError, NotImplementedError):  # no second derivative
+        return value.detach(), None
+    return value.detach(), torch.zeros_like(row) if slope is None else slope
+
+
+def _disagreement(
+    route: Callable[[Tensor], Tensor],
+    row: Tensor,
+    plain: tuple[Tensor, Tensor | None],
+) -> str | None:
+    try:
+        traced = _value_and_slope(route, row)
+    except Exception as error:  # torch.func raises what it likes
+        return _first_line(error)
+    for name, exact, got in zip(("values", "slopes"), plain, traced, strict=True):
+        if exact is None:
+            continue
+        if got is None or _far(got.reshape(exact.shape), exact):
+            return f"its {name} differ from those of plain autograd."
+    return None
+
+
+def _far(got: Tensor, exact: Tensor) -> bool:
+    return bool((got - exact).abs().max() > 1e-2 * exact.abs().max())
 
 
 def _has_any_slope(net: FunctionalNet, rows: Tensor, params: Params) -> bool:

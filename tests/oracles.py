@@ -9,12 +9,14 @@ import math
 
 import mpmath
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def jacobian(module, inputs, names=None):
+def jacobian(module, inputs, names=None, create_graph=False):
     """One point alone and one backward pass per output, ``n x m x p``.
 
-    ``inputs`` have the shape that the module wants; ``names`` picks weights.
+    ``inputs`` have the shape that the module wants; ``names`` picks weights. With
+    ``create_graph`` the result can be differentiated in the inputs.
     """
     net = copy.deepcopy(module).eval()
     weights = [
@@ -25,12 +27,18 @@ def jacobian(module, inputs, names=None):
     width = sum(p.numel() for p in weights)
     rows = []
     for x in inputs:
-        for output in net(x[None]).reshape(-1):
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has one derivative only
+            outputs = net(x[None]).reshape(-1)
+        for output in outputs:
             if not output.requires_grad:
                 rows.append(torch.zeros(width, dtype=x.dtype))
                 continue
             grads = torch.autograd.grad(
-                output, weights, retain_graph=True, allow_unused=True
+                output,
+                weights,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
             )
             parts = zip(weights, grads, strict=True)
             row = [torch.zeros_like(p) if g is None else g for p, g in parts]
