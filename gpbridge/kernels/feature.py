@@ -17,12 +17,7 @@ from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
 from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
-from linear_operator.operators import (
-    LinearOperator,
-    LowRankRootLinearOperator,
-    MatmulLinearOperator,
-    RootLinearOperator,
-)
+from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -34,6 +29,7 @@ from gpbridge.kernels.compositions import (
     same_inputs,
     unbatched_buffers,
 )
+from gpbridge.kernels.feature_gram import feature_gram
 
 VARIANCE_BOUNDS = (1e-8, 1e6)
 
@@ -83,7 +79,8 @@ class NetworkMap(nn.Module):
         self.freeze = freeze
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.spectral_norm = spectral_norm
-        self.register_buffer("scale", torch.ones(()))
+        like = next(self.network.parameters(), torch.ones(()))
+        self.register_buffer("scale", like.new_ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the network.
@@ -240,7 +237,8 @@ class FeatureKernel(Kernel):
 
     @variance.setter
     def variance(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value).to(self.raw_variance)
+        like = self.raw_variance
+        value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
         raw = self.raw_variance_constraint.inverse_transform(value)
         self.initialize(raw_variance=raw)
 
@@ -270,11 +268,7 @@ class FeatureKernel(Kernel):
             other = basis if same else self._basis(x2)
             return (basis * other).sum(-1) * self.variance[..., None]
         root = self.features(x1)
-        if not same:
-            return MatmulLinearOperator(root, self.features(x2).mT)
-        if root.shape[-1] < root.shape[-2]:
-            return LowRankRootLinearOperator(root)
-        return RootLinearOperator(root)
+        return feature_gram(root, None if same else self.features(x2))
 
     def named_sub_kernels(self):
         """None: a kernel inside the feature map is not part of this one's batch."""
