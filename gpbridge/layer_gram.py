@@ -228,7 +228,10 @@ def tangent_features(
         net.layer_names = _verified_layers(net, X)
     if not any(_weights_of(name, std) for name in net.layer_names):
         return dense_features(net, X, std)
-    return _layer_features(net, X, std, net.layer_names, method)
+    try:
+        return _layer_features(net, X, std, net.layer_names, method)
+    except _Uncontractible:  # control flow that depends on these data
+        return dense_features(net, X, std)
 
 
 def _layer_features(
@@ -305,6 +308,8 @@ def _capture(
 
     def tap(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in taken or not args or len(output) != len(rows):
+                raise _Uncontractible(f"{name} is not called once, with all points")
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             taken[name] = (args[0], output, args[0]._version)
@@ -334,18 +339,20 @@ def _capture(
     finally:
         for handle in handles:
             handle.remove()
+    if len(taken) < len(layer_names):
+        raise _Uncontractible("a layer is not called")
     result = {}
     for position, (name, (inputs, _, version)) in enumerate(taken.items()):
         if inputs._version != version:
-            raise _InputOverwritten(name)
+            raise _Uncontractible(f"the input of {name} is overwritten in place")
         signal = torch.stack([s[position] for s in signals], dim=1)  # n x m x ...
         inputs = inputs if keep_graph else inputs.detach()
         result[name] = _positions(modules[name], inputs, signal)
     return (value if keep_graph else value.detach()), result
 
 
-class _InputOverwritten(RuntimeError):
-    """A later in-place operation changed what a layer had received."""
+class _Uncontractible(RuntimeError):
+    """A layer's input and signal do not determine its Jacobian."""
 
 
 def _positions(
@@ -434,8 +441,7 @@ def _verified_layers(net: FunctionalNet, X: Tensor) -> tuple[str, ...]:
         try:
             features = _layer_features(net, rows, std, (name,), "layers")
         except (RuntimeError, ValueError):
-            # An input overwritten in place, or a shape that is not n x ... : the
-            # per-sample Jacobian handles such a layer.
+            # Also a shape that is not n x ...: the per-sample Jacobian handles it.
             continue
         exact = dense_features(net, rows, std).matrix
         got = features.rows()
