@@ -705,13 +705,17 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Args:
             num_samples: The number s of functions.
-            generator: Source of randomness.
+            generator: Source of randomness. Without one, draws are fresh on each call;
+                the global random state is left alone in either case.
 
         Returns:
             A function of X, ``... x n x d`` to ``s x ... x n x m``.
         """
         self.eval()
         check_positive(num_samples=num_samples)
+        if generator is None:
+            generator = torch.Generator(device=self._train_X.device)
+            generator.seed()
         if len(self.batch_shape):
             raise NotImplementedError(
                 "draw does not take a model with a batch of fantasies. Draw from the "
