@@ -67,7 +67,8 @@ def calibrate(model: LinearizedGP, X_val: Tensor, Y_val: Tensor) -> Calibration 
 
     Raises:
         TypeError: If the model is a regression.
-        ValueError: If the model has several prior groups.
+        ValueError: If the model has several prior groups, or another mean than the
+            network's output.
     """
     if is_gaussian(model.likelihood):
         raise TypeError(
@@ -78,6 +79,11 @@ def calibrate(model: LinearizedGP, X_val: Tensor, Y_val: Tensor) -> Calibration 
         raise ValueError(
             "calibrate chooses one prior variance, but the model has "
             f"{len(model.covar_module.groups)} groups. Build it with groups='all'."
+        )
+    if model.mean != "network":
+        raise ValueError(
+            "calibrate averages around the network's output, but the model has mean="
+            f"{model.mean!r}. Build it with mean='network'."
         )
     model.eval()
     check_inputs(X_val, "X_val", model.train_inputs[0].shape[-1])

@@ -161,8 +161,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         check_inputs(train_X)
         check_not_empty(train_X=train_X)
         check_tensor(train_Y=train_Y)
-        check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
         check_same_device(train_X=train_X, train_Y=train_Y)
+        check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
         if train_X.dim() != 2:
@@ -634,7 +634,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             link = "plugin" if calibration is None else calibration.link
         elif link != "plugin" and calibration is None:
             self._warn_about_gap(link)
-        temperature = 1.0 if calibration is None else calibration.temperature
+        temperature = 1.0
+        if calibration is not None:
+            # One that was chosen for an average is not the network's own.
+            if (link == "plugin") == (calibration.link == "plugin"):
+                temperature = calibration.temperature
         if link == "plugin" and self.mean == "network":
             mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
