@@ -8,6 +8,7 @@ conditioned without retraining. Hyperparameters are learnt by ``selection``.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -899,13 +900,18 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a state_dict carries beside tensors: plain values, no code."""
-        calibration = None if self.calibration is None else tuple(self.calibration)
-        return {"mean": self.mean, "fitted": self.fitted, "calibration": calibration}
+    def get_extra_state(self) -> Tensor:
+        """What a state_dict carries beside hyperparameters and data: plain values.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        As a tensor, since botorch's optimisers detach and clone whatever is in there.
+        """
+        calibration = None if self.calibration is None else tuple(self.calibration)
+        state = {"mean": self.mean, "fitted": self.fitted, "calibration": calibration}
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore them."""
+        state = json.loads(bytes(state.tolist()))
         self.mean, self.fitted = state["mean"], state["fitted"]
         kept = state["calibration"]
         self.calibration = None if kept is None else Calibration(*kept)
