@@ -81,8 +81,7 @@ def check_not_empty(**values: Tensor) -> None:
         if value.shape[0] == 0:
             raise InputDataError(
                 f"{name} has no rows (shape {tuple(value.shape)}). A model without "
-                f"data "
-                "is its prior: ask the kernel and the mean for it."
+                "data is its prior: ask the kernel and the mean for it."
             )
 
 
@@ -116,7 +115,9 @@ def check_same_dtype(name: str, value: Tensor, expected: torch.dtype) -> None:
 def check_positive(**values: float | Tensor) -> None:
     """Require strictly positive finite numbers."""
     for name, value in values.items():
-        tensor = torch.as_tensor(value)
+        # A Python float would be rounded to float32, and shown so.
+        dtype = None if isinstance(value, Tensor) else torch.float64
+        tensor = torch.as_tensor(value, dtype=dtype)
         # Written so that NaN fails too.
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             shown = (
@@ -151,8 +152,7 @@ def check_labels(labels: Tensor, num_classes: int, name: str = "train_Y") -> Non
         raise InputDataError(
             f"{name} must lie in 0 .. {num_classes - 1} (the network has {num_classes} "
             f"outputs), but row {row} is {int(labels[row])}. Drop ignored rows, or "
-            f"give "
-            "the network one output per class."
+            "give the network one output per class."
         )
 
 

@@ -101,9 +101,8 @@ class FunctionSpaceStrategy:
         self.features = features
         self.root = root.double()
         self.cholesky = factorise(whiten(gram.double(), self.root))
-        self._single_fails = (
-            False  # once they did, float32 products are not tried again
-        )
+        # Once float32 products failed they are not tried again.
+        self._single_fails = False
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -227,6 +226,9 @@ class WeightSpaceStrategy:
             one pair at a time is held.
         num_params: The number p.
         precision: :math:`\Phi^\top R R^\top \Phi`, if it is known.
+
+    Raises:
+        TypeError: If the batches can be read only once.
     """
 
     def __init__(
@@ -235,14 +237,18 @@ class WeightSpaceStrategy:
         num_params: int,
         precision: Tensor | None = None,
     ) -> None:
+        if iter(batches) is batches:
+            raise TypeError(
+                "batches must be re-iterable, but is a "
+                f"{type(batches).__name__}, which can be read once. Pass a list."
+            )
         self._batches = batches
         self.num_params = num_params
         if precision is None:
             precision = weight_precision(batches, num_params)
         self.cholesky = factorise(precision)
-        self._single_fails = (
-            False  # once they did, float32 products are not tried again
-        )
+        # Once float32 products failed they are not tried again.
+        self._single_fails = False
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -358,8 +364,7 @@ def whiten(gram: Tensor, root: Tensor) -> Tensor:
 
 def apply_root(root: Tensor, matrix: Tensor) -> Tensor:
     """Product of a block-diagonal matrix, ``n x m x m``, with ``(n m) x k``."""
-    n, m = root.shape[:2]
-    return (root @ matrix.reshape(n, m, -1)).reshape(n * m, -1)
+    return (root @ matrix.unflatten(0, root.shape[:2])).flatten(0, 1)
 
 
 def apply_root_right(matrix: Tensor, root: Tensor) -> Tensor:
@@ -409,12 +414,12 @@ def factorise(matrix: Tensor) -> Tensor:
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    if bool(info.any()):
+    # An infinite entry is no failure to LAPACK, and NaN once it is used.
+    if bool(info.any()) or not bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
         raise ValueError(
-            f"I + R' K R could not be factorised: its largest entry is "
+            "I + R' K R could not be factorised: its largest entry is "
             f"{matrix.detach().abs().max():.3g}, so the prior variance is too large "
-            f"for "
-            "the noise. Standardise the targets, or raise the noise floor."
+            "for the noise. Standardise the targets, or raise the noise floor."
         )
     return factor
 
