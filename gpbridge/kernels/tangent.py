@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from botorch.sampling.pathwise.features.generators import GenKernelFeatures
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
 from gpytorch.kernels import Kernel
@@ -30,6 +29,8 @@ from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
+    draw_feature_map,
+    register_with_botorch,
     same_inputs,
     unbatched_buffers,
 )
@@ -431,8 +432,11 @@ def _checked_covariance(
     return to_linear_operator(covariance)
 
 
-@GenKernelFeatures.register(NeuralTangentKernel)
-def _tangent_feature_map(
-    kernel: NeuralTangentKernel, *, num_inputs: int, num_outputs: int
+@draw_feature_map.register
+def _exact_features(
+    kernel: NeuralTangentKernel, num_inputs: int, num_features: int, generator=None
 ) -> ExactFeatureMap:
     return ExactFeatureMap(kernel, kernel.functional.num_params)
+
+
+register_with_botorch(NeuralTangentKernel)

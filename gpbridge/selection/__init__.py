@@ -1,7 +1,19 @@
 """Hyperparameters and models chosen by marginal likelihood, and by held-out data."""
 
+from gpbridge.selection.deep_kernel import fit_deep_kernel
+from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.mll import LaplaceEvidence
+from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
-__all__ = ["LaplaceEvidence", "MatchedWeightDecay", "fit_evidence", "log_evidence"]
+__all__ = [
+    "Diagnostics",
+    "LaplaceEvidence",
+    "MatchedWeightDecay",
+    "fit_deep_kernel",
+    "fit_evidence",
+    "fit_matern_plus_kernel",
+    "log_evidence",
+    "multi_start",
+]

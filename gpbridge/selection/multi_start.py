@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from botorch.exceptions.errors import ModelFittingError
 from botorch.exceptions.warnings import OptimizationWarning
-from botorch.models import SingleTaskGP
 from botorch.models.transforms.input import InputTransform
 from botorch.optim.fit import fit_gpytorch_mll_scipy
 from botorch.utils.constraints import LogTransformedInterval
@@ -34,6 +33,7 @@ from gpbridge.checks import (
     check_not_empty,
     check_same_length,
 )
+from gpbridge.models import NetworkKernelGP
 
 Start = Mapping[str, float | Tensor]
 
@@ -218,7 +218,7 @@ def fit_matern_plus_kernel(
     starts: Sequence[tuple[float, float, float]] = MATERN_PLUS_STARTS,
     noise_floor: float = 1e-6,
     input_transform: InputTransform | None = None,
-) -> SingleTaskGP:
+) -> NetworkKernelGP:
     r"""A GP with a Matérn-5/2 ARD kernel plus a given one, usually of a network.
 
     .. math:: k = a\, k_{network} / \bar k + b\, k_{Matern}, \qquad
@@ -281,7 +281,7 @@ def fit_matern_plus_kernel(
     matern_part = ScaleKernel(
         _matern(X), outputscale_constraint=LogTransformedInterval(*bounds)
     )
-    model = SingleTaskGP(
+    model = NetworkKernelGP(
         train_X,
         train_Y,
         likelihood=likelihood,
