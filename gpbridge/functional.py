@@ -12,7 +12,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -345,47 +344,52 @@ def _belongs(name: str, asked: str) -> bool:
     return name == asked or name.startswith(asked + ".")
 
 
+def copy_without_hooks(network: nn.Module) -> nn.Module:
+    """Copy a module in eval mode without its owner's hooks; the module is not touched.
+
+    A hook can hold or write anything of the caller's, also what no copy can be made of,
+    so it stays behind. Those that torch itself installs to compute a weight
+    (weight_norm, spectral_norm) are part of the function and come along.
+
+    Args:
+        network: The module.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If the module keeps tensors of a forward pass.
+    """
+    kept = {
+        id(hooks): type(hooks)(
+            (key, copy.deepcopy(hook))
+            for key, hook in hooks.items()
+            if type(hook).__module__.startswith("torch.nn.utils")
+        )
+        for module in network.modules()
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    }
+    try:
+        return copy.deepcopy(network, memo=kept).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The network cannot be copied: {_first_line(error)} It keeps a tensor "
+            "that a graph computed, in an attribute or by the old "
+            "torch.nn.utils.weight_norm. Detach them, or use "
+            "torch.nn.utils.parametrizations."
+        ) from error
+
+
 def _frozen_copy(network: nn.Module, freeze: bool, names: list[str]) -> nn.Module:
-    with _without_hooks(network):
-        try:
-            own = copy.deepcopy(network)
-        except RuntimeError as error:
-            raise ValueError(
-                f"network cannot be copied: {_first_line(error)} It keeps a tensor "
-                "that a graph computed, as the old torch.nn.utils.weight_norm does. "
-                "Detach it, or use torch.nn.utils.parametrizations."
-            ) from error
-    random = set(names)
+    own, random = copy_without_hooks(network), set(names)
     for name, p in own.named_parameters():
         p.requires_grad_(not freeze and name in random)
-        p.grad = None
-    return own.eval()
-
-
-@contextmanager
-def _without_hooks(network: nn.Module):
-    # Hooks are detached from the caller's module for the moment of the copy, since a
-    # closure may not be copyable, and put back whatever happens. Hooks that torch
-    # itself installs to compute a weight (weight_norm, spectral_norm) stay.
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-             "_backward_pre_hooks")  # fmt: skip
-    saved = [
-        (module, kind, getattr(module, kind))
-        for module in network.modules()
-        for kind in kinds
-    ]
-    try:
-        for module, kind, hooks in saved:
-            kept = type(hooks)(
-                (key, hook)
-                for key, hook in hooks.items()
-                if type(hook).__module__.startswith("torch.nn.utils")
-            )
-            module.__dict__[kind] = kept
-        yield
-    finally:
-        for module, kind, hooks in saved:
-            module.__dict__[kind] = hooks
+    return own
 
 
 def _probe_values(net: FunctionalNet, rows: Tensor) -> int:

@@ -425,7 +425,7 @@ def test_a_network_that_fails_in_forward_shows_its_own_error():
     assert_unchanged(network, before)
 
 
-def test_hooks_are_put_back_if_the_copy_fails():
+def test_hooks_stay_where_they_are_if_the_copy_fails():
     network = NETS["tanh_mlp"].network(1)
     log = []
     with_hooks(network, log)

@@ -8,7 +8,6 @@ Next: ``linearized`` turns the result into a Gaussian process.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.data import holdout_rows
+from gpbridge.functional import copy_without_hooks
 from gpbridge.likelihoods import is_gaussian, log_prob
 from gpbridge.targets import check_targets, default_likelihood
 from gpbridge.types import FitResult
@@ -114,9 +114,9 @@ def fit_map(
         term), ``weight_decay`` and, with a validation part, ``validation_loss``.
 
     Raises:
-        RuntimeError: If the loss becomes NaN or infinite, or the network cannot be
-            copied.
-        ValueError: If an option is out of range, or nothing can be trained.
+        RuntimeError: If the loss becomes NaN or infinite.
+        ValueError: If an option is out of range, nothing can be trained, or the network
+            cannot be copied.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard after its first
@@ -152,7 +152,7 @@ def fit_map(
     fraction = validation_fraction if early_stopping else 0.0
     fit_rows, held_out = _split(train_X, fraction, validation_rows, generator)
 
-    own = _private_copy(network)
+    own = copy_without_hooks(network)
     X = _shaped(train_X, input_shape)
     with _isolated(generator, train_X.device):
         num_outputs = _probe(own, X)
@@ -482,33 +482,6 @@ def _shaped(X: Tensor, input_shape: Sequence[int] | None) -> Tensor:
             f"per row, but train_X has shape {tuple(X.shape)}."
         )
     return X.reshape(len(X), *input_shape)
-
-
-def _private_copy(network: nn.Module) -> nn.Module:
-    """Copy a module without the caller's hooks and without touching it."""
-    # Hooks can hold or write anything of the caller's, so they stay behind; those that
-    # torch installs to compute a weight (spectral_norm) are part of the function.
-    memo = {
-        id(hooks): type(hooks)(
-            (key, copy.deepcopy(hook))
-            for key, hook in hooks.items()
-            if type(hook).__module__.startswith("torch.nn.utils")
-        )
-        for module in network.modules()
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    }
-    try:
-        return copy.deepcopy(network, memo).eval()
-    except (RuntimeError, TypeError) as error:
-        raise RuntimeError(
-            f"The network cannot be copied: {error} Does it keep tensors of a forward "
-            "pass as attributes? Detach them, or store them elsewhere."
-        ) from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpbridge.checks import ShapeError, check_positive
+from gpbridge.functional import copy_without_hooks
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
@@ -73,7 +74,7 @@ class NetworkMap(nn.Module):
             )
         if spectral_norm is not None:
             check_positive(spectral_norm=spectral_norm)
-        self.network = _copy_without_hooks(network).eval()
+        self.network = copy_without_hooks(network)
         if freeze:
             self.network.requires_grad_(False)
         self.freeze = freeze
@@ -125,25 +126,6 @@ class NetworkMap(nn.Module):
                 factor = (self.spectral_norm / norm).clamp(max=1.0)
                 bounded[f"{name}.weight" if name else "weight"] = factor * weight
         return bounded
-
-
-def _copy_without_hooks(network: nn.Module) -> nn.Module:
-    # A hook of the caller, run by the copy, would change the caller's state. Those by
-    # which torch computes a weight (weight_norm) are part of the function.
-    own = copy.deepcopy(network)
-    for module in own.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
-                    del hooks[key]
-    for parameter in own.parameters():
-        parameter.grad = None
-    return own
 
 
 class FeatureKernel(Kernel):

@@ -594,5 +594,5 @@ def test_divergence_is_an_error_that_says_when():
 def test_a_network_that_keeps_graph_tensors_cannot_be_copied():
     network = mlp()
     network.cache = network(X)
-    with pytest.raises(RuntimeError, match="cannot be copied: .* Detach them"):
+    with pytest.raises(ValueError, match="cannot be copied: .* Detach them"):
         fit_map(network, X, Y, **QUICK)
