@@ -27,12 +27,6 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.model import Model
 from botorch.models.transforms import Normalize
-from botorch.models.utils.gpytorch_modules import (
-    get_covar_module_with_dim_scaled_prior,
-)
-from gpytorch.constraints import GreaterThan
-from gpytorch.kernels import ScaleKernel
-from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
@@ -41,15 +35,13 @@ from gpbridge import LinearizedGP, metrics
 from gpbridge.data import drop_constant_columns, holdout_rows, load_uci, standardize
 from gpbridge.dnn import fit_map
 from gpbridge.kernels import NeuralTangentKernel
-from gpbridge.selection import fit_evidence
+from gpbridge.selection import fit_evidence, fit_matern_plus_kernel
 from gpbridge.types import FitResult
 
 DEVELOPMENT = ("diabetes", "boston", "concrete", "energy")
 CONFIRMATION = ("airfoil", "autompg", "naval", "power")
 NETWORKS = {"50-50 ReLU": ((50, 50), nn.ReLU), "50 tanh": ((50,), nn.Tanh)}
 REFERENCE = "network + validation noise"
-# Log variance of the network's kernel, of the Matérn kernel, and of the noise.
-STARTS = ((0.0, -1.0, -4.0), (-8.0, 0.0, -7.0), (-2.0, 0.0, -2.0))
 
 
 class Score(NamedTuple):
@@ -112,55 +104,16 @@ def stock_predictive(split: Split) -> Predictive:
     """BoTorch's default surrogate on inputs in the unit cube."""
     transform = Normalize(split.X.shape[-1])
     model = SingleTaskGP(split.X, split.Y, input_transform=transform)
-    _fit(model)
+    mll = ExactMarginalLogLikelihood(model.likelihood, model)
+    fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 60}})
     return _predict(model, split)
 
 
 def summed_predictive(split: Split, hidden: tuple[int, ...], seed: int) -> Predictive:
     """Matérn-5/2 plus the tangent kernel of an untrained network, three starts."""
     network = problems.mlp((split.X.shape[-1], *hidden, 1), nn.ReLU, seed).double()
-    best_evidence, best_model = -math.inf, None
-    for start in STARTS:
-        model = _summed_model(network, split, *(math.exp(value) for value in start))
-        evidence = _fit(model)
-        if evidence > best_evidence:
-            best_evidence, best_model = evidence, model
-    return _predict(best_model, split)
-
-
-def _summed_model(
-    network: nn.Module,
-    split: Split,
-    network_variance: float,
-    matern_variance: float,
-    noise_variance: float,
-) -> Model:
-    d = split.X.shape[-1]
-    tangent = NeuralTangentKernel(network).double()
-    diagonal = tangent(split.X, diag=True).detach().mean()
-    tangent.prior_variance = network_variance / diagonal
-    matern = ScaleKernel(
-        get_covar_module_with_dim_scaled_prior(d, use_rbf_kernel=False)
-    ).double()
-    matern.outputscale = matern_variance
-    likelihood = GaussianLikelihood(noise_constraint=GreaterThan(1e-6)).double()
-    likelihood.noise = noise_variance
-    return SingleTaskGP(
-        split.X,
-        split.Y,
-        likelihood=likelihood,
-        covar_module=matern + tangent,
-        outcome_transform=None,
-    )
-
-
-def _fit(model: Model) -> float:
-    mll = ExactMarginalLogLikelihood(model.likelihood, model)
-    fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 60}})
-    mll.train()
-    with torch.no_grad():
-        output = model(*model.train_inputs)
-        return float(mll(output, model.train_targets))
+    model = fit_matern_plus_kernel(split.X, split.Y, NeuralTangentKernel(network))
+    return _predict(model, split)
 
 
 def _predict(model: Model, split: Split) -> Predictive:
