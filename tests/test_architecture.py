@@ -22,11 +22,11 @@ types
 _version checks metrics data distributed
 tracing functional likelihoods targets augmentation plots
 operators features layer_gram spectral draws weights prediction solvers matrix_free descent
-kernels: compositions feature random_features tangent dual_activations infinite_width deep invariant convolutional
+kernels: compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
-linearized: curvature kronecker low_rank sampling links predictive calibration inference evidence gp paths
+linearized: curvature kronecker low_rank sampling links predictive inference construction noise mean outcomes conditioning problem mode evidence posterior calibration gp paths
 dnn: fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
-selection: evidence elbo multi_start iterative_mll em online invariance hypergradient training_speed compare
+selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel iterative_mll em online invariance hypergradient training_speed compare
 acquisition surrogates testing doctor
 """  # noqa: E501
 STRANGERS = {"linearized": "dnn", "dnn": "linearized"}

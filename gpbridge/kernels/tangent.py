@@ -18,9 +18,7 @@ from linear_operator import to_linear_operator
 from linear_operator.operators import (
     DiagLinearOperator,
     LinearOperator,
-    LowRankRootLinearOperator,
     MatmulLinearOperator,
-    RootLinearOperator,
 )
 from torch import Tensor, nn
 
@@ -34,6 +32,7 @@ from gpbridge.kernels.compositions import (
     same_inputs,
     unbatched_buffers,
 )
+from gpbridge.kernels.feature_gram import FeatureGramOperator, feature_gram
 from gpbridge.layer_gram import METHODS, tangent_features
 from gpbridge.operators import JacobianOperator
 
@@ -226,15 +225,11 @@ class NeuralTangentKernel(Kernel):
             left = self._matrix_free_root(x1)
             right = left if same else self._matrix_free_root(x2)
             if same:
-                return RootLinearOperator(left)
+                return FeatureGramOperator(left)
             return MatmulLinearOperator(left, right.mT)
         if kind == "weight":
             left = self._rows(x1)
-            if not same:
-                return MatmulLinearOperator(left, self._rows(x2).mT)
-            low_rank = left.shape[-1] < left.shape[-2]
-            kind = LowRankRootLinearOperator if low_rank else RootLinearOperator
-            return kind(left)
+            return feature_gram(left, None if same else self._rows(x2))
         grams = self._unit_grams(x1, x2, same)  # one per group
         variance = self.prior_variance.to(grams[0])
         total = 0.0

@@ -3,29 +3,23 @@ r"""Calibrating a linearised classifier on held-out data, and the warning that i
 Evidence does not choose a prior that predicts well: on a confident network the
 posterior stays close to the prior and contradicts the labels it was conditioned on. A
 joint choice of prior variance and temperature on held-out data does; one
-eigendecomposition serves all candidates. In: a model and held-out labels. Out: what was
-adopted. Next: ``gp``.
+eigendecomposition serves all candidates. In: a problem and held-out labels. Out: what
+to adopt. Next: ``gp``.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_inputs, check_not_empty, check_same_dtype
-from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.evidence import frozen_spectrum
 from gpbridge.linearized.predictive import choose_calibration, probabilities
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import apply_root
 from gpbridge.spectral import Spectrum
-from gpbridge.targets import check_targets
-
-if TYPE_CHECKING:
-    from gpbridge.linearized.gp import LinearizedGP
 
 
 class Calibration(NamedTuple):
@@ -54,56 +48,32 @@ class TrainGap(NamedTuple):
 
 
 @torch.no_grad()
-def calibrate(model: LinearizedGP, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
-    """Choose prior variance and temperature, and set them if they are adopted.
+def find_calibration(
+    problem: TangentProblem, Z_val: Tensor, labels: Tensor
+) -> Calibration | None:
+    """Choose prior variance and temperature around the network's output.
 
     Args:
-        model: A classifier with one prior group.
-        X_val: Held-out inputs ``n' x d``.
-        Y_val: Held-out labels.
+        problem: A classifier with one prior group.
+        Z_val: Held-out transformed inputs ``n' x d``.
+        labels: Held-out labels in canonical form.
 
     Returns:
         The choice, or None if the network's own probabilities stay.
 
     Raises:
-        TypeError: If the model is a regression.
-        ValueError: If the model has several prior groups, or another mean than the
-            network's output.
+        ValueError: If it has several prior groups.
     """
-    if is_gaussian(model.likelihood):
-        raise TypeError(
-            "calibrate is for classification; under Gaussian noise call "
-            "gpbridge.selection.fit_evidence(model)."
-        )
-    if len(model.covar_module.groups) > 1:
+    if len(problem.groups) > 1:
         raise ValueError(
             "calibrate chooses one prior variance, but the model has "
-            f"{len(model.covar_module.groups)} groups. Build it with groups='all'."
+            f"{len(problem.groups)} groups. Build it with groups='all'."
         )
-    if model.mean != "network":
-        raise ValueError(
-            "calibrate averages around the network's output, but the model has mean="
-            f"{model.mean!r}. Build it with mean='network'."
-        )
-    model.eval()
-    check_inputs(X_val, "X_val", model.train_inputs[0].shape[-1])
-    check_not_empty(X_val=X_val)
-    check_same_dtype("X_val", X_val, model.train_inputs[0].dtype)
-    labels = check_targets(
-        model.likelihood,
-        Y_val,
-        model.num_outputs,
-        len(X_val),
-        dtype=X_val.dtype,
-        name="Y_val",
-    )
-    problem = model.problem
     problem.check_size("The eigendecomposition for calibration")
-    Z = model.transform_inputs(X_val).to(problem.net.dtype)
-    spectrum = frozen_spectrum(problem)
-    covariance_of = _covariances(problem, spectrum, Z)
+    Z = Z_val.to(problem.net.dtype)
+    covariance_of = _covariances(problem, frozen_spectrum(problem), Z)
     logits = problem.net(Z).double()
-    best = choose_calibration(model.likelihood, logits, labels, covariance_of)
+    best = choose_calibration(problem.likelihood, logits, labels, covariance_of)
     if not best.adopted:
         warnings.warn(
             "calibrate keeps the network's own probabilities: the best candidate saves "
@@ -111,22 +81,14 @@ def calibrate(model: LinearizedGP, X_val: Tensor, Y_val: Tensor) -> Calibration 
             f"({best.gain_std_error:.4f}).",
             stacklevel=3,
         )
-        model.calibration = None
         return None
-    link = "pairwise" if best.prior_variance > 0 else "plugin"
-    if best.prior_variance > 0:
-        lower = model.covar_module.raw_prior_variance_constraint.lower_bound
-        upper = model.covar_module.raw_prior_variance_constraint.upper_bound
-        model.prior_variance = min(max(best.prior_variance, float(lower)), float(upper))
-    model.fitted = "calibrate"
-    model.calibration = Calibration(
-        link,
+    return Calibration(
+        "pairwise" if best.prior_variance > 0 else "plugin",
         best.prior_variance,
         best.calibration_temperature,
         best.gain,
         best.gain_std_error,
     )
-    return model.calibration
 
 
 def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):
@@ -160,26 +122,21 @@ def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):
 
 
 @torch.no_grad()
-def train_gap(model: LinearizedGP) -> TrainGap:
+def training_gap(problem: TangentProblem, mean: Tensor, blocks: Tensor) -> TrainGap:
     """Compare predictions on the training rows with their labels.
 
     Args:
-        model: A classifier.
+        problem: A classifier.
+        mean: Posterior mean at its inputs, ``n x m``.
+        blocks: Posterior covariance there, ``n x m x m``.
 
     Returns:
         The gap of the posterior with the pairwise link, and of the network.
-
-    Raises:
-        TypeError: If the model is a regression.
     """
-    if is_gaussian(model.likelihood):
-        raise TypeError("train_gap is for classification.")
-    problem = model.problem
     labels = problem.Y.reshape(len(problem.X), -1)
-    mean, blocks = model.marginals(model.train_inputs[0])
     gaps = []
     for link, center in (("pairwise", mean), ("plugin", problem.outputs)):
-        q = probabilities(model.likelihood, center, blocks, link)
+        q = probabilities(problem.likelihood, center, blocks, link)
         if q.shape[-1] == 1:
             right = torch.where(labels > 0.5, q, 1 - q)
         else:

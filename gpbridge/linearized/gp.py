@@ -47,10 +47,15 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.draws import TangentDraws
-from gpbridge.functional import FunctionalNet, Parameters, jvp
+from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.tangent import Groups, NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
-from gpbridge.linearized.calibration import Calibration, TrainGap, calibrate, train_gap
+from gpbridge.linearized.calibration import (
+    Calibration,
+    TrainGap,
+    find_calibration,
+    training_gap,
+)
 from gpbridge.linearized.conditioning import (
     NewData,
     Update,
@@ -401,14 +406,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def _prior(self, Z: Tensor, dtype: torch.dtype) -> MultivariateNormal:
         Z = Z.to(self.functional.dtype)
-        std = self.problem.scaled_std(self.prior_variance)
-        covariance = self.problem.features(Z, std).gram()
-        mean = self.functional(Z)
-        if self.offset:
-            net = self.functional
-            mean = mean - jvp(net, Z, net.flatten(net.params))
-        else:
-            mean = torch.zeros_like(mean)
+        # By the kernel, so that gpytorch's own objectives can learn its variances.
+        covariance = self.covar_module(Z).to_dense()
+        shape = (*Z.shape[:-1], self._num_outputs)
+        mean = self.mean_module(Z).reshape(shape) if self.offset else Z.new_zeros(shape)
         return latent_distribution(mean, covariance, dtype)
 
     def posterior(
@@ -501,6 +502,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         new = NewData(X, Y, blocks)
         if self._new is not None:
             new = _join(self._new, new)
+        self._conditioned()  # factorised here, for all models that share the factors
         conditioned = self._share()
         conditioned._new = new
         conditioned._update = None
@@ -534,6 +536,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             raise NotImplementedError(
                 "Subset the outputs before conditioning on further observations."
             )
+        self._conditioned()  # factorised here, for all models that share the factors
         subset = self._share()
         subset.output_indices = [own[i] for i in idcs]
         if hasattr(self, "outcome_transform"):
@@ -667,15 +670,60 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Returns:
             What was adopted, or None.
+
+        Raises:
+            TypeError: If the model is a regression.
+            ValueError: If the mean is not the network's output, or there are several
+                prior groups.
         """
-        return calibrate(self, X_val, Y_val)
+        if is_gaussian(self.likelihood):
+            raise TypeError(
+                "calibrate is for classification; under Gaussian noise call "
+                "gpbridge.selection.fit_evidence(model)."
+            )
+        if self.mean != "network":
+            raise ValueError(
+                "calibrate averages around the network's output, but the model has "
+                f"mean={self.mean!r}. Build it with mean='network'."
+            )
+        check_inputs(X_val, "X_val", self._train_X.shape[-1])
+        check_not_empty(X_val=X_val)
+        check_same_dtype("X_val", X_val, self._train_X.dtype)
+        labels = check_targets(
+            self.likelihood,
+            Y_val,
+            self._num_outputs,
+            len(X_val),
+            dtype=X_val.dtype,
+            name="Y_val",
+        )
+        self.eval()
+        with torch.no_grad():
+            Z = self.transform_inputs(X_val)
+        self.calibration = find_calibration(self.problem, Z, labels)
+        if self.calibration is not None:
+            self.fitted = "calibrate"
+            if self.calibration.prior_variance > 0:
+                bounds = self.covar_module.raw_prior_variance_constraint
+                self.prior_variance = min(
+                    max(self.calibration.prior_variance, float(bounds.lower_bound)),
+                    float(bounds.upper_bound),
+                )
+        return self.calibration
 
     @property
     def train_gap(self) -> TrainGap:
-        """How far predictions contradict the training labels; classification only."""
+        """How far predictions contradict the training labels; classification only.
+
+        Raises:
+            TypeError: If the model is a regression.
+        """
+        if is_gaussian(self.likelihood):
+            raise TypeError("train_gap is for classification.")
         key = self._key()
         if self._gap is None or self._gap[0] != key:
-            self._gap = (key, train_gap(self))
+            moments = self.marginals(self._train_X)
+            self._gap = (key, training_gap(self.problem, *moments))
         return self._gap[1]
 
     # -- evidence and draws ----------------------------------------------------------
@@ -689,11 +737,22 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Raises:
             MemoryError: If the exact evidence needs more than the memory budget.
+            NotImplementedError: If the model was conditioned on further observations.
         """
+        self.check_all_data_is_training_data("The evidence")
         problem = self.problem
         problem.check_size("The exact evidence")
         result, self._mode = evidence(problem, self.prior_variance.double(), self._mode)
         return result
+
+    def check_all_data_is_training_data(self, what: str) -> None:
+        """Refuse what would silently ignore observations conditioned on later."""
+        if self._new is not None:
+            raise NotImplementedError(
+                f"{what} is that of the {len(self._train_X)} training points only, but "
+                f"the model was conditioned on {self._new.X.shape[-2]} further ones. "
+                "Build a LinearizedGP on all data."
+            )
 
     def log_evidence(self) -> Tensor:
         """Log marginal likelihood of the training data, total nats."""
@@ -759,6 +818,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def _key(self) -> tuple:
         noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
+        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
+            noise.append(self.likelihood.noise_covar.noise.flatten().tolist())
         return (self.prior_variance.detach().tolist(), noise, self.mean)
 
     def _conditioned(self) -> TangentPosterior:
@@ -846,6 +907,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 "Conditioning a classifier takes one data set, ``n' x d``, but X has "
                 f"shape {tuple(X.shape)}."
             )
+        check_same_dtype("X", X, self._train_X.dtype)
         Y = check_targets(
             self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
         )

@@ -15,12 +15,13 @@ from gpytorch.means import MultitaskMean, ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood, VariationalELBO
 from gpytorch.models import ExactGP
 from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
-from linear_operator.operators import DiagLinearOperator, LowRankRootLinearOperator
+from linear_operator.operators import DiagLinearOperator
 from torch import nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.functional import FunctionalNet
 from gpbridge.kernels import NeuralTangentKernel
+from gpbridge.kernels.feature_gram import FeatureGramOperator
 from gpbridge.testing import (
     assert_gradients_match_finite_differences,
     assert_module_unchanged,
@@ -304,8 +305,8 @@ def test_the_representation_decides_the_operator():
     X = points(40)
     kernels = {r: NeuralTangentKernel(mlp(), representation=r) for r in REPRESENTATIONS}
     operators = {r: k(X).evaluate_kernel() for r, k in kernels.items()}
-    assert isinstance(operators["weight"], LowRankRootLinearOperator)
-    assert isinstance(operators["auto"], LowRankRootLinearOperator)  # 31 < 40
+    assert isinstance(operators["weight"], FeatureGramOperator)
+    assert isinstance(operators["auto"], FeatureGramOperator)  # 31 < 40
     assert type(operators["function"]).__name__ == "DenseLinearOperator"
     product = operators["matrix_free"] @ torch.ones(40, 2, dtype=torch.float64)
     expected = operators["function"].to_dense().sum(-1, keepdim=True).expand(40, 2)
