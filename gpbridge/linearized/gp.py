@@ -932,7 +932,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def _share(self) -> LinearizedGP:
         """A shallow copy: modules and caches are shared, further data are not."""
-        twin = copy.copy(self)
+        # Not copy.copy, whose __getstate__ leaves the caches behind.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             twin.__dict__[name] = self.__dict__[name].copy()
         return twin
