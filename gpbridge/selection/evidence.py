@@ -60,13 +60,16 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
 
     Raises:
         MemoryError: If the exact evidence needs more than the memory budget.
+        NotImplementedError: If the model was conditioned on further observations.
     """
     model.eval()
+    model.check_all_data_is_training_data("What fit_evidence maximises")
     model.problem.check_size("Learning hyperparameters by the exact evidence")
     if model.select == "validation":
         _select(model)
     _search(model)
     model.fitted = "evidence"
+    model.calibration = None  # it belonged to another prior variance
     with torch.no_grad():
         result = model.evidence()
     if is_gaussian(model.likelihood):
@@ -232,7 +235,8 @@ def _search_gradient(model: LinearizedGP) -> None:
     mll = LaplaceEvidence(model.likelihood, model)
     first = {k: v.detach().clone() for k, v in mll.named_parameters()}
     best_value, best_state = -math.inf, first
-    for factor in (None, 0.1, 10.0):
+    learn_prior = model.covar_module.raw_prior_variance.requires_grad
+    for factor in (None, 0.1, 10.0) if learn_prior else (None,):
         with torch.no_grad():
             for name, parameter in mll.named_parameters():
                 parameter.copy_(first[name])
