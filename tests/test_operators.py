@@ -129,10 +129,6 @@ class TestGGNOperator(TestWhitenedKernelOperator):
         return half.mT @ half
 
 
-class TestGGNOperatorBatch(TestGGNOperator):
-    batch = (2,)
-
-
 # --- products
 
 
@@ -192,6 +188,20 @@ def test_one_point_per_pass_gives_the_same_products(name, monkeypatch):
     whitened = WhitenedKernelOperator(X, root, std=std, net=net)
     torch.testing.assert_close(ggn.diagonal(), half.square().sum(0), **EXACT)
     torch.testing.assert_close(whitened.diagonal(), 1 + half.square().sum(1), **EXACT)
+
+
+def test_a_batch_of_gauss_newton_matrices_is_each_of_them():
+    case = NETS["tanh_mlp"]
+    net, _, std, _ = problem(case, 2)
+    X, root, V = case.inputs(3, 4), random(3, 4, 2, 2), random(3, net.num_params, 2)
+    batch = GGNOperator(X, root, std=std, net=net)
+    for i in range(3):
+        alone = GGNOperator(X[i], root[i], std=std, net=net)
+        torch.testing.assert_close((batch @ V)[i], alone @ V[i], **EXACT)
+        torch.testing.assert_close(batch[i].to_dense(), alone.to_dense(), **EXACT)
+        torch.testing.assert_close(batch.diagonal()[i], alone.diagonal(), **EXACT)
+    shared = GGNOperator(X[0], root, std=std, net=net)  # one set, three likelihoods
+    torch.testing.assert_close(shared[0].to_dense(), batch[0].to_dense(), **EXACT)
 
 
 @pytest.mark.parametrize("points, columns", [((), (5,)), ((5,), ()), ((2, 1), (2, 3))])
