@@ -26,12 +26,17 @@ class NotConvergedWarning(RuntimeWarning):
 
 
 def check_tensor(**values: Tensor) -> None:
-    """Require torch tensors."""
+    """Require dense torch tensors."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor, but is {type(value).__name__}. "
                 f"Try torch.as_tensor({name})."
+            )
+        if value.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must be dense, but its layout is {value.layout}. "
+                f"Try {name}.to_dense()."
             )
 
 

@@ -166,11 +166,13 @@ class FunctionalNet(nn.Module):
 
         Raises:
             TypeError: If the output is not one tensor.
-            ShapeError: If the output is not one row per point.
+            ShapeError: If the output is not one row per point, or X has no points or
+                another width than ``input_shape``.
             ValueError: If the network draws randomness, changes itself, mixes rows, or
                 cannot be differentiated in its random weights.
         """
         rows = X.detach().reshape(-1, X.shape[-1])[:3].to(self.dtype)
+        _check_probe_shape(self, X)
         with torch.no_grad():
             self._num_outputs = _probe_values(self, rows)
         self.num_activations = _count_activations(self, rows[:1])
@@ -392,12 +394,35 @@ def _frozen_copy(network: nn.Module, freeze: bool, names: list[str]) -> nn.Modul
     return own
 
 
+def _check_probe_shape(net: FunctionalNet, X: Tensor) -> None:
+    if X.numel() == 0:
+        raise ShapeError(
+            f"The network is probed on the first points it sees, but X is empty (shape "
+            f"{tuple(X.shape)}). Call it once with data."
+        )
+    shape = net.input_shape
+    if shape is not None and math.prod(shape) != X.shape[-1]:
+        raise ShapeError(
+            f"input_shape {shape} has {math.prod(shape)} entries, but X has "
+            f"{X.shape[-1]} columns (shape {tuple(X.shape)}). Flatten each input to a "
+            "row."
+        )
+
+
 def _probe_values(net: FunctionalNet, rows: Tensor) -> int:
     before = {k: v.clone() for k, v in net.network.state_dict().items()}
     with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
         batch = net.input_shape or rows.shape[-1:]
-        outputs = net.network(rows.reshape(-1, *batch))
-        again = net.network(rows.reshape(-1, *batch))
+        try:
+            outputs = net.network(rows.reshape(-1, *batch))
+            again = net.network(rows.reshape(-1, *batch))
+        except RuntimeError as error:
+            error.add_note(
+                f"The network fails on {len(rows)} inputs of shape {tuple(batch)}. Pass "
+                "inputs of the width that it was trained on, and input_shape if they "
+                "have to be unflattened."
+            )
+            raise
     after = net.network.state_dict()
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     if changed:
