@@ -418,9 +418,9 @@ def _probe_values(net: FunctionalNet, rows: Tensor) -> int:
             again = net.network(rows.reshape(-1, *batch))
         except RuntimeError as error:
             error.add_note(
-                f"The network fails on {len(rows)} inputs of shape {tuple(batch)}. Pass "
-                "inputs of the width that it was trained on, and input_shape if they "
-                "have to be unflattened."
+                f"The network fails on {len(rows)} inputs of shape {tuple(batch)}. "
+                "Pass inputs of the width that it was trained on, and input_shape if "
+                "they have to be unflattened."
             )
             raise
     after = net.network.state_dict()
