@@ -397,9 +397,10 @@ def _verified_layers(net: FunctionalNet, X: Tensor) -> tuple[str, ...]:
     """The layers whose contraction reproduces the per-sample Jacobian on this input.
 
     A module may use a weight outside of the layer that owns it; no inspection can see
-    that, so the two derivatives are compared on up to two points.
+    that, so the two derivatives are compared on two points, and on two moved ones in
+    case the first are special (all zero, or where units are dead).
     """
-    rows = X.detach().reshape(-1, X.shape[-1])[:2]
+    rows = _probe_points(net, X.detach().reshape(-1, X.shape[-1])[:2])
     owners: dict[int, int] = {}
     for module in net.network.modules():
         for p in module.parameters(recurse=False):
@@ -450,6 +451,18 @@ def _verified_layers(net: FunctionalNet, X: Tensor) -> tuple[str, ...]:
         if got.shape == exact.shape and (got - exact).abs().max() <= tolerance * scale:
             verified.append(name)
     return tuple(verified)
+
+
+def _probe_points(net: FunctionalNet, rows: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+    moved = rows + noise * (rows.abs().mean() + 0.1)
+    try:
+        with torch.no_grad():
+            usable = bool(net(moved).isfinite().all())
+    except (RuntimeError, ValueError, IndexError):
+        usable = False  # inputs that stand for numbers of another kind, as indices
+    return torch.cat([rows, moved]) if usable else rows
 
 
 def _is_contractible(module: nn.Module) -> bool:

@@ -48,11 +48,13 @@ def draw_prior_paths(
         model: A GP, exact or variational, or a list of them.
         sample_shape: Shape of the sample dimensions.
         num_features: Fourier features of each part that needs them, an even number.
-        generator: Source of all randomness; default torch's global one.
+        generator: Source of all randomness. Without one, draws are fresh on each call;
+            the global random state is left alone in either case.
 
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
     """
+    generator = _fresh(generator)
 
     def map_generator(kernel: Kernel, num_inputs: int, num_outputs: int) -> FeatureMap:
         return draw_feature_map(kernel, num_inputs, num_outputs, generator)
@@ -84,7 +86,8 @@ def draw_posterior_paths(
         model: An exact GP with Gaussian noise, or a list of them.
         sample_shape: Shape of the sample dimensions.
         num_features: Fourier features of each part that needs them, an even number.
-        generator: Source of all randomness; default torch's global one.
+        generator: Source of all randomness. Without one, draws are fresh on each call;
+            the global random state is left alone in either case.
 
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
@@ -92,6 +95,7 @@ def draw_posterior_paths(
     References:
         Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
     """
+    generator = _fresh(generator)
     return draw_matheron_paths(
         model,
         sample_shape=sample_shape or Size(),
@@ -116,7 +120,8 @@ def draw_path_model(
     Args:
         model: An exact GP with one or more independent outputs, or a list of GPs.
         num_features: Fourier features of each part that needs them, an even number.
-        generator: Source of all randomness; default torch's global one.
+        generator: Source of all randomness. Without one, draws are fresh on each call;
+            the global random state is left alone in either case.
 
     Returns:
         A deterministic model: ``batch_shape x n x d`` to ``batch_shape x n x m``.
@@ -131,6 +136,13 @@ def draw_path_model(
         return path(X.unsqueeze(-3)).transpose(-1, -2)  # outputs are a batch of GPs
 
     return GenericDeterministicModel(evaluate, num_outputs=model.num_outputs)
+
+
+def _fresh(generator: Generator | None) -> Generator:
+    if generator is None:
+        generator = Generator()
+        generator.seed()
+    return generator
 
 
 def _noisy_update(

@@ -87,6 +87,20 @@ def gaussian_spectrum(gram: Tensor, targets: Tensor) -> GaussianSpectrum:
     )
 
 
+def gaussian_spectrum_of_rows(rows: Tensor, targets: Tensor) -> GaussianSpectrum:
+    """From the features J themselves, ``n x p`` with p at most n, and targets ``n``.
+
+    Orthogonal factors of J, whose singular values are accurate where the eigenvalues of
+    its square are not: those lose half the digits.
+    """
+    basis, triangle = torch.linalg.qr(rows)
+    left, singular, _ = torch.linalg.svd(triangle)
+    inside = basis.mT @ targets
+    rest = (targets - basis @ inside).square().sum()
+    squares = (left.mT @ inside).square()
+    return GaussianSpectrum(singular.square(), squares, rest, len(targets))
+
+
 def gaussian_spectrum_of_weights(
     scatter: Tensor,
     matmul: Callable[[Tensor], Tensor],
@@ -94,6 +108,8 @@ def gaussian_spectrum_of_weights(
     targets: Tensor,
 ) -> GaussianSpectrum:
     r"""From :math:`J^\top J`, ``p x p``, the products with J, and targets ``n``.
+
+    For a J that does not fit into memory; small eigenvalues lose half their digits.
 
     The rest is the norm of a residual, not a difference of norms, which would lose all
     digits where the linear model fits well.

@@ -315,35 +315,40 @@ class NeuralTangentKernel(Kernel):
     def _kept_features(self, x: Tensor, group: int) -> TangentFeatures:
         """Features of the second argument, which in prediction are the training data.
 
-        Kept as long as the same tensor comes back, unchanged, with the same weights.
+        Kept as long as the same values come back, with the same weights.
         """
         if x.requires_grad or not self.functional.freeze:
             return self._features(x, group)
         while x.dim() > 2 and (x.stride(0) == 0 or x.shape[0] == 1):
             x = x[0]  # an expanded batch repeats the same points
-        key = self._identity(x)
-        if self._train is None or self._train[0] != key:
-            self._train = (key, x, {})  # held, so that its address is not given away
+        if not self._seen(self._train, x):
+            self._train = (self._versions(), x.clone(), {})
         kept = self._train[2]
         if group not in kept:
             with torch.no_grad():
                 kept[group] = self._features(x, group)
         return kept[group]
 
-    def _identity(self, x: Tensor) -> tuple:
-        """What tells whether a tensor and the network are still the same."""
-        weights = tuple(p._version for p in self.functional.params.values())
-        return (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, weights)
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.functional.params.values())
+
+    def _seen(self, cache: tuple | None, x: Tensor) -> bool:
+        """Whether a cache is of the same values, dtype and weights.
+
+        Values are compared: memory can change without a trace, as that of an array.
+        """
+        if cache is None or cache[0] != self._versions():
+            return False
+        return cache[1].dtype == x.dtype and torch.equal(cache[1], x)
 
     def _unit_grams(self, x1: Tensor, x2: Tensor, same: bool) -> list[Tensor]:
         """Gram matrices of each group at prior variance one.
 
         While hyperparameters are learnt the inputs do not move: one set is kept as long
-        as the same tensor comes back, unchanged, with the same weights.
+        as the same values come back, with the same weights.
         """
         keep = same and self.functional.freeze and not x1.requires_grad
-        key = self._identity(x1)
-        if keep and self._cache is not None and self._cache[0] == key:
+        if keep and self._seen(self._cache, x1):
             return self._cache[2]
         if self.weight_covariance is not None:
             net = self.functional
@@ -359,8 +364,8 @@ class NeuralTangentKernel(Kernel):
                 grams.append(left.gram(None if same else self._kept_features(x2, g)))
         grams = [gram.to(x1.dtype) for gram in grams]
         if keep:
-            # The inputs are held so that their address cannot be given to others.
-            self._cache = (key, x1, [gram.detach() for gram in grams])
+            kept = [gram.detach() for gram in grams]
+            self._cache = (self._versions(), x1.clone(), kept)
         return grams
 
     def _matrix_free_root(self, x: Tensor) -> LinearOperator:

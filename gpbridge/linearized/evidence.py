@@ -25,13 +25,17 @@ from gpbridge.spectral import (
     Spectrum,
     decompose,
     gaussian_spectrum,
+    gaussian_spectrum_of_rows,
     gaussian_spectrum_of_weights,
 )
 from gpbridge.types import Evidence
 
 
 def evidence(
-    problem: TangentProblem, prior_variance: Tensor, start: Mode | None = None
+    problem: TangentProblem,
+    prior_variance: Tensor,
+    start: Mode | None = None,
+    count_dimension: bool = True,
 ) -> tuple[Evidence, Mode]:
     """Evaluate the evidence, differentiable in the prior variances and the noise.
 
@@ -41,6 +45,8 @@ def evidence(
         problem: The linear model.
         prior_variance: One variance per group, float64.
         start: A nearby optimum, for likelihoods that need iterations.
+        count_dimension: Whether to compute the effective dimension, which costs as much
+            as the rest; NaN if not.
 
     Returns:
         The evidence, and the optimum to start from next time.
@@ -53,10 +59,12 @@ def evidence(
         scale = problem.expand(prior_variance.sqrt())
         L = factorise(problem.precision() * scale * scale[:, None])
     complexity = L.diagonal().log().sum()
-    with torch.no_grad():
-        eye = torch.eye(len(L)).to(L)
-        inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-        dimension = len(L) - inverse.square().sum()
+    dimension = torch.full_like(complexity.detach(), torch.nan)
+    if count_dimension:
+        with torch.no_grad():
+            eye = torch.eye(len(L)).to(L)
+            inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+            dimension = len(L) - inverse.square().sum()
     return Evidence(fit - complexity, fit, complexity, dimension), mode
 
 
@@ -88,6 +96,9 @@ def noise_spectrum(problem: TangentProblem) -> GaussianSpectrum:
     targets = (problem.Y.double() - problem.prior_mean).reshape(-1)
     if problem.space == "function":
         return gaussian_spectrum(problem.grams()[0], targets)
+    rows = problem.rows()
+    if rows is not None and len(rows) >= rows.shape[1]:
+        return gaussian_spectrum_of_rows(rows, targets)
     return gaussian_spectrum_of_weights(
         problem.scatter()[0, 0], problem.matmul, problem.t_matmul, targets
     )

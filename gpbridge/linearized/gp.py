@@ -71,7 +71,7 @@ from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.mode import Mode
-from gpbridge.linearized.noise import initial_noise, set_noise
+from gpbridge.linearized.noise import initial_noise, release_noise, set_noise
 from gpbridge.linearized.outcomes import latent_distribution, target_distribution
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
@@ -228,6 +228,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             replace=True,
         )
         self.noise, self.parameters_option = noise, parameters
+        self._froze_noise = False
         if gaussian:
             with torch.no_grad():
                 misfit = targets - net(Z.to(net.dtype)).to(targets)
@@ -236,6 +237,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             )
             if value is not None:
                 set_noise(likelihood, value)
+                self._froze_noise = True
         else:
             warn_if_logits(likelihood, net(Z.to(net.dtype)).detach().to(Z), targets)
         self.fitted: str | None = None
@@ -559,10 +561,21 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Returns:
             Keyword arguments for the constructor.
+
+        Raises:
+            NotImplementedError: If several outputs have known noise variances.
         """
         inputs = super().construct_inputs(training_data)
         variance = inputs.pop("train_Yvar", None)
         if variance is not None:
+            if variance.shape[-1] != 1:
+                raise NotImplementedError(
+                    "Known noise variances of several outputs are not supported. Model "
+                    "the outputs one by one, in a ModelListGP."
+                )
+            if options.get("outcome_transform") is not None:
+                transform = copy.deepcopy(options["outcome_transform"])
+                _, variance = transform(inputs["train_Y"], variance)
             options["likelihood"] = FixedNoiseGaussianLikelihood(variance.squeeze(-1))
         if network is not None:
             options["network"] = network
@@ -593,6 +606,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """Change mean and noise together, as in the constructor (Gaussian noise)."""
         check_choice("mean", mean, ("linear_model", "network"))
         self.mean, self.noise = mean, noise
+        if noise == "learn" and self._froze_noise:
+            release_noise(self.likelihood)
+            self._froze_noise = False
         misfit = self.problem.Y - self.problem.outputs
         value = initial_noise(
             noise,
@@ -604,6 +620,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         )
         if value is not None:
             set_noise(self.likelihood, value)
+            self._froze_noise = True
 
     # -- prediction ------------------------------------------------------------------
 
@@ -623,6 +640,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         Returns:
             Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
             ``... x n x 1``; Categorical ``... x n``.
+
+        Raises:
+            NotImplementedError: For a subset of the classes.
         """
         self.eval()
         check_inputs(X, "X", self._train_X.shape[-1])
@@ -633,7 +653,12 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             variance = blocks.diagonal(dim1=-2, dim2=-1)
             transform = getattr(self, "outcome_transform", None)
             return target_distribution(mean, variance, transform, X)
-        calibration = self.calibration
+        if self.output_indices is not None:
+            raise NotImplementedError(
+                "Probabilities need all classes. Call predict on the model that was "
+                "subset, or posterior(X) for latent values."
+            )
+        calibration = self._current_calibration()
         if link is None:
             link = "plugin" if calibration is None else calibration.link
         elif link != "plugin" and calibration is None:
@@ -654,6 +679,19 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
         # The check of its arguments fails for no points at all.
         return Categorical(logits=logs, validate_args=logs.numel() > 0)
+
+    def _current_calibration(self) -> Calibration | None:
+        """What held-out data chose, unless the prior variance was changed since."""
+        kept = self.calibration
+        if kept is None or kept.link == "plugin":
+            return kept
+        bounds = self.covar_module.raw_prior_variance_constraint
+        chosen = min(
+            max(kept.prior_variance, float(bounds.lower_bound)),
+            float(bounds.upper_bound),
+        )
+        now = float(self.prior_variance.detach())
+        return kept if abs(now - chosen) <= 1e-6 * chosen else None
 
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
@@ -739,10 +777,15 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             MemoryError: If the exact evidence needs more than the memory budget.
             NotImplementedError: If the model was conditioned on further observations.
         """
+        return self._evidence(count_dimension=True)
+
+    def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
         problem = self.problem
         problem.check_size("The exact evidence")
-        result, self._mode = evidence(problem, self.prior_variance.double(), self._mode)
+        result, self._mode = evidence(
+            problem, self.prior_variance.double(), self._mode, count_dimension
+        )
         return result
 
     def check_all_data_is_training_data(self, what: str) -> None:
@@ -756,7 +799,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     def log_evidence(self) -> Tensor:
         """Log marginal likelihood of the training data, total nats."""
-        return self.evidence().value
+        return self._evidence(count_dimension=False).value
 
     @torch.no_grad()
     def draw(

@@ -30,7 +30,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 _STEPS = 60  # Newton steps; a well-posed problem takes about ten
 _INNER = 50  # conjugate gradient steps per Newton step
 _INNER_TOLERANCE = 1e-4  # of the squared preconditioned residual
-_TOLERANCE = 1e-9  # of the objective, relative to its size and to one nat
+_TOLERANCE = 1e-11  # of the objective, relative to its size and to one nat
 
 
 class Mode(NamedTuple):
@@ -146,8 +146,11 @@ def _newton_function(
         t, new = _line_search(along, value)
         a, shift = a + t * step, shift + t * moved
         converged = new - value <= _TOLERANCE * (1 + value.abs())
+        stuck = t == 0 and bool(moved @ (gradient - a) > 1e-6 * (1 + value.abs()))
         value = new
         if converged:
+            if stuck:
+                _warn_not_converged(value)
             break
     else:
         _warn_not_converged(value)
@@ -187,8 +190,11 @@ def _newton_weight(
         t, new = _line_search(along, value)
         v, shift = v + t * step, shift + t * moved
         converged = new - value <= _TOLERANCE * (1 + value.abs())
+        stuck = t == 0 and bool(step @ gradient > 1e-6 * (1 + value.abs()))
         value = new
         if converged:
+            if stuck:
+                _warn_not_converged(value)
             break
     else:
         _warn_not_converged(value)
@@ -246,9 +252,9 @@ def _conjugate_gradients(
 
 def _warn_not_converged(value: Tensor) -> None:
     warnings.warn(
-        f"The optimum of the linear model was not reached in {_STEPS} Newton steps "
-        f"(log joint density {value:.6g}). The evidence is not exact; the prior "
-        "variance may be extreme, or the labels separable without noise.",
+        "The optimum of the linear model was not reached by Newton's method in up to "
+        f"{_STEPS} steps (log joint density {value:.6g}). The evidence is not exact; "
+        "the prior variance may be extreme, or the labels separable without noise.",
         NotConvergedWarning,
         stacklevel=3,
     )

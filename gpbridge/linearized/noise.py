@@ -137,6 +137,13 @@ def set_noise(likelihood: Likelihood, variance: Tensor) -> None:
         )
 
 
+def release_noise(likelihood: Likelihood) -> None:
+    """Let the noise variances that :func:`set_noise` fixed be learnt again."""
+    for name, parameter in likelihood.named_parameters():
+        if name.rpartition(".")[2] in ("raw_noise", "raw_task_noises"):
+            parameter.requires_grad_(True)
+
+
 def _within(variance: Tensor, constraint) -> Tensor:
     lower, upper = constraint.lower_bound, constraint.upper_bound
     slack = 1 + 1e-6  # a value on the bound has no finite inverse transform

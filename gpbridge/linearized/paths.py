@@ -70,7 +70,10 @@ def _draw_tangent_paths(
     model: LinearizedGP,
     *,
     sample_shape: Size,
-    generator: torch.Generator | None = None,
+    prior_sampler: Any = None,
     **kwargs: Any,
 ) -> TangentPath:
+    # gpbridge.pathwise binds its generator to the prior sampler, which a model with
+    # exact paths does not need otherwise.
+    generator = getattr(prior_sampler, "keywords", {}).get("generator")
     return TangentPath(model, sample_shape, generator)

@@ -94,7 +94,13 @@ class TangentProblem:
     @property
     def bytes_needed(self) -> float:
         """Memory of the exact posterior: matrices of each group, factor, workspace."""
-        kept = len(self.groups) if self.space == "function" else 1
+        kept = len(self.groups)
+        if self.space == "weight":
+            m = self.outputs.shape[1]
+            correlated = getattr(self.likelihood, "rank", 0) > 0
+            kept = m * (m + 1) // 2 if correlated else m
+            if not is_gaussian(self.likelihood) or not _is_shared(self.likelihood):
+                kept = 1
         return 8.0 * self.size**2 * (kept + 3)
 
     def check_size(self, what: str) -> None:
@@ -188,7 +194,7 @@ class TangentProblem:
         if self._scatter is None:
             self.check_size("The scatter matrix")
             m, p = self.outputs.shape[1], self.num_params
-            diagonal = torch.equal(*_off_diagonal(self.root()[0]))
+            diagonal = not getattr(self.likelihood, "rank", 0)
             pairs = [(j, k) for j in range(m) for k in range(j, m)]
             pairs = [(j, k) for j, k in pairs if j == k or not diagonal]
             total = {pair: self.outputs.new_zeros(p, p) for pair in pairs}
@@ -305,8 +311,3 @@ def _is_shared(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, GaussianLikelihood) or hasattr(
         likelihood, "num_tasks"
     )
-
-
-def _off_diagonal(root: Tensor) -> tuple[Tensor, Tensor]:
-    curvature = (root @ root.mT).detach()
-    return curvature, torch.diag(curvature.diagonal())

@@ -167,7 +167,7 @@ def fit_deep_kernel(
         check_every: Epochs between checks.
         patience: Checks without improvement before training stops.
         progress: Show a progress bar, if there is a terminal.
-        generator: Source of the default validation rows; default torch's global one.
+        generator: Source of the default validation rows; None is a fresh one with seed 0.
 
     Returns:
         The model in eval mode. Its ``deep_kernel_fit`` attribute is a
@@ -344,15 +344,15 @@ def _held_out_rows(
     n: int, validation_rows: Tensor | None, generator: Generator | None
 ) -> Tensor:
     if validation_rows is None:
-        device = None if generator is None else generator.device
-        order = torch.randperm(n, generator=generator, device=device).cpu()
+        if generator is None:
+            generator = Generator().manual_seed(0)
+        order = torch.randperm(n, generator=generator, device=generator.device).cpu()
         validation_rows = order[: max(round(0.1 * n), min(20, n // 4))]
     rows = torch.as_tensor(validation_rows).unique()
     if len(rows) < 2 or n - len(rows) < 2:
         raise ValueError(
-            f"validation_rows must leave two rows on either side, but holds "
-            f"{len(rows)} "
-            f"of {n}. With so few data use a GP without a network."
+            f"validation_rows must leave two rows on either side, but holds {len(rows)}"
+            f" of {n}. With so few data use a GP without a network."
         )
     return rows
 
