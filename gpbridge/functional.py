@@ -173,11 +173,13 @@ class FunctionalNet(nn.Module):
         """
         rows = X.detach().reshape(-1, X.shape[-1])[:3].to(self.dtype)
         _check_probe_shape(self, X)
-        with torch.no_grad():
-            self._num_outputs = _probe_values(self, rows)
-        self.num_activations = _count_activations(self, rows[:1])
-        _probe_derivative(self, rows)
-        _probe_tracing(self, rows[:1])
+        with torch.inference_mode(False):
+            rows = rows.clone()
+            with torch.no_grad():
+                self._num_outputs = _probe_values(self, rows)
+            self.num_activations = _count_activations(self, rows[:1])
+            _probe_derivative(self, rows)
+            _probe_tracing(self, rows[:1])
         return self._num_outputs
 
     def set_weight_scale(self, scale: Tensor | None) -> None:
@@ -388,7 +390,8 @@ def copy_without_hooks(network: nn.Module) -> nn.Module:
 
 
 def _frozen_copy(network: nn.Module, freeze: bool, names: list[str]) -> nn.Module:
-    own, random = copy_without_hooks(network), set(names)
+    with torch.inference_mode(False):
+        own, random = copy_without_hooks(network), set(names)
     for name, p in own.named_parameters():
         p.requires_grad_(not freeze and name in random)
     return own

@@ -321,7 +321,9 @@ def _capture(
     handles = [modules[n].register_forward_hook(tap(n)) for n in layer_names]
     keep_graph = torch.is_grad_enabled() and rows.requires_grad
     try:
-        with torch.enable_grad():
+        # Signals need autograd, which torch.inference_mode switches off.
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = rows.clone() if rows.is_inference() else rows
             value = net(rows if keep_graph else rows.detach())  # n x m
             taps = [output for _, output, _ in taken.values()]
             signals = []

@@ -182,6 +182,28 @@ def test_float32_networks_work_in_float32_and_in_float64():
     assert net.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["tanh_mlp", "images", "tied"])
+def test_nothing_needs_to_leave_inference_mode(name):
+    case = NETS[name]
+    network = case.network(2)
+    net = FunctionalNet(network, input_shape=case.input_shape)
+    X = case.inputs(4)
+    net.probe(X)
+    std = {name: torch.tensor(1.0).double() for name in net.params}
+    J = jacobian(net, X)
+    K = tangent_features(net, X, std, "layers").gram()
+    with torch.inference_mode():
+        inside = FunctionalNet(network, input_shape=case.input_shape)
+        inside.probe(case.inputs(4))
+        for x in (X, case.inputs(4)):  # made outside, and inside
+            gram = tangent_features(inside, x, std, "layers").gram()
+            torch.testing.assert_close(gram, K, **EXACT)
+            torch.testing.assert_close(jacobian(inside, x), J, **EXACT)
+    assert not any(p.is_inference() for p in inside.parameters())
+    X.requires_grad_()
+    assert jacobian(inside, X).requires_grad
+
+
 def test_functionalize_gives_a_pure_function_and_detached_weights():
     network = NETS["tied"].network(2)
     apply, params = functionalize(network)
