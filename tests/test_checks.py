@@ -14,6 +14,11 @@ REFUSED = [
         r"train_X must be a torch.Tensor, but is list. Try torch.as_tensor\(train_X\)",
     ),
     (
+        lambda: checks.check_tensor(train_X=X.to_sparse()),
+        TypeError,
+        r"must be dense, but its layout is torch.sparse_coo. Try train_X.to_dense\(\)",
+    ),
+    (
         lambda: checks.check_floating(train_X=X.long()),
         TypeError,
         r"must be float32 or float64, but is torch.int64. Try train_X.double\(\)",

@@ -419,6 +419,11 @@ BROKEN = {
     "argmax": (lambda self, h: h.argmax(-1), ValueError, "does not depend on its"),
     "detached": (lambda self, h: h.detach(), ValueError, "does not depend on its"),
     "in place": (overwrites, ValueError, "cannot be differentiated .* in place"),
+    "one row": (
+        lambda self, h: h if len(h) > 1 else h[:, :1],
+        ShapeError,
+        "One row alone gives 1 numbers, but a row among 3 gives 2",
+    ),
     "nan": (lambda self, h: h / 0 * 0, ValueError, "NaN or Inf on the first rows"),
     "dead": (lambda self, h: (h - 1e6).relu(), ValueError, "zero derivative"),
 }
@@ -445,6 +450,24 @@ def test_a_network_that_fails_in_forward_shows_its_own_error():
     with pytest.raises(RuntimeError, match="Expected 3D .unbatched. or 4D"):
         net.probe(NETS["images"].inputs(3))
     assert_unchanged(network, before)
+
+
+def test_a_network_that_keeps_a_tensor_of_a_forward_pass_is_refused():
+    network = NETS["tanh_mlp"].network(1)
+    network.last = network(NETS["tanh_mlp"].inputs(3))
+    before = snapshot(network)
+    with pytest.raises(ValueError, match="cannot be copied: .* Detach them"):
+        FunctionalNet(network)
+    assert_unchanged(network, before)
+
+
+def test_inputs_that_cannot_be_probed_are_refused():
+    net = FunctionalNet(NETS["tanh_mlp"].network(1))
+    with pytest.raises(ShapeError, match=r"X is empty \(shape \(0, 3\)\)"):
+        net.probe(random(0, 3))
+    net = FunctionalNet(NETS["images"].network(1), input_shape=(2, 5, 5))
+    with pytest.raises(ShapeError, match=r"has 50 entries, but X has 49 columns"):
+        net.probe(random(4, 49))
 
 
 def test_hooks_stay_where_they_are_if_the_copy_fails():

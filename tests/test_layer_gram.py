@@ -90,6 +90,62 @@ def test_linear_and_convolution_layers_are_contracted_and_others_are_not(name):
     assert sorted(features.layers) == sorted(CONTRACTED[name])
 
 
+class Overwrites(nn.Module):
+    """Changes what a layer received, which plain autograd allows for its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.layer = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.out = nn.Linear(4, 2)
+        self.layer.weight.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.start(x)
+        z = self.layer(h)
+        h.zero_()
+        return self.out(z)
+
+
+class SometimesCalls(nn.Module):
+    """Skips a layer where all points are negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.layer = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.start(x).tanh()
+        return self.out(h if (x < 0).all() else self.layer(h))
+
+
+def test_a_layer_whose_input_is_overwritten_is_not_contracted():
+    network = Overwrites().double()
+    net = FunctionalNet(network)
+    X = random(4, 3)
+    net.probe(X)
+    features = tangent_features(net, X, standard_deviations(net), "layers")
+    assert "layer" not in features.layers and "out" in features.layers
+    dense = dense_features(net, X, standard_deviations(net))
+    torch.testing.assert_close(features.gram(), dense.gram(), **EXACT)
+
+
+def test_layers_that_these_data_do_not_call_are_left_to_the_jacobian():
+    network = SometimesCalls().double()
+    net = FunctionalNet(network)
+    X = random(4, 3).abs()
+    with pytest.warns(UserWarning, match="cannot vectorise"):
+        net.probe(X)
+    std = {name: torch.tensor(1.0).double() for name in net.params}
+    positive = tangent_features(net, X, std, "layers")
+    negative = tangent_features(net, -X, std, "layers")
+    assert isinstance(positive, LayerFeatures) and isinstance(negative, DenseFeatures)
+    exact = oracles.jacobian(network, X).flatten(0, 1)
+    other = oracles.jacobian(network, -X).flatten(0, 1)
+    torch.testing.assert_close(positive.gram(negative), exact @ other.T, **EXACT)
+    torch.testing.assert_close(negative.gram(), other @ other.T, **EXACT)
+
+
 def test_a_wide_layer_is_contracted_and_a_narrow_one_is_not():
     for width, kind in [(200, {"0", "2"}), (1, set())]:
         net = nn.Sequential(nn.Linear(30, width), nn.Tanh(), nn.Linear(width, 3))
