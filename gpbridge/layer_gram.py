@@ -86,12 +86,40 @@ class LayerFeatures(NamedTuple):
         n, m = self.value.shape
         K = self.value.new_empty(n * m, other.value.numel())
         step = max(1, _CACHE_ROWS // m)
-        for start in range(0, n, step):
-            part = self.take(slice(start, start + step))
-            K[start * m : (start + step) * m] = part._gram_block(other)
+        with torch.no_grad():
+            for start in range(0, n, step):
+                part = self.take(slice(start, start + step))
+                rows = K[start * m : (start + step) * m]
+                if other is not self:
+                    part._gram_into(other, rows)
+                    continue
+                # The matrix of a set with itself: the lower blocks, and their mirror.
+                seen = self.take(slice(0, start + step))
+                part._gram_into(seen, rows[:, : seen.value.numel()])
+                K[: start * m, start * m : (start + step) * m] = rows[:, : start * m].mT
         return K
 
+    def _gram_into(self, other: LayerFeatures, out: Tensor) -> None:
+        """Write the matrix in place: temporaries are as small as the block."""
+        n, m = self.value.shape
+        n_other, m_other = other.value.shape
+        torch.mm(self.matrix, other.matrix.mT, out=out)
+        for name, mine in self.layers.items():
+            theirs = other.layers[name]
+            if mine.inputs.shape[-2] > 1:
+                out += _contract_positions(mine, theirs)
+                continue
+            part = mine.signal.flatten(0, 2) @ theirs.signal.flatten(0, 2).mT
+            pairs = mine.inputs[:, 0] @ theirs.inputs[:, 0].mT
+            if m == m_other == 1:
+                out.addcmul_(part, pairs)
+            else:
+                by_point = part.view(n, m, n_other, m_other)
+                by_point.mul_(pairs[:, None, :, None])
+                out += part
+
     def _gram_block(self, other: LayerFeatures) -> Tensor:
+        """The matrix by differentiable operations, batches included."""
         K = self.matrix @ other.matrix.mT
         n, m = self.value.shape[-2:]
         n_other, m_other = other.value.shape[-2:]

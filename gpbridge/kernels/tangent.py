@@ -232,8 +232,8 @@ class NeuralTangentKernel(Kernel):
             return feature_gram(left, None if same else self._rows(x2))
         grams = self._unit_grams(x1, x2, same)  # one per group
         variance = self.prior_variance.to(grams[0])
-        total = 0.0
-        for g, gram in enumerate(grams):
+        total = variance[..., 0, None, None] * grams[0]
+        for g, gram in enumerate(grams[1:], start=1):
             total = total + variance[..., g, None, None] * gram
         return to_linear_operator(total)
 
