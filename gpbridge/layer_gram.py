@@ -63,13 +63,32 @@ class LayerSignal(NamedTuple):
         return m * m * o * i <= T * T * (i + m * m * (o + _PASS))
 
 
+class Columns(NamedTuple):
+    """Where the columns of one weight are: ``o`` rows of ``i`` columns of a source.
+
+    ``source`` is the name of a layer, or None for the matrix.
+    """
+
+    source: str | None
+    start: int
+    o: int
+    i: int
+    first: int  # of the i columns, the weight's own are first .. last - 1
+    last: int
+
+    def view(self, source: Tensor) -> Tensor:
+        """The weight's columns, ``... x o x (last - first)``."""
+        part = source[..., self.start : self.start + self.o * self.i]
+        return part.unflatten(-1, (self.o, self.i))[..., self.first : self.last]
+
+
 class LayerFeatures(NamedTuple):
     """Features held as layer signals, and as a matrix where that is cheaper."""
 
     value: Tensor  # batch x n x m
     layers: dict[str, LayerSignal]  # contracted, by module name
     matrix: Tensor  # batch x (n m) x f, the columns of all other weights
-    columns: list[tuple[str | None, Tensor]]  # per weight: its source, index into it
+    columns: list[Columns]  # one per weight, in the order of the features
 
     def gram(self, other: TangentFeatures | None = None) -> Tensor:
         """Kernel matrix with other features, default with these."""
@@ -197,8 +216,18 @@ class LayerFeatures(NamedTuple):
             name: layer.jacobian() for name, layer in self.layers.items()
         }
         sources[None] = self.matrix.unflatten(-2, self.value.shape[-2:])
-        parts = [sources[source][..., index] for source, index in self.columns]
-        return torch.cat(parts, dim=-1).flatten(-3, -2)
+        parts = [c.view(sources[c.source]) for c in self.columns]
+        if any(part.requires_grad for part in parts):
+            return torch.cat([p.flatten(-2) for p in parts], dim=-1).flatten(-3, -2)
+        p = sum(part.shape[-2:].numel() for part in parts)
+        result = self.value.new_empty(*self.value.shape, p)
+        start = 0
+        for part in parts:  # one copy each, where cat would need two
+            size = part.shape[-2:]
+            stop = start + size.numel()
+            result[..., start:stop].unflatten(-1, size).copy_(part)
+            start = stop
+        return result.flatten(-3, -2)
 
     def matmul(self, omega: Tensor) -> Tensor:
         """Product with a vector of scaled weights."""
@@ -209,9 +238,10 @@ class LayerFeatures(NamedTuple):
         widths[None] = self.matrix.shape[-1]
         parts = {name: omega.new_zeros(width) for name, width in widths.items()}
         start = 0
-        for source, index in self.columns:
-            parts[source][index] = omega[start : start + len(index)]
-            start += len(index)
+        for c in self.columns:
+            view = c.view(parts[c.source])
+            view.copy_(omega[start : start + view.numel()].view(view.shape))
+            start += view.numel()
         total = (self.matrix @ parts[None]).reshape(self.value.shape)
         for name, layer in self.layers.items():
             weight = parts[name].reshape(layer.signal.shape[-1], -1)  # o x i
@@ -228,7 +258,8 @@ class LayerFeatures(NamedTuple):
             weight = pulled.flatten(0, 1).flatten(1).mT @ layer.inputs.flatten(0, 1)
             weight = weight.unflatten(0, (-1, k))  # o x k x i
             sources[name] = weight.transpose(1, 2).reshape(-1, k)
-        return torch.cat([sources[source][index] for source, index in self.columns])
+        parts = [c.view(sources[c.source].mT) for c in self.columns]  # k x o x i
+        return torch.cat([part.flatten(1) for part in parts], dim=1).mT
 
 
 def tangent_features(
@@ -273,7 +304,7 @@ def _layer_features(
     batch = X.shape[:-1]  # batch x n
     value = value.reshape(*batch, -1)
     layers: dict[str, LayerSignal] = {}
-    sources: dict[str, tuple[str | None, Tensor]] = {}
+    sources: dict[str, Columns] = {}
     dense: list[Tensor] = []
     width = 0
     for layer_name, (inputs, signal) in raw.items():
@@ -283,18 +314,20 @@ def _layer_features(
         layer = _scaled(inputs, signal, own)
         layer = LayerSignal(*(t.reshape(*batch, *t.shape[1:]) for t in layer))
         o, i = layer.signal.shape[-1], layer.inputs.shape[-1]
-        index = torch.arange(o * i, device=X.device).reshape(o, i)
+        start = 0
         key: str | None = layer_name
         if method == "auto" and layer.prefers_jacobian():
             dense.append(layer.jacobian())
-            key, index, width = None, index + width, width + o * i
+            key, start, width = None, width, width + o * i
         else:
             layers[layer_name] = layer
         if "weight" in own:
             stop = i - 1 if "bias" in own else i
-            sources[f"{layer_name}.weight".lstrip(".")] = (key, index[:, :stop])
+            name = f"{layer_name}.weight".lstrip(".")
+            sources[name] = Columns(key, start, o, i, 0, stop)
         if "bias" in own:
-            sources[f"{layer_name}.bias".lstrip(".")] = (key, index[:, -1])
+            name = f"{layer_name}.bias".lstrip(".")
+            sources[name] = Columns(key, start, o, i, i - 1, i)
     rest = {name: s for name, s in std.items() if name not in sources}
     if rest:
         params = net.params
@@ -302,11 +335,11 @@ def _layer_features(
         dense.append(J * flat_std(net, rest))
         for name in rest:
             size = params[name].numel()
-            sources[name] = (None, torch.arange(width, width + size, device=X.device))
+            sources[name] = Columns(None, width, 1, size, 0, size)
             width += size
     m = value.shape[-1]
     matrix = torch.cat(dense, -1) if dense else value.new_zeros(*batch, m, 0)
-    columns = [(sources[n][0], sources[n][1].reshape(-1)) for n in std]
+    columns = [sources[name] for name in std]
     return LayerFeatures(value, layers, matrix.flatten(-3, -2), columns)
 
 

@@ -167,7 +167,7 @@ def fit_deep_kernel(
         check_every: Epochs between checks.
         patience: Checks without improvement before training stops.
         progress: Show a progress bar, if there is a terminal.
-        generator: Source of the default validation rows; None is a fresh one with seed 0.
+        generator: Source of the default validation rows; None is one with seed 0.
 
     Returns:
         The model in eval mode. Its ``deep_kernel_fit`` attribute is a
