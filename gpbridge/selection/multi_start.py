@@ -118,7 +118,7 @@ def multi_start(
 
     Example:
         >>> X = torch.linspace(0, 1, 8, dtype=torch.float64)[:, None]
-        >>> model = SingleTaskGP(X, torch.sin(6 * X))
+        >>> model = NetworkKernelGP(X, torch.sin(6 * X))
         >>> mll = ExactMarginalLogLikelihood(model.likelihood, model)
         >>> records = multi_start(mll, [{}, {"likelihood.noise": 0.5}])
         >>> len(records)
