@@ -186,8 +186,17 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         net = freeze_network(network, parameters, input_shape, train_X, inference)
         Z = fixed_inputs(input_transform, train_X)
         num_outputs = net.probe(Z.to(net.dtype))
+        with torch.no_grad():
+            check_finite(**{"network(train_X)": net(Z.to(net.dtype))})
         targets = train_Y
         if outcome_transform is not None:
+            labels = not train_Y.is_floating_point()
+            if labels or not (likelihood is None or is_gaussian(likelihood)):
+                kind = "integer labels" if labels else type(likelihood).__name__
+                raise ValueError(
+                    "outcome_transform needs a Gaussian likelihood and float targets, "
+                    f"but came with {kind}. Leave it out for classification."
+                )
             targets, _ = outcome_transform(train_Y)
         if likelihood is None:
             likelihood = default_likelihood(targets, num_outputs, train_X.dtype)
@@ -197,11 +206,6 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         gaussian = is_gaussian(likelihood)
         if gaussian:
             check_same_dtype("train_Y", train_Y, train_X.dtype)
-        elif outcome_transform is not None:
-            raise ValueError(
-                "outcome_transform needs a Gaussian likelihood, but the likelihood is "
-                f"{type(likelihood).__name__}, whose targets are labels."
-            )
         self.mean = mean
         if mean == "auto":
             self.mean = "linear_model" if gaussian else "network"
@@ -443,11 +447,10 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 X, None, observation_noise, posterior_transform
             )
         self.eval()
-        check_inputs(X, "X", self._train_X.shape[-1])
-        check_same_dtype("X", X, self._train_X.dtype)
-        check_same_device(X=X, train_X=self._train_X)
+        self._check_new_inputs(X)
         Z = self.transform_inputs(X)
         mean, covariance = self._joint(Z)
+        check_finite(**{"the network's output at X": mean.detach().flatten(0, -2)})
         if observation_noise is not False:
             covariance = add_blocks(covariance, self._noise_of(observation_noise, mean))
         posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
@@ -643,12 +646,18 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
         Raises:
             NotImplementedError: For a subset of the classes.
+            ValueError: If a link is asked for under Gaussian noise.
         """
         self.eval()
-        check_inputs(X, "X", self._train_X.shape[-1])
-        check_same_dtype("X", X, self._train_X.dtype)
+        self._check_new_inputs(X)
         if is_gaussian(self.likelihood):
+            if link is not None:
+                raise ValueError(
+                    f"link is for classification, but came as {link!r} with "
+                    f"{type(self.likelihood).__name__}. Leave it out."
+                )
             mean, blocks = self.marginals(X)
+            check_finite(**{"the network's output at X": mean.flatten(0, -2)})
             blocks = blocks + self._noise_of(True, mean)
             variance = blocks.diagonal(dim1=-2, dim2=-1)
             transform = getattr(self, "outcome_transform", None)
@@ -673,6 +682,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
         else:
             mean, blocks = self.marginals(X)
+        check_finite(**{"the network's output at X": mean.flatten(0, -2)})
         logs = class_log_probabilities(self.likelihood, mean, blocks, link)
         logs = temper_logs(logs, temperature).to(X.dtype)
         if mean.shape[-1] == 1:
@@ -724,9 +734,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 "calibrate averages around the network's output, but the model has "
                 f"mean={self.mean!r}. Build it with mean='network'."
             )
-        check_inputs(X_val, "X_val", self._train_X.shape[-1])
+        self._check_new_inputs(X_val, "X_val")
         check_not_empty(X_val=X_val)
-        check_same_dtype("X_val", X_val, self._train_X.dtype)
         labels = check_targets(
             self.likelihood,
             Y_val,
@@ -858,6 +867,12 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 self.inference,
             )
         return self._problem
+
+    def _check_new_inputs(self, X: Tensor, name: str = "X") -> None:
+        check_tensor(**{name: X})
+        check_same_device(**{name: X, "train_X": self._train_X})
+        check_inputs(X, name, self._train_X.shape[-1])
+        check_same_dtype(name, X, self._train_X.dtype)
 
     def _key(self) -> tuple:
         noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]

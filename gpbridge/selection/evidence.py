@@ -59,9 +59,15 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
         The evidence at the optimum, in total nats: the same as ``model.evidence()``.
 
     Raises:
+        TypeError: If the model is another.
         MemoryError: If the exact evidence needs more than the memory budget.
         NotImplementedError: If the model was conditioned on further observations.
     """
+    if not isinstance(model, LinearizedGP):
+        raise TypeError(
+            "fit_evidence needs a gpbridge.LinearizedGP, but model is "
+            f"{type(model).__name__}. For an ExactGP use botorch's fit_gpytorch_mll."
+        )
     model.eval()
     model.check_all_data_is_training_data("What fit_evidence maximises")
     model.problem.check_size("Learning hyperparameters by the exact evidence")
