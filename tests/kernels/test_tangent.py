@@ -118,7 +118,7 @@ def test_it_is_the_product_of_jacobians(case, m):
     J, J_other, J_paired = (
         oracles.tangent_rows(net, shaped(case, x), 0.6) for x in (X, Z, paired)
     )
-    for representation in REPRESENTATIONS:
+    for representation in REPRESENTATIONS[1:]:  # automatic is one of these
         kernel = NeuralTangentKernel(frozen, representation=representation)
         kernel.prior_variance = 0.6
         torch.testing.assert_close(kernel(X).to_dense(), J @ J.T, **EXACT)

@@ -71,27 +71,14 @@ class TestWeightSpace(Contract, unittest.TestCase):
     space = "weight"
 
 
-class Labels(Contract):
+class TestLabels(Contract, unittest.TestCase):
     classification = True
-    conditioning_equals_refit = True
     outputs = (1, 3)
 
     def create_model(self, dtype, num_outputs=1, **options):
-        model = LinearizedGP(
-            self.watch(network(num_outputs, dtype)),
-            inference=Exact(space=self.space),
-            **options,
-        )
+        model = LinearizedGP(self.watch(network(num_outputs, dtype)), **options)
         model.prior_variance = 0.5
         return model
-
-
-class TestLabelsInFunctionSpace(Labels, unittest.TestCase):
-    space = "function"
-
-
-class TestLabelsInWeightSpace(Labels, unittest.TestCase):
-    space = "weight"
 
 
 # -- defaults -------------------------------------------------------------------------
