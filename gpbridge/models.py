@@ -47,9 +47,11 @@ class NetworkKernelGP(SingleTaskGP):
         # ExactGP.__call__ would condition; Module's calls forward, which is the prior.
         output = super(ExactGP, self).__call__(test_X, **kwargs)
         batch_shape = torch.broadcast_shapes(output.batch_shape, train_X.shape[:-2])
+        # Fantasies are a batch of training data beside one set of test points.
+        covariance = output.lazy_covariance_matrix
         return (
-            output.loc,
-            output.lazy_covariance_matrix,
+            output.loc.expand(*batch_shape, *output.loc.shape[-1:]),
+            covariance.expand(*batch_shape, *covariance.shape[-2:]),
             self.covar_module(test_X, train_X),
             batch_shape,
             output.event_shape,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,19 @@ from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
 from gpbridge.types import Evidence, FitResult
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Compute outside of inference mode, whose tensors no later gradient may meet.
+
+    What is computed here is kept: a prediction must not spoil the next acquisition.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
@@ -400,6 +414,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     # -- BoTorch ---------------------------------------------------------------------
 
+    @_ordinary_tensors()
     def forward(self, X: Tensor) -> MultivariateNormal:
         """The prior in train mode, the posterior in eval mode, at ``... x n x d``.
 
@@ -418,6 +433,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         mean = self.mean_module(Z).reshape(shape) if self.offset else Z.new_zeros(shape)
         return latent_distribution(mean, covariance, dtype)
 
+    @_ordinary_tensors()
     def posterior(
         self,
         X: Tensor,
@@ -460,6 +476,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             return posterior_transform(posterior=posterior, X=X)
         return posterior
 
+    @_ordinary_tensors()
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> LinearizedGP:
@@ -627,6 +644,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     # -- prediction ------------------------------------------------------------------
 
+    @_ordinary_tensors()
     @torch.no_grad()
     def predict(self, X: Tensor, link: str | None = None) -> Distribution:
         """Predictive distribution of y at each point, noise included.
@@ -703,6 +721,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         now = float(self.prior_variance.detach())
         return kept if abs(now - chosen) <= 1e-6 * chosen else None
 
+    @_ordinary_tensors()
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
 
@@ -759,6 +778,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         return self.calibration
 
     @property
+    @_ordinary_tensors()
     def train_gap(self) -> TrainGap:
         """How far predictions contradict the training labels; classification only.
 
@@ -788,6 +808,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         return self._evidence(count_dimension=True)
 
+    @_ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
         problem = self.problem
@@ -810,6 +831,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """Log marginal likelihood of the training data, total nats."""
         return self._evidence(count_dimension=False).value
 
+    @_ordinary_tensors()
     @torch.no_grad()
     def draw(
         self, num_samples: int, generator: torch.Generator | None = None
@@ -895,8 +917,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         return self._posterior[1]
 
     def _updated(self) -> Update | None:
-        base = self._conditioned()
-        if self._new is not None and self._update is None:
+        base, kept = self._conditioned(), self._update
+        if self._new is None:
+            return None
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in self._new)
+        if kept is None or (wanted and not kept.innovation.requires_grad):
             new = self._new._replace(X=self.transform_inputs(self._new.X))
             self._update = base.update(new, self.output_indices)
         return self._update
@@ -905,6 +930,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         update = self._updated()
         return self._conditioned().joint(Z, self.output_indices, update)
 
+    @_ordinary_tensors()
     def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Latent moments of each point in transformed units, float64.
 

@@ -379,6 +379,34 @@ def test_a_dropped_tensor_does_not_lend_its_address_to_the_next():
         del X
 
 
+@pytest.mark.parametrize("representation", ["auto", "weight", "function"])
+def test_kept_features_of_the_second_argument_are_never_stale(representation):
+    kernel = NeuralTangentKernel(mlp(), representation=representation)
+    X, Z = points(40), points(3, seed=1)
+
+    def assert_right():
+        net = copy.deepcopy(kernel.functional.network).requires_grad_()
+        J, J_other = (oracles.tangent_rows(net, x, 1.0) for x in (Z, X))
+        torch.testing.assert_close(kernel(Z, X).to_dense(), J @ J_other.T, **EXACT)
+        batched = kernel(Z.expand(2, 3, 3), X.expand(2, 40, 3)).to_dense()
+        torch.testing.assert_close(batched[1], J @ J_other.T, **EXACT)
+
+    assert_right()
+    assert_right()
+    X[0] += 1.0
+    assert_right()
+    with torch.no_grad():
+        for p in kernel.functional.network.parameters():
+            p.add_(0.1)
+    assert_right()
+    state = kernel.state_dict()
+    name = next(key for key in state if key.endswith("0.weight"))
+    kernel.load_state_dict({**state, name: 2 * state[name]})
+    assert_right()
+    X = points(40, seed=5)
+    assert_right()
+
+
 @every_representation
 def test_copies_and_pickles_are_the_same_kernel(representation):
     kernel = NeuralTangentKernel(mlp(), groups="layer", representation=representation)

@@ -230,6 +230,17 @@ def test_gradients_flow_to_new_inputs_and_targets():
     )
 
 
+def test_a_look_without_gradients_does_not_cut_them_off():
+    (X, Y, _), (X_new, Y_new, _) = split("gaussian")
+    conditioned = build("gaussian", "auto", X, Y).condition_on_observations(
+        X_new.requires_grad_(), Y_new
+    )
+    with torch.no_grad():
+        conditioned.posterior(inputs(5, seed=7))
+    conditioned.posterior(inputs(5, seed=7)).mean.sum().backward()
+    assert X_new.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", ["logistic", "softmax"])
 def test_fantasies_of_labels_are_refused_with_the_reason(name):
     model = build(name)

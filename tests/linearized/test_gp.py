@@ -71,6 +71,11 @@ class TestWeightSpace(Contract, unittest.TestCase):
     space = "weight"
 
 
+@pytest.mark.slow
+class TestMatrixFree(Contract, unittest.TestCase):
+    space = "matrix_free"
+
+
 class TestLabels(Contract, unittest.TestCase):
     classification = True
     outputs = (1, 3)
@@ -223,3 +228,21 @@ def test_outputs_are_chosen_by_name_of_their_column():
     for bad in ([], [2], [-3]):
         with pytest.raises(ValueError, match=r"must name outputs in 0 .. 1, but is"):
             model.subset_output(bad)
+
+
+@every_likelihood
+def test_what_inference_mode_computes_serves_gradients_later(name):
+    model = build(name)
+    X = problems.inputs(5, seed=7)
+    with torch.inference_mode():
+        inside = model.posterior(X).variance, model.predict(X), model.draw(2)(X)
+        evidence = model.log_evidence().item()
+    assert inside[2].shape[0] == 2
+    Z = X.clone().requires_grad_()
+    posterior = model.posterior(Z)
+    torch.testing.assert_close(posterior.variance, inside[0], **EXACT)
+    posterior.variance.sum().backward()
+    assert Z.grad.abs().max() > 0
+    again = model.log_evidence()
+    again.backward()
+    assert again.item() == pytest.approx(evidence)
