@@ -373,6 +373,12 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         return self._num_outputs
 
     @property
+    def _supports_cache_root(self) -> bool:
+        # Read by botorch's noisy acquisitions: low-rank updates of a cached root need
+        # outputs that are independent, and those of one network are not.
+        return self.num_outputs == 1
+
+    @property
     def batch_shape(self) -> Size:
         """Empty, or the batch of the observations conditioned on."""
         if self._new is None:
