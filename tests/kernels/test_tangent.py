@@ -27,7 +27,7 @@ from gpbridge.testing import (
     assert_module_unchanged,
 )
 from tests import oracles
-from tests.cases import every_net
+from tests.cases import NETS, SLOW
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 REPRESENTATIONS = ("auto", "weight", "function", "matrix_free")
@@ -109,10 +109,12 @@ def shaped(case, X):
 # -- the matrix -----------------------------------------------------------------------
 
 
-@every_net
-def test_it_is_the_product_of_jacobians(case, m):
+@SLOW
+@pytest.mark.parametrize("name", NETS)
+def test_it_is_the_product_of_jacobians(name):
     torch.manual_seed(1)
-    net = case.network(m)
+    case = NETS[name]
+    net = case.network(case.outputs[-1])
     frozen = FunctionalNet(net, input_shape=case.input_shape)
     X, Z, paired = (case.inputs(4, seed=seed) for seed in range(3))
     J, J_other, J_paired = (
