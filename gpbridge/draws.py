@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gpbridge.functional import FunctionalNet, jacobian, jvp
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import jacobian, jvp
 
 
 class TangentDraws(nn.Module):

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gpbridge.functional import FunctionalNet, jacobian
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import jacobian
 
 PriorStd = Mapping[str, Tensor]
 """Prior standard deviation by weight name: a number, or one per entry of the weight."""

@@ -36,7 +36,8 @@ from gpbridge.features import (
     dense_features,
     flat_std,
 )
-from gpbridge.functional import FunctionalNet, jacobian
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import jacobian
 
 METHODS = ("auto", "layers", "dense")
 _PASS = (

@@ -24,7 +24,8 @@ from linear_operator import LinearOperator
 from torch import Tensor
 from torch.func import vmap
 
-from gpbridge.functional import JACOBIAN_BYTES, FunctionalNet, jacobian, jvp, vjp
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import JACOBIAN_BYTES, jacobian, jvp, vjp
 
 _ALL = slice(None)
 

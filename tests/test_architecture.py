@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks metrics data distributed
-tracing functional likelihoods targets augmentation plots
+tracing frozen jacobians probe functional likelihoods targets augmentation plots
 operators features layer_gram spectral draws weights prediction solvers matrix_free descent
 kernels: compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models

@@ -34,7 +34,7 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.data import holdout_rows
-from gpbridge.functional import copy_without_hooks
+from gpbridge.frozen import copy_without_hooks
 from gpbridge.likelihoods import is_gaussian, log_prob
 from gpbridge.targets import check_targets, default_likelihood
 from gpbridge.types import FitResult

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpbridge.checks import ShapeError, check_positive
-from gpbridge.functional import copy_without_hooks
+from gpbridge.frozen import copy_without_hooks
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,

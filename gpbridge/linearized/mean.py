@@ -9,7 +9,8 @@ from __future__ import annotations
 from gpytorch.means import Mean
 from torch import Tensor
 
-from gpbridge.functional import FunctionalNet, jvp
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import jvp
 
 
 class TangentMean(Mean):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gpbridge.checks import check_memory
 from gpbridge.features import DenseFeatures, TangentFeatures
-from gpbridge.functional import FunctionalNet, jvp, vjp
+from gpbridge.functional import FunctionalNet
+from gpbridge.jacobians import jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
 from gpbridge.linearized.inference import Exact
@@ -33,6 +34,7 @@ from gpbridge.prediction import (
     symmetrise,
 )
 from gpbridge.solvers import ConjugateGradients
+from gpbridge.spectral import GaussianSpectrum
 
 _CHUNK_BYTES = 64 * 2**20  # dense features held at a time while they are summed up
 
@@ -53,6 +55,8 @@ class TangentProblem:
     Attributes:
         outputs: The network at the data, ``n x m``, float64.
         prior_mean: m at the data, ``n x m``, float64.
+        noise_spectrum: What :func:`~gpbridge.linearized.evidence.noise_spectrum` found.
+        evaluations: How often the evidence was asked for.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class TangentProblem:
         self._scatter: dict[tuple[int, int], Tensor] | None = None
         self._frozen_precision: tuple[Tensor, Tensor] | None = None
         self._rows: Tensor | None = None
+        # Kept for ``evidence``: what an eigendecomposition left, and whether it pays.
+        self.noise_spectrum: GaussianSpectrum | None = None
+        self.evaluations = 0
 
     @property
     def size(self) -> int:
