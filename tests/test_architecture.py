@@ -21,7 +21,7 @@ ORDER = """
 types
 _version checks metrics data distributed
 tracing frozen jacobians probe functional likelihoods targets augmentation plots
-operators features layer_gram spectral draws weights prediction solvers matrix_free descent
+operators features layer_signals layer_features layer_gram spectral draws weights prediction solvers matrix_free descent
 kernels: compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
 linearized: curvature kronecker low_rank sampling links predictive inference construction noise mean outcomes conditioning problem mode evidence posterior calibration gp paths

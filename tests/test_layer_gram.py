@@ -6,7 +6,8 @@ from torch import nn
 
 from gpbridge.features import DenseFeatures, dense_features
 from gpbridge.functional import FunctionalNet
-from gpbridge.layer_gram import LayerFeatures, tangent_features
+from gpbridge.layer_features import LayerFeatures
+from gpbridge.layer_gram import tangent_features
 from tests import oracles
 from tests.cases import LOOPED, NETS, every_net
 
@@ -205,7 +206,7 @@ def test_input_gradients_equal_those_of_the_dense_jacobian(case, m, method):
 def test_blocks_of_rows_give_the_whole_matrix(name, monkeypatch):
     case = NETS[name]
     net, std, rows = problem(case, 3)
-    monkeypatch.setattr("gpbridge.layer_gram._CACHE_ROWS", 4)
+    monkeypatch.setattr("gpbridge.layer_features._CACHE_ROWS", 4)
     X = case.inputs(5)
     K = tangent_features(net, X, std, "layers").gram()
     torch.testing.assert_close(K, rows(X) @ rows(X).T, **EXACT)
