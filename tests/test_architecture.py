@@ -27,7 +27,9 @@ pathwise models
 linearized: curvature kronecker low_rank sampling links predictive inference construction noise mean outcomes conditioning problem mode evidence posterior calibration gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel iterative_mll em online invariance hypergradient training_speed compare
-acquisition surrogates testing doctor
+acquisition surrogates
+testing: modules gradients case posterior state conditioning acquisition model
+doctor
 """  # noqa: E501
 STRANGERS = {"linearized": "dnn", "dnn": "linearized"}
 OPTIONAL = {"matplotlib", "tqdm"}  # may be imported inside a function
@@ -120,7 +122,8 @@ def violations(name, source):
         if isinstance(call, ast.Call):
             dotted = ast.unparse(call.func)
             keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
-            if dotted in FORBIDDEN_CALLS and name not in MAY_CALL_THEM:
+            ships_tests = name.partition(".")[0] in MAY_CALL_THEM
+            if dotted in FORBIDDEN_CALLS and not ships_tests:
                 found.append(f"line {call.lineno}: {FORBIDDEN_CALLS[dotted]}")
             if keywords.get("weights_only", "True") != "True" or (
                 dotted == "torch.load" and "weights_only" not in keywords
