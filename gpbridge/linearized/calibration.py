@@ -13,6 +13,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from gpytorch.constraints import Interval
 from torch import Tensor
 
 from gpbridge.linearized.evidence import frozen_spectrum
@@ -89,6 +90,49 @@ def find_calibration(
         best.gain,
         best.gain_std_error,
     )
+
+
+def calibrated_variance(calibration: Calibration, bounds: Interval) -> float:
+    """The prior variance that was chosen, inside the bounds of the kernel's."""
+    lower, upper = float(bounds.lower_bound), float(bounds.upper_bound)
+    return min(max(calibration.prior_variance, lower), upper)
+
+
+def still_valid(
+    calibration: Calibration | None, prior_variance: Tensor, bounds: Interval
+) -> Calibration | None:
+    """What held-out data chose, unless the prior variance was changed since."""
+    if calibration is None or calibration.link == "plugin":
+        return calibration
+    chosen = calibrated_variance(calibration, bounds)
+    now = float(prior_variance.detach())
+    return calibration if abs(now - chosen) <= 1e-6 * chosen else None
+
+
+def link_and_temperature(
+    link: str | None, calibration: Calibration | None
+) -> tuple[str, float]:
+    """The link that ``predict`` uses when asked for one or none, and its temperature.
+
+    A temperature that was chosen for an average is not that of the network's own
+    probabilities, nor the other way round.
+    """
+    if calibration is None:
+        return link or "plugin", 1.0
+    link = link or calibration.link
+    same = (link == "plugin") == (calibration.link == "plugin")
+    return link, calibration.temperature if same else 1.0
+
+
+def warn_about_gap(link: str, gap: TrainGap) -> None:
+    """Warn where an average without calibration contradicts the training labels."""
+    if gap.posterior > gap.network + 0.05:
+        warnings.warn(
+            f"link={link!r} without calibration: on the training data the predictive "
+            f"contradicts the labels by {gap.posterior:.3f} on average, the network by "
+            f"{gap.network:.3f}. Pass held-out data to calibrate().",
+            stacklevel=3,
+        )
 
 
 def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):

@@ -10,7 +10,8 @@ noise covariance N' change it by a Schur complement,
 for any number of outputs, in any space, at a cost that does not depend on the training
 data beyond that of the base posterior. Fantasies are batches of y'.
 
-In: a strategy and new observations. Out: :class:`NewData`. Next: ``gp``.
+In: a strategy and new observations. Out: :class:`NewData`, and the :class:`Update` that
+they make. Next: ``posterior`` applies it, ``gp`` keeps it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpbridge.checks import (
+    ShapeError,
+    check_finite,
+    check_same_dtype,
+    check_tensor,
+)
 from gpbridge.prediction import PredictionStrategy, Projection
 
 
@@ -37,6 +44,35 @@ class Update(NamedTuple):
     projection: Projection
     cholesky: Tensor  # batch x (n' m) x (n' m)
     innovation: Tensor  # batch' x (n' m), L^-1 (y' - m(X'))
+
+
+def check_observations(
+    X: Tensor, Y: Tensor, num_outputs: int, dtype: torch.dtype
+) -> None:
+    """Require targets ``... x n' x m`` for inputs ``... x n' x d``."""
+    check_tensor(Y=Y)
+    for name, value in (("X", X), ("Y", Y)):
+        check_same_dtype(name, value, dtype)
+    if Y.shape[-2:] != (X.shape[-2], num_outputs):
+        raise ShapeError(
+            f"Y must be ``... x {X.shape[-2]} x {num_outputs}`` for X of shape "
+            f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
+        )
+    check_finite(Y=Y)
+
+
+def join(old: NewData | None, new: NewData) -> NewData:
+    """Concatenate observations along points, batches broadcast."""
+    if old is None:
+        return new
+    joined = []
+    for a, b in zip(old, new, strict=True):
+        trailing = 3 if a is old.noise else 2
+        batch = torch.broadcast_shapes(a.shape[:-trailing], b.shape[:-trailing])
+        a = a.expand(*batch, *a.shape[-trailing:])
+        b = b.expand(*batch, *b.shape[-trailing:])
+        joined.append(torch.cat([a, b], dim=-trailing))
+    return NewData(*joined)
 
 
 def make_update(

@@ -1,28 +1,60 @@
-"""What the constructor of a linearised GP measures and refuses.
+"""What the constructor of a linearised GP measures, chooses and refuses.
 
-In: the user's network, data, transforms. Out: a frozen network in the working
-precision, transformed inputs, feature scales of a g-prior, bounds of the prior
-variance. Next: ``gp``.
+In: the user's network, data, transforms, training run. Out: a frozen network in the
+working precision, transformed inputs, targets and their likelihood, feature scales of a
+g-prior, bounds of the prior variance, defaults after a training run. Next: ``gp``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from botorch.models.transforms.input import InputTransform
+from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.utils.constraints import LogTransformedInterval
-from gpytorch.likelihoods import Likelihood
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor, nn
 
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_inputs,
+    check_not_empty,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.linearized.inference import Exact
 from gpbridge.prediction import apply_root
+from gpbridge.targets import check_targets, default_likelihood
+from gpbridge.types import FitResult
 
 _ROWS = 200  # training points on which the size of the kernel is measured
 _DEAD = 1e-20  # squared size of a feature, of the largest, below which it is dead
+
+
+def check_data(train_X: Tensor, train_Y: Tensor) -> None:
+    """Require finite tensors of one data set, on one device.
+
+    Raises:
+        ShapeError: If the inputs have a batch.
+    """
+    check_inputs(train_X)
+    check_not_empty(train_X=train_X)
+    check_tensor(train_Y=train_Y)
+    check_same_device(train_X=train_X, train_Y=train_Y)
+    check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
+    if train_X.dim() != 2:
+        raise ShapeError(
+            f"train_X must be ``n x d``, but has shape {tuple(train_X.shape)}. One "
+            "model holds one data set; put several in a ModelListGP."
+        )
 
 
 def freeze_network(
@@ -62,13 +94,119 @@ def fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:
         raise ValueError(
             f"{type(transform).__name__} has learnable parameters, but the network was "
             "trained on fixed inputs. Pass a transform without them, or warp the "
-            "inputs "
-            "in the network."
+            "inputs in the network."
         )
     with torch.no_grad():
         Z = transform(X)
     transform.eval()
     return Z
+
+
+@torch.no_grad()
+def outputs_at(net: FunctionalNet, Z: Tensor) -> Tensor:
+    """Probe the network with its transformed training inputs and evaluate it there."""
+    Z = Z.to(net.dtype)
+    net.probe(Z)
+    outputs = net(Z)
+    check_finite(**{"network(train_X)": outputs})
+    return outputs
+
+
+def prepare_targets(
+    likelihood: Likelihood | None,
+    train_Y: Tensor,
+    transform: OutcomeTransform | None,
+    num_outputs: int,
+    X: Tensor,
+) -> tuple[Likelihood, Tensor]:
+    """Transform and check the targets; choose the likelihood that they suggest.
+
+    Args:
+        likelihood: The user's, or None.
+        train_Y: Targets as the user passed them.
+        transform: Of the targets; it learns from them here.
+        num_outputs: Number of outputs of the network.
+        X: The training inputs.
+
+    Returns:
+        The likelihood, and the targets in the form that it expects.
+
+    Raises:
+        ValueError: If labels meet a transform.
+    """
+    targets = train_Y
+    if transform is not None:
+        labels = not train_Y.is_floating_point()
+        if labels or not (likelihood is None or is_gaussian(likelihood)):
+            kind = "integer labels" if labels else type(likelihood).__name__
+            raise ValueError(
+                "outcome_transform needs a Gaussian likelihood and float targets, but "
+                f"came with {kind}. Leave it out for classification."
+            )
+        targets, _ = transform(train_Y)
+    if likelihood is None:
+        likelihood = default_likelihood(targets, num_outputs, X.dtype)
+    targets = check_targets(likelihood, targets, num_outputs, len(X), dtype=X.dtype)
+    if is_gaussian(likelihood):
+        check_same_dtype("train_Y", train_Y, X.dtype)
+    return likelihood, targets
+
+
+def defaults_after_training(
+    fit_result: FitResult,
+    likelihood: Likelihood | None,
+    noise: str | float | None,
+    select: str | None,
+    options: Mapping[str, Any],
+) -> tuple[str | float, str | None]:
+    """Resolve the options ``noise`` and ``select`` of a model after a training run.
+
+    Args:
+        fit_result: The training run.
+        likelihood: The user's, or None.
+        noise: The option, None for the default.
+        select: The option, ``"auto"`` for the default.
+        options: Further options of the constructor.
+
+    Returns:
+        Both options of the constructor.
+
+    Raises:
+        ValueError: If there are no validation rows to select by.
+    """
+    check_choice("select", select, ("auto", "validation", None))
+    has_validation = len(fit_result.validation_rows) > 0
+    if noise is None:
+        noise = "learn"
+        if options.get("mean") == "network":
+            noise = "fit_residual"
+        elif options.get("parameters", "all") == "last_layer" and has_validation:
+            noise = "validation"
+    if select == "auto":
+        free = noise == "learn" and options.get("mean", "auto") == "auto"
+        regression = fit_result.validation_variance is not None
+        settable = likelihood is None or isinstance(likelihood, GaussianLikelihood)
+        select = "validation" if free and regression and settable else None
+    if select == "validation" and not has_validation:
+        raise ValueError(
+            "select='validation' needs validation rows, but the fit result has none. "
+            "Train with validation_fraction=0.1, or pass select=None."
+        )
+    return noise, select
+
+
+def check_rows(fit_result: FitResult, train_X: Tensor) -> None:
+    """Require that the rows of a training run are rows of the data.
+
+    Raises:
+        ShapeError: If one is not.
+    """
+    rows = torch.cat([fit_result.fit_rows, fit_result.validation_rows])
+    if len(rows) and int(rows.max()) >= len(train_X):
+        raise ShapeError(
+            f"The fit result names row {int(rows.max())}, but train_X has "
+            f"{len(train_X)} rows. Pass the data that fit_map was called with."
+        )
 
 
 @torch.no_grad()
@@ -112,8 +250,8 @@ def prior_variance_bounds(
     if not size > 0:
         raise ValueError(
             "The tangent kernel is zero on the training inputs: every random weight "
-            "has "
-            "zero derivative there. Check for dead units, or select other parameters."
+            "has zero derivative there. Check for dead units, or select other "
+            "parameters."
         )
     power = 1.0 if targets is None else max(float(targets.square().mean()), 1e-30)
     scale = power / size

@@ -7,11 +7,7 @@ conditioned without retraining. Hyperparameters are learnt by ``selection``.
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,78 +19,66 @@ from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.likelihoods import (
-    FixedNoiseGaussianLikelihood,
-    GaussianLikelihood,
-    Likelihood,
-)
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.models import GP
-from torch import Size, Tensor, nn
-from torch.distributions import (
-    Bernoulli,
-    Categorical,
-    Distribution,
-)
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from gpbridge.checks import (
-    ShapeError,
     check_choice,
     check_finite,
     check_inputs,
     check_not_empty,
     check_positive,
-    check_same_device,
     check_same_dtype,
-    check_tensor,
 )
 from gpbridge.draws import TangentDraws
-from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.functional import Parameters
 from gpbridge.kernels.tangent import Groups, NeuralTangentKernel
-from gpbridge.likelihoods import is_gaussian, noise_covariance
+from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.calibration import (
     Calibration,
     TrainGap,
+    calibrated_variance,
     find_calibration,
+    link_and_temperature,
+    still_valid,
     training_gap,
+    warn_about_gap,
 )
 from gpbridge.linearized.conditioning import (
     NewData,
-    Update,
     add_blocks,
+    check_observations,
+    join,
 )
 from gpbridge.linearized.construction import (
+    check_data,
+    check_rows,
+    defaults_after_training,
     feature_scale,
     fixed_inputs,
     freeze_network,
+    outputs_at,
+    prepare_targets,
     prior_variance_bounds,
 )
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
-from gpbridge.linearized.mode import Mode
-from gpbridge.linearized.noise import initial_noise, release_noise, set_noise
-from gpbridge.linearized.outcomes import latent_distribution, target_distribution
-from gpbridge.linearized.posterior import TangentPosterior
-from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
-from gpbridge.linearized.problem import TangentProblem
-from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
+from gpbridge.linearized.noise import known_noise
+from gpbridge.linearized.outcomes import (
+    label_distribution,
+    latent_distribution,
+    target_distribution,
+)
+from gpbridge.linearized.persistence import Persistence
+from gpbridge.linearized.state import TangentState, ordinary_tensors
+from gpbridge.targets import check_targets, warn_if_logits
 from gpbridge.types import Evidence, FitResult
 
 
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Compute outside of inference mode, whose tensors no later gradient may meet.
-
-    What is computed here is kept: a prediction must not spoil the next acquisition.
-    """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
-
-
-class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
+class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin):
     r"""The Gaussian process of a network's tangent model.
 
     .. math::
@@ -178,18 +162,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         select: str | None = None,
     ) -> None:
         super().__init__()
-        check_inputs(train_X)
-        check_not_empty(train_X=train_X)
-        check_tensor(train_Y=train_Y)
-        check_same_device(train_X=train_X, train_Y=train_Y)
-        check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
+        check_data(train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
-        if train_X.dim() != 2:
-            raise ShapeError(
-                f"train_X must be ``n x d``, but has shape {tuple(train_X.shape)}. One "
-                "model holds one data set; put several in a ModelListGP."
-            )
         if not isinstance(inference, Exact):
             raise TypeError(
                 "inference must be gpbridge.linearized.Exact(...), but is "
@@ -199,33 +174,17 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         train_X, train_Y = train_X.detach(), train_Y.detach()
         net = freeze_network(network, parameters, input_shape, train_X, inference)
         Z = fixed_inputs(input_transform, train_X)
-        num_outputs = net.probe(Z.to(net.dtype))
-        with torch.no_grad():
-            check_finite(**{"network(train_X)": net(Z.to(net.dtype))})
-        targets = train_Y
-        if outcome_transform is not None:
-            labels = not train_Y.is_floating_point()
-            if labels or not (likelihood is None or is_gaussian(likelihood)):
-                kind = "integer labels" if labels else type(likelihood).__name__
-                raise ValueError(
-                    "outcome_transform needs a Gaussian likelihood and float targets, "
-                    f"but came with {kind}. Leave it out for classification."
-                )
-            targets, _ = outcome_transform(train_Y)
-        if likelihood is None:
-            likelihood = default_likelihood(targets, num_outputs, train_X.dtype)
-        targets = check_targets(
-            likelihood, targets, num_outputs, len(train_X), dtype=train_X.dtype
+        outputs = outputs_at(net, Z)
+        self._num_outputs = outputs.shape[-1]
+        likelihood, targets = prepare_targets(
+            likelihood, train_Y, outcome_transform, self._num_outputs, train_X
         )
         gaussian = is_gaussian(likelihood)
-        if gaussian:
-            check_same_dtype("train_Y", train_Y, train_X.dtype)
         self.mean = mean
         if mean == "auto":
             self.mean = "linear_model" if gaussian else "network"
         self.offset = bool(offset and gaussian and not g_prior)
         self.g_prior = g_prior
-        self._num_outputs = num_outputs
         self.register_buffer("_train_X", train_X)
         self.register_buffer("_train_Y", train_Y)
         self.register_buffer("_targets", targets)
@@ -234,30 +193,20 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             self.input_transform = input_transform
         if outcome_transform is not None:
             self.outcome_transform = outcome_transform
-        scale = feature_scale(net, Z, likelihood) if g_prior else None
-        net.set_weight_scale(scale)
+        net.set_weight_scale(feature_scale(net, Z, likelihood) if g_prior else None)
         self.covar_module = NeuralTangentKernel(net, groups=groups).to(train_X.device)
         self.mean_module = TangentMean(net)
+        unit_std = self.covar_module.unit_std()
+        bounds = prior_variance_bounds(net, Z, unit_std, targets if gaussian else None)
         self.covar_module.register_constraint(
-            "raw_prior_variance",
-            prior_variance_bounds(
-                net, Z, self.covar_module.unit_std(), targets if gaussian else None
-            ),
-            replace=True,
+            "raw_prior_variance", bounds, replace=True
         )
         self.noise, self.parameters_option = noise, parameters
         self._froze_noise = False
         if gaussian:
-            with torch.no_grad():
-                misfit = targets - net(Z.to(net.dtype)).to(targets)
-            value = initial_noise(
-                noise, self.mean, parameters, fit_result, misfit, likelihood
-            )
-            if value is not None:
-                set_noise(likelihood, value)
-                self._froze_noise = True
+            self._apply_noise_option(targets - outputs.to(targets))
         else:
-            warn_if_logits(likelihood, net(Z.to(net.dtype)).detach().to(Z), targets)
+            warn_if_logits(likelihood, outputs.to(Z), targets)
         self.fitted: str | None = None
         self.calibration: Calibration | None = None
         self.output_indices: list[int] | None = None
@@ -302,25 +251,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             ValueError: If there are no validation rows to select by.
             ShapeError: If the rows of the training run are not rows of the data.
         """
-        check_choice("select", select, ("auto", "validation", None))
-        has_validation = len(fit_result.validation_rows) > 0
-        if noise is None:
-            noise = "learn"
-            if options.get("mean") == "network":
-                noise = "fit_residual"
-            elif options.get("parameters", "all") == "last_layer" and has_validation:
-                noise = "validation"
-        if select == "auto":
-            free = noise == "learn" and options.get("mean", "auto") == "auto"
-            regression = fit_result.validation_variance is not None
-            settable = likelihood is None or isinstance(likelihood, GaussianLikelihood)
-            select = "validation" if free and regression and settable else None
-        if select == "validation" and not has_validation:
-            raise ValueError(
-                "select='validation' needs validation rows, but the fit result has "
-                "none. "
-                "Train with validation_fraction=0.1, or pass select=None."
-            )
+        noise, select = defaults_after_training(
+            fit_result, likelihood, noise, select, options
+        )
         model = cls(
             fit_result.network,
             train_X,
@@ -331,96 +264,12 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             select=select,
             **options,
         )
-        rows = torch.cat([fit_result.fit_rows, fit_result.validation_rows])
-        if len(rows) and int(rows.max()) >= len(train_X):
-            raise ShapeError(
-                f"The fit result names row {int(rows.max())}, but train_X has "
-                f"{len(train_X)} rows. Pass the data that fit_map was called with."
-            )
+        check_rows(fit_result, train_X)
         return model
-
-    # -- what it is ------------------------------------------------------------------
-
-    @property
-    def functional(self) -> FunctionalNet:
-        """The frozen network."""
-        return self.covar_module.functional
-
-    @property
-    def train_inputs(self) -> tuple[Tensor]:
-        """All inputs conditioned on, untransformed, ``batch_shape x n x d``."""
-        if self._new is None:
-            return (self._train_X,)
-        X = self._new.X
-        return (torch.cat([self._train_X.expand(*X.shape[:-2], -1, -1), X], -2),)
-
-    @property
-    def train_targets(self) -> Tensor:
-        """All targets conditioned on, transformed, ``n`` if there is one output."""
-        Y = self._targets
-        if self._new is not None:
-            new = self._new.Y
-            if self.output_indices is not None:
-                Y = Y[..., self.output_indices]
-            Y = torch.cat([Y.expand(*new.shape[:-2], -1, -1), new], -2)
-        return Y.squeeze(-1) if Y.dim() > 1 and Y.shape[-1] == 1 else Y
-
-    @property
-    def num_outputs(self) -> int:
-        """The number m of outputs."""
-        if self.output_indices is not None:
-            return len(self.output_indices)
-        return self._num_outputs
-
-    @property
-    def _supports_cache_root(self) -> bool:
-        # Read by botorch's noisy acquisitions: low-rank updates of a cached root need
-        # outputs that are independent, and those of one network are not.
-        return self.num_outputs == 1
-
-    @property
-    def batch_shape(self) -> Size:
-        """Empty, or the batch of the observations conditioned on."""
-        if self._new is None:
-            return Size()
-        return torch.broadcast_shapes(self._new.X.shape[:-2], self._new.Y.shape[:-2])
-
-    @property
-    def prior_variance(self) -> Tensor:
-        """Prior variance of the weights, one per group."""
-        return self.covar_module.prior_variance
-
-    @prior_variance.setter
-    def prior_variance(self, value: float | Tensor) -> None:
-        self.covar_module.prior_variance = value
-
-    @property
-    def noise_variance(self) -> Tensor:
-        """Noise variances, ``m``, or ``n x m`` if fixed per point, in squared units.
-
-        Raises:
-            TypeError: If the likelihood is not Gaussian.
-        """
-        if not is_gaussian(self.likelihood):
-            # Not an AttributeError, which torch's modules replace by their own.
-            raise TypeError(f"{type(self.likelihood).__name__} has no noise variance.")
-        diagonal = self._noise(self._targets.double()).diagonal(dim1=-2, dim2=-1)
-        fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
-        return (diagonal if fixed else diagonal[0]).to(self._train_X.dtype)
-
-    def __repr__(self) -> str:
-        """Sizes, and whether hyperparameters were fitted."""
-        n, net = len(self._train_X), self.functional
-        how = "not fitted" if self.fitted is None else f"fitted by {self.fitted}"
-        return (
-            f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, random "
-            f"weights={net.num_params}, {type(self.likelihood).__name__}, "
-            f"mean={self.mean!r}, hyperparameters {how})"
-        )
 
     # -- BoTorch ---------------------------------------------------------------------
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def forward(self, X: Tensor) -> MultivariateNormal:
         """The prior in train mode, the posterior in eval mode, at ``... x n x d``.
 
@@ -439,7 +288,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         mean = self.mean_module(Z).reshape(shape) if self.offset else Z.new_zeros(shape)
         return latent_distribution(mean, covariance, dtype)
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def posterior(
         self,
         X: Tensor,
@@ -474,7 +323,8 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         mean, covariance = self._joint(Z)
         check_finite(**{"the network's output at X": mean.detach().flatten(0, -2)})
         if observation_noise is not False:
-            covariance = add_blocks(covariance, self._noise_of(observation_noise, mean))
+            blocks = self._noise_at(mean, observation_noise)
+            covariance = add_blocks(covariance, blocks)
         posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
         if hasattr(self, "outcome_transform"):
             posterior = self.outcome_transform.untransform_posterior(posterior, X=X)
@@ -482,7 +332,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             return posterior_transform(posterior=posterior, X=X)
         return posterior
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> LinearizedGP:
@@ -509,15 +359,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         check_inputs(X, "X", self._train_X.shape[-1])
         if not is_gaussian(self.likelihood):
             return self._with_labels(X, Y)
-        check_tensor(Y=Y)
-        for name, value in (("X", X), ("Y", Y)):
-            check_same_dtype(name, value, self._train_X.dtype)
-        if Y.shape[-2:] != (X.shape[-2], self.num_outputs):
-            raise ShapeError(
-                f"Y must be ``... x {X.shape[-2]} x {self.num_outputs}`` for X of "
-                f"shape {tuple(X.shape)}, but has shape {tuple(Y.shape)}."
-            )
-        check_finite(Y=Y)
+        check_observations(X, Y, self.num_outputs, self._train_X.dtype)
         if noise is None and isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             raise ValueError(
                 "noise must be given: FixedNoiseGaussianLikelihood holds the noise of "
@@ -526,14 +368,29 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             )
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=self.transform_inputs(X))
-        blocks = self._noise_of(True if noise is None else noise, Y.double())
-        new = NewData(X, Y, blocks)
-        if self._new is not None:
-            new = _join(self._new, new)
+        blocks = self._noise_at(Y.double(), True if noise is None else noise)
+        new = join(self._new, NewData(X, Y, blocks))
         self._conditioned()  # factorised here, for all models that share the factors
         conditioned = self._share()
         conditioned._new = new
         conditioned._update = None
+        return conditioned
+
+    def _with_labels(self, X: Tensor, Y: Tensor) -> LinearizedGP:
+        if X.dim() != 2:
+            raise NotImplementedError(
+                "Conditioning a classifier takes one data set, ``n' x d``, but X has "
+                f"shape {tuple(X.shape)}."
+            )
+        check_same_dtype("X", X, self._train_X.dtype)
+        Y = check_targets(
+            self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
+        )
+        conditioned = self._share()
+        conditioned._train_X = torch.cat([self._train_X, X])
+        conditioned._targets = torch.cat([self._targets, Y])
+        conditioned._train_Y = conditioned._targets
+        conditioned._forget()
         return conditioned
 
     def fantasize(self, X: Tensor, *args: Any, **kwargs: Any) -> Model:
@@ -544,10 +401,9 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         if not is_gaussian(self.likelihood):
             raise NotImplementedError(
-                f"Fantasies need Gaussian observations of the latent function, but "
+                "Fantasies need Gaussian observations of the latent function, but "
                 f"{type(self.likelihood).__name__} observes labels. Condition on "
-                f"labels "
-                "with condition_on_observations."
+                "labels with condition_on_observations."
             )
         return super().fantasize(X, *args, **kwargs)
 
@@ -594,63 +450,16 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         inputs = super().construct_inputs(training_data)
         variance = inputs.pop("train_Yvar", None)
         if variance is not None:
-            if variance.shape[-1] != 1:
-                raise NotImplementedError(
-                    "Known noise variances of several outputs are not supported. Model "
-                    "the outputs one by one, in a ModelListGP."
-                )
-            if options.get("outcome_transform") is not None:
-                transform = copy.deepcopy(options["outcome_transform"])
-                _, variance = transform(inputs["train_Y"], variance)
-            options["likelihood"] = FixedNoiseGaussianLikelihood(variance.squeeze(-1))
+            options["likelihood"] = known_noise(
+                variance, inputs["train_Y"], options.get("outcome_transform")
+            )
         if network is not None:
             options["network"] = network
         return {**inputs, **options}
 
-    def subset_rows(self, rows: Tensor) -> LinearizedGP:
-        """An independent model with the same options on some of the training rows.
-
-        Args:
-            rows: Row numbers.
-
-        Returns:
-            The model, with a likelihood of its own and nothing to select.
-        """
-        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
-            raise NotImplementedError(
-                "Rows of a model with fixed noise per point cannot be taken out. Build "
-                "a "
-                "model with the noise of those rows."
-            )
-        twin = copy.deepcopy(self)
-        for name in ("_train_X", "_train_Y", "_targets"):
-            setattr(twin, name, getattr(self, name)[rows])
-        twin.select = None
-        return twin
-
-    def use_mean(self, mean: str, noise: str | float) -> None:
-        """Change mean and noise together, as in the constructor (Gaussian noise)."""
-        check_choice("mean", mean, ("linear_model", "network"))
-        self.mean, self.noise = mean, noise
-        if noise == "learn" and self._froze_noise:
-            release_noise(self.likelihood)
-            self._froze_noise = False
-        misfit = self.problem.Y - self.problem.outputs
-        value = initial_noise(
-            noise,
-            mean,
-            self.parameters_option,
-            self.fit_result,
-            misfit,
-            self.likelihood,
-        )
-        if value is not None:
-            set_noise(self.likelihood, value)
-            self._froze_noise = True
-
     # -- prediction ------------------------------------------------------------------
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     @torch.no_grad()
     def predict(self, X: Tensor, link: str | None = None) -> Distribution:
         """Predictive distribution of y at each point, noise included.
@@ -682,7 +491,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 )
             mean, blocks = self.marginals(X)
             check_finite(**{"the network's output at X": mean.flatten(0, -2)})
-            blocks = blocks + self._noise_of(True, mean)
+            blocks = blocks + self._noise_at(mean)
             variance = blocks.diagonal(dim1=-2, dim2=-1)
             transform = getattr(self, "outcome_transform", None)
             return target_distribution(mean, variance, transform, X)
@@ -691,43 +500,22 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
                 "Probabilities need all classes. Call predict on the model that was "
                 "subset, or posterior(X) for latent values."
             )
-        calibration = self._current_calibration()
-        if link is None:
-            link = "plugin" if calibration is None else calibration.link
-        elif link != "plugin" and calibration is None:
-            self._warn_about_gap(link)
-        temperature = 1.0
-        if calibration is not None:
-            # One that was chosen for an average is not the network's own.
-            if (link == "plugin") == (calibration.link == "plugin"):
-                temperature = calibration.temperature
+        bounds = self.covar_module.raw_prior_variance_constraint
+        calibration = still_valid(self.calibration, self.prior_variance, bounds)
+        if calibration is None and link not in (None, "plugin"):
+            warn_about_gap(link, self.train_gap)
+        link, temperature = link_and_temperature(link, calibration)
         if link == "plugin" and self.mean == "network":
             mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
         else:
             mean, blocks = self.marginals(X)
         check_finite(**{"the network's output at X": mean.flatten(0, -2)})
-        logs = class_log_probabilities(self.likelihood, mean, blocks, link)
-        logs = temper_logs(logs, temperature).to(X.dtype)
-        if mean.shape[-1] == 1:
-            return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
-        # The check of its arguments fails for no points at all.
-        return Categorical(logits=logs, validate_args=logs.numel() > 0)
-
-    def _current_calibration(self) -> Calibration | None:
-        """What held-out data chose, unless the prior variance was changed since."""
-        kept = self.calibration
-        if kept is None or kept.link == "plugin":
-            return kept
-        bounds = self.covar_module.raw_prior_variance_constraint
-        chosen = min(
-            max(kept.prior_variance, float(bounds.lower_bound)),
-            float(bounds.upper_bound),
+        return label_distribution(
+            self.likelihood, mean, blocks, link, temperature, X.dtype
         )
-        now = float(self.prior_variance.detach())
-        return kept if abs(now - chosen) <= 1e-6 * chosen else None
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
 
@@ -777,14 +565,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             self.fitted = "calibrate"
             if self.calibration.prior_variance > 0:
                 bounds = self.covar_module.raw_prior_variance_constraint
-                self.prior_variance = min(
-                    max(self.calibration.prior_variance, float(bounds.lower_bound)),
-                    float(bounds.upper_bound),
-                )
+                self.prior_variance = calibrated_variance(self.calibration, bounds)
         return self.calibration
 
     @property
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def train_gap(self) -> TrainGap:
         """How far predictions contradict the training labels; classification only.
 
@@ -814,7 +599,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         return self._evidence(count_dimension=True)
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
         problem = self.problem
@@ -824,20 +609,11 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         )
         return result
 
-    def check_all_data_is_training_data(self, what: str) -> None:
-        """Refuse what would silently ignore observations conditioned on later."""
-        if self._new is not None:
-            raise NotImplementedError(
-                f"{what} is that of the {len(self._train_X)} training points only, but "
-                f"the model was conditioned on {self._new.X.shape[-2]} further ones. "
-                "Build a LinearizedGP on all data."
-            )
-
     def log_evidence(self) -> Tensor:
         """Log marginal likelihood of the training data, total nats."""
         return self._evidence(count_dimension=False).value
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     @torch.no_grad()
     def draw(
         self, num_samples: int, generator: torch.Generator | None = None
@@ -874,228 +650,3 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             self._untransform,
             self.output_indices,
         )
-
-    # -- inside ----------------------------------------------------------------------
-
-    @property
-    def problem(self) -> TangentProblem:
-        """The linear model with its caches at unit prior variance."""
-        if self._problem is None:
-            with torch.no_grad():
-                Z = self.transform_inputs(self._train_X)
-            floating = self._targets.is_floating_point()
-            self._problem = TangentProblem(
-                self.functional,
-                Z.to(self.functional.dtype),
-                self._targets.double() if floating else self._targets,
-                self.likelihood,
-                self.covar_module.groups,
-                self.covar_module.unit_std(),
-                self.offset,
-                self.inference,
-            )
-        return self._problem
-
-    def _check_new_inputs(self, X: Tensor, name: str = "X") -> None:
-        check_tensor(**{name: X})
-        check_same_device(**{name: X, "train_X": self._train_X})
-        check_inputs(X, name, self._train_X.shape[-1])
-        check_same_dtype(name, X, self._train_X.dtype)
-
-    def _key(self) -> tuple:
-        noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
-        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
-            noise.append(self.likelihood.noise_covar.noise.flatten().tolist())
-        return (self.prior_variance.detach().tolist(), noise, self.mean)
-
-    def _conditioned(self) -> TangentPosterior:
-        """The posterior, kept as long as no hyperparameter changes its value.
-
-        Values are compared, not tensor versions: gpytorch's ``initialize`` writes to
-        ``.data``.
-        """
-        key = self._key()
-        if self._posterior is None or self._posterior[0] != key:
-            made = TangentPosterior(
-                self.problem, self.prior_variance.detach(), self.mean
-            )
-            self._posterior, self._update = (key, made), None
-        return self._posterior[1]
-
-    def _updated(self) -> Update | None:
-        base, kept = self._conditioned(), self._update
-        if self._new is None:
-            return None
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in self._new)
-        if kept is None or (wanted and not kept.innovation.requires_grad):
-            new = self._new._replace(X=self.transform_inputs(self._new.X))
-            self._update = base.update(new, self.output_indices)
-        return self._update
-
-    def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        update = self._updated()
-        return self._conditioned().joint(Z, self.output_indices, update)
-
-    @_ordinary_tensors()
-    def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent moments of each point in transformed units, float64.
-
-        Args:
-            X: Inputs ``... x n x d``.
-
-        Returns:
-            Mean ``... x n x m`` and covariance ``... x n x m x m``.
-        """
-        if len(self.batch_shape):
-            raise NotImplementedError(
-                "Marginals of a model with a batch of fantasies are not supported. Ask "
-                "posterior(X) for joint moments."
-            )
-        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
-        update = self._updated()
-        mean, blocks = self._conditioned().marginals(
-            rows, self.output_indices, update, X.dtype == torch.float32
-        )
-        m, shape = self.num_outputs, X.shape[:-1]
-        return mean.reshape(*shape, m), blocks.reshape(*shape, m, m)
-
-    def _noise(self, f: Tensor, noise: Tensor | None = None) -> Tensor:
-        return noise_covariance(self.likelihood, f, noise).detach().double()
-
-    def _noise_of(self, asked: bool | Tensor, mean: Tensor) -> Tensor:
-        """Noise covariance of each point's outputs, ``... x n x m x m``."""
-        if not is_gaussian(self.likelihood):
-            raise NotImplementedError(
-                f"{type(self.likelihood).__name__} observes labels, so its noise "
-                f"cannot "
-                "be added to the latent posterior. Use predict(X) for probabilities."
-            )
-        if isinstance(asked, Tensor):
-            variance = asked.to(mean)
-            if variance.shape[-1] != mean.shape[-1]:
-                variance = variance.unsqueeze(-1)
-            check_positive(noise=variance)
-            return torch.diag_embed(variance.expand(mean.shape))
-        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
-            # Other points than those of training: the average noise, as in botorch.
-            level = self._noise(self._targets.double()).mean(0)
-            return level.expand(*mean.shape, mean.shape[-1])
-        m = self._num_outputs
-        blocks = self._noise(mean.new_zeros(*mean.shape[:-1], m))
-        if self.output_indices is not None:
-            blocks = blocks[..., self.output_indices, :][..., self.output_indices]
-        return blocks
-
-    def _untransform(self, values: Tensor) -> Tensor:
-        if hasattr(self, "outcome_transform"):
-            values, _ = self.outcome_transform.untransform(values)
-        return values
-
-    def _with_labels(self, X: Tensor, Y: Tensor) -> LinearizedGP:
-        if X.dim() != 2:
-            raise NotImplementedError(
-                "Conditioning a classifier takes one data set, ``n' x d``, but X has "
-                f"shape {tuple(X.shape)}."
-            )
-        check_same_dtype("X", X, self._train_X.dtype)
-        Y = check_targets(
-            self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
-        )
-        conditioned = self._share()
-        conditioned._train_X = torch.cat([self._train_X, X])
-        conditioned._targets = torch.cat([self._targets, Y])
-        conditioned._train_Y = conditioned._targets
-        conditioned._forget()
-        return conditioned
-
-    def _warn_about_gap(self, link: str) -> None:
-        gap = self.train_gap
-        if gap.posterior > gap.network + 0.05:
-            warnings.warn(
-                f"link={link!r} without calibration: on the training data the "
-                f"predictive "
-                f"contradicts the labels by {gap.posterior:.3f} on average, the "
-                f"network "
-                f"by {gap.network:.3f}. Pass held-out data to calibrate().",
-                stacklevel=3,
-            )
-
-    def _share(self) -> LinearizedGP:
-        """A shallow copy: modules and caches are shared, further data are not."""
-        # Not copy.copy, whose __getstate__ leaves the caches behind.
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        for name in ("_parameters", "_buffers", "_modules"):
-            twin.__dict__[name] = self.__dict__[name].copy()
-        return twin
-
-    def _forget(self) -> None:
-        self._problem: TangentProblem | None = None
-        self._posterior: tuple[tuple, TangentPosterior] | None = None
-        self._update: Update | None = None
-        self._mode: Mode | None = None
-        self._gap: tuple[tuple, TrainGap] | None = None
-
-    def train(self, mode: bool = True) -> LinearizedGP:
-        """Set the mode; network and transforms stay in eval mode."""
-        super().train(mode)
-        for name in ("input_transform", "outcome_transform"):
-            if hasattr(self, name):
-                getattr(self, name).eval()
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any
-    ):
-        """Load network, data and hyperparameters; transforms are part of the state."""
-        return nn.Module.load_state_dict(self, state_dict, strict=strict)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
-
-    def get_extra_state(self) -> Tensor:
-        """What a state_dict carries beside hyperparameters and data: plain values.
-
-        As a tensor, since botorch's optimisers detach and clone whatever is in there.
-        """
-        calibration = None if self.calibration is None else tuple(self.calibration)
-        state = {"mean": self.mean, "fitted": self.fitted, "calibration": calibration}
-        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore them."""
-        state = json.loads(bytes(state.tolist()))
-        self.mean, self.fitted = state["mean"], state["fitted"]
-        kept = state["calibration"]
-        self.calibration = None if kept is None else Calibration(*kept)
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LinearizedGP:
-        super()._apply(fn, *args, **kwargs)
-        self._forget()
-        return self
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles carry the state, not what can be computed from it."""
-        state = {**self.__dict__}
-        for cache in ("_problem", "_posterior", "_update", "_mode", "_gap"):
-            state[cache] = None
-        return state
-
-    def _set_transformed_inputs(self) -> None:
-        """Nothing to swap: inputs are kept as given and transformed where used."""
-
-    def _revert_to_original_inputs(self) -> None:
-        """Nothing to swap."""
-
-
-def _join(old: NewData, new: NewData) -> NewData:
-    """Concatenate observations along points, batches broadcast."""
-    joined = []
-    for a, b in zip(old, new, strict=True):
-        trailing = 3 if a is old.noise else 2
-        batch = torch.broadcast_shapes(a.shape[:-trailing], b.shape[:-trailing])
-        a = a.expand(*batch, *a.shape[-trailing:])
-        b = b.expand(*batch, *b.shape[-trailing:])
-        joined.append(torch.cat([a, b], dim=-trailing))
-    return NewData(*joined)

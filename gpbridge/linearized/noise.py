@@ -1,16 +1,19 @@
-"""Where the noise variance of a regression model comes from.
+"""The noise of a regression model: where its variance comes from, and at new points.
 
 Learning it jointly with the prior is safe for the linear model's own mean and for no
 other choice; the rest takes it from residuals. In: the options of the model and the
-record of the training run. Out: noise variances, or None to learn them.
-Next: ``gp`` sets them in the likelihood.
+record of the training run. Out: noise variances, or None to learn them; noise
+covariances of observations. Next: ``gp`` sets the ones and adds the others.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
+from botorch.models.transforms.outcome import OutcomeTransform
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from gpbridge.checks import check_choice, check_positive
 from gpbridge.functional import Parameters
+from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.types import FitResult
 
 
@@ -56,8 +60,7 @@ def initial_noise(
         if noise != "learn":
             raise ValueError(
                 f"noise={noise!r} has no effect with FixedNoiseGaussianLikelihood, "
-                f"which "
-                "holds its own. Leave noise out."
+                "which holds its own. Leave noise out."
             )
         return None
     if noise == "learn":
@@ -72,8 +75,7 @@ def initial_noise(
             warnings.warn(
                 "parameters='last_layer' with a learnt noise is overconfident: the "
                 "features were fitted to the same targets. Pass noise='validation' "
-                "with "
-                "LinearizedGP.from_fit, or a variance.",
+                "with LinearizedGP.from_fit, or a variance.",
                 stacklevel=4,
             )
         return None
@@ -81,8 +83,7 @@ def initial_noise(
         if fit_result is None or fit_result.validation_variance is None:
             raise ValueError(
                 "noise='validation' needs a fit result with validation rows. Train "
-                "with "
-                "gpbridge.dnn.fit_map and use LinearizedGP.from_fit, or pass a "
+                "with gpbridge.dnn.fit_map and use LinearizedGP.from_fit, or pass a "
                 "variance."
             )
         return fit_result.validation_variance
@@ -91,9 +92,8 @@ def initial_noise(
             return fit_result.residual_variance
         warnings.warn(
             "noise='fit_residual' without a fit result takes the residuals of all "
-            "rows, "
-            "which are too small if the network was trained on them for long. Use "
-            "LinearizedGP.from_fit.",
+            "rows, which are too small if the network was trained on them for long. "
+            "Use LinearizedGP.from_fit.",
             stacklevel=4,
         )
         return misfit.square().mean(0)
@@ -132,8 +132,7 @@ def set_noise(likelihood: Likelihood, variance: Tensor) -> None:
     else:
         raise TypeError(
             f"The noise of {type(likelihood).__name__} cannot be set to one variance "
-            f"per "
-            "output. Set it in the likelihood and pass noise='learn'."
+            "per output. Set it in the likelihood and pass noise='learn'."
         )
 
 
@@ -142,6 +141,68 @@ def release_noise(likelihood: Likelihood) -> None:
     for name, parameter in likelihood.named_parameters():
         if name.rpartition(".")[2] in ("raw_noise", "raw_task_noises"):
             parameter.requires_grad_(True)
+
+
+def observation_noise(
+    likelihood: Likelihood,
+    asked: bool | Tensor,
+    mean: Tensor,
+    targets: Tensor,
+    outputs: Sequence[int] | None = None,
+) -> Tensor:
+    """Noise covariance of the outputs at each point, ``... x n x m x m``, float64.
+
+    Args:
+        likelihood: The likelihood.
+        asked: True for the likelihood's own, or variances ``... x n x m``.
+        mean: Latent values at the points, float64, ``... x n x m``.
+        targets: The training targets, of all outputs.
+        outputs: Which of the outputs are seen; default all.
+
+    Returns:
+        The covariance.
+
+    Raises:
+        NotImplementedError: If the likelihood observes labels.
+    """
+    if not is_gaussian(likelihood):
+        raise NotImplementedError(
+            f"{type(likelihood).__name__} observes labels, so its noise cannot be "
+            "added to the latent posterior. Use predict(X) for probabilities."
+        )
+    if isinstance(asked, Tensor):
+        variance = asked.to(mean)
+        if variance.shape[-1] != mean.shape[-1]:
+            variance = variance.unsqueeze(-1)
+        check_positive(noise=variance)
+        return torch.diag_embed(variance.expand(mean.shape))
+    if isinstance(likelihood, FixedNoiseGaussianLikelihood):
+        # Other points than those of training: the average noise, as in botorch.
+        blocks = noise_covariance(likelihood, targets.double()).detach().double()
+        return blocks.mean(0).expand(*mean.shape, mean.shape[-1])
+    values = mean.new_zeros(*mean.shape[:-1], targets.shape[-1])
+    blocks = noise_covariance(likelihood, values).detach().double()
+    if outputs is not None:
+        blocks = blocks[..., outputs, :][..., outputs]
+    return blocks
+
+
+def known_noise(
+    variance: Tensor, train_Y: Tensor, transform: OutcomeTransform | None
+) -> FixedNoiseGaussianLikelihood:
+    """The likelihood of targets ``n x 1`` whose noise variances are known.
+
+    Raises:
+        NotImplementedError: If there are several outputs.
+    """
+    if variance.shape[-1] != 1:
+        raise NotImplementedError(
+            "Known noise variances of several outputs are not supported. Model the "
+            "outputs one by one, in a ModelListGP."
+        )
+    if transform is not None:
+        _, variance = copy.deepcopy(transform)(train_Y, variance)
+    return FixedNoiseGaussianLikelihood(variance.squeeze(-1))
 
 
 def _within(variance: Tensor, constraint) -> Tensor:

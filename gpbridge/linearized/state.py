@@ -1,0 +1,283 @@
+"""What a linearised GP is made of, and what is computed from it once and kept.
+
+In: the attributes that the constructor sets. Out: :class:`TangentState`, the data, the
+hyperparameters and the posterior at their present values, remade when one of them
+changes. Next: ``persistence`` copies and loads it, ``gp`` answers from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
+from torch import Size, Tensor
+
+from gpbridge.checks import (
+    check_choice,
+    check_inputs,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
+from gpbridge.functional import FunctionalNet
+from gpbridge.kernels.tangent import NeuralTangentKernel
+from gpbridge.likelihoods import is_gaussian, noise_covariance
+from gpbridge.linearized.calibration import TrainGap
+from gpbridge.linearized.conditioning import NewData, Update
+from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.mode import Mode
+from gpbridge.linearized.noise import (
+    initial_noise,
+    observation_noise,
+    release_noise,
+    set_noise,
+)
+from gpbridge.linearized.posterior import TangentPosterior
+from gpbridge.linearized.problem import TangentProblem
+
+CACHES = ("_problem", "_posterior", "_update", "_mode", "_gap")
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Compute outside of inference mode, whose tensors no later gradient may meet.
+
+    What is computed here is kept: a prediction must not spoil the next acquisition.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+class TangentState:
+    """Data, hyperparameters and caches of a linearised GP, beside botorch's model."""
+
+    likelihood: Likelihood
+    covar_module: NeuralTangentKernel
+    inference: Exact
+    mean: str
+    offset: bool
+    output_indices: list[int] | None  # of the outputs, those that are seen
+    _num_outputs: int  # of the network
+    _train_X: Tensor  # n x d, untransformed
+    _targets: Tensor  # transformed, in the likelihood's form
+    _new: NewData | None  # conditioned on since
+
+    _problem: TangentProblem | None
+    _posterior: tuple[tuple, TangentPosterior] | None  # beside what it depends on
+    _update: Update | None
+    _mode: Mode | None  # where the next evidence starts
+    _gap: tuple[tuple, TrainGap] | None
+
+    # -- what it is ------------------------------------------------------------------
+
+    @property
+    def functional(self) -> FunctionalNet:
+        """The frozen network."""
+        return self.covar_module.functional
+
+    @property
+    def train_inputs(self) -> tuple[Tensor]:
+        """All inputs conditioned on, untransformed, ``batch_shape x n x d``."""
+        if self._new is None:
+            return (self._train_X,)
+        X = self._new.X
+        return (torch.cat([self._train_X.expand(*X.shape[:-2], -1, -1), X], -2),)
+
+    @property
+    def train_targets(self) -> Tensor:
+        """All targets conditioned on, transformed, ``n`` if there is one output."""
+        Y = self._targets
+        if self._new is not None:
+            new = self._new.Y
+            if self.output_indices is not None:
+                Y = Y[..., self.output_indices]
+            Y = torch.cat([Y.expand(*new.shape[:-2], -1, -1), new], -2)
+        return Y.squeeze(-1) if Y.dim() > 1 and Y.shape[-1] == 1 else Y
+
+    @property
+    def num_outputs(self) -> int:
+        """The number m of outputs."""
+        if self.output_indices is not None:
+            return len(self.output_indices)
+        return self._num_outputs
+
+    @property
+    def _supports_cache_root(self) -> bool:
+        # Read by botorch's noisy acquisitions: low-rank updates of a cached root need
+        # outputs that are independent, and those of one network are not.
+        return self.num_outputs == 1
+
+    @property
+    def batch_shape(self) -> Size:
+        """Empty, or the batch of the observations conditioned on."""
+        if self._new is None:
+            return Size()
+        return torch.broadcast_shapes(self._new.X.shape[:-2], self._new.Y.shape[:-2])
+
+    @property
+    def prior_variance(self) -> Tensor:
+        """Prior variance of the weights, one per group."""
+        return self.covar_module.prior_variance
+
+    @prior_variance.setter
+    def prior_variance(self, value: float | Tensor) -> None:
+        self.covar_module.prior_variance = value
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Noise variances, ``m``, or ``n x m`` if fixed per point, in squared units.
+
+        Raises:
+            TypeError: If the likelihood is not Gaussian.
+        """
+        if not is_gaussian(self.likelihood):
+            # Not an AttributeError, which torch's modules replace by their own.
+            raise TypeError(f"{type(self.likelihood).__name__} has no noise variance.")
+        blocks = noise_covariance(self.likelihood, self._targets.double()).detach()
+        diagonal = blocks.double().diagonal(dim1=-2, dim2=-1)
+        fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
+        return (diagonal if fixed else diagonal[0]).to(self._train_X.dtype)
+
+    def __repr__(self) -> str:
+        """Sizes, and whether hyperparameters were fitted."""
+        n, net = len(self._train_X), self.functional
+        how = "not fitted" if self.fitted is None else f"fitted by {self.fitted}"
+        return (
+            f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, random "
+            f"weights={net.num_params}, {type(self.likelihood).__name__}, "
+            f"mean={self.mean!r}, hyperparameters {how})"
+        )
+
+    def _check_new_inputs(self, X: Tensor, name: str = "X") -> None:
+        check_tensor(**{name: X})
+        check_same_device(**{name: X, "train_X": self._train_X})
+        check_inputs(X, name, self._train_X.shape[-1])
+        check_same_dtype(name, X, self._train_X.dtype)
+
+    def check_all_data_is_training_data(self, what: str) -> None:
+        """Refuse what would silently ignore observations conditioned on later."""
+        if self._new is not None:
+            raise NotImplementedError(
+                f"{what} is that of the {len(self._train_X)} training points only, but "
+                f"the model was conditioned on {self._new.X.shape[-2]} further ones. "
+                "Build a LinearizedGP on all data."
+            )
+
+    def use_mean(self, mean: str, noise: str | float) -> None:
+        """Change mean and noise together, as in the constructor (Gaussian noise)."""
+        check_choice("mean", mean, ("linear_model", "network"))
+        self.mean, self.noise = mean, noise
+        if noise == "learn" and self._froze_noise:
+            release_noise(self.likelihood)
+            self._froze_noise = False
+        self._apply_noise_option(self.problem.Y - self.problem.outputs)
+
+    def _apply_noise_option(self, misfit: Tensor) -> None:
+        variance = initial_noise(
+            self.noise,
+            self.mean,
+            self.parameters_option,
+            self.fit_result,
+            misfit,
+            self.likelihood,
+        )
+        if variance is not None:
+            set_noise(self.likelihood, variance)
+            self._froze_noise = True
+
+    # -- what is kept ----------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for cache in CACHES:
+            setattr(self, cache, None)
+
+    @property
+    def problem(self) -> TangentProblem:
+        """The linear model with its caches at unit prior variance."""
+        if self._problem is None:
+            with torch.no_grad():
+                Z = self.transform_inputs(self._train_X)
+            floating = self._targets.is_floating_point()
+            self._problem = TangentProblem(
+                self.functional,
+                Z.to(self.functional.dtype),
+                self._targets.double() if floating else self._targets,
+                self.likelihood,
+                self.covar_module.groups,
+                self.covar_module.unit_std(),
+                self.offset,
+                self.inference,
+            )
+        return self._problem
+
+    def _key(self) -> tuple:
+        noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
+        if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
+            noise.append(self.likelihood.noise_covar.noise.flatten().tolist())
+        return (self.prior_variance.detach().tolist(), noise, self.mean)
+
+    def _conditioned(self) -> TangentPosterior:
+        """The posterior, kept as long as no hyperparameter changes its value.
+
+        Values are compared, not tensor versions: gpytorch's ``initialize`` writes to
+        ``.data``.
+        """
+        key = self._key()
+        if self._posterior is None or self._posterior[0] != key:
+            made = TangentPosterior(
+                self.problem, self.prior_variance.detach(), self.mean
+            )
+            self._posterior, self._update = (key, made), None
+        return self._posterior[1]
+
+    def _updated(self) -> Update | None:
+        base, kept = self._conditioned(), self._update
+        if self._new is None:
+            return None
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in self._new)
+        if kept is None or (wanted and not kept.innovation.requires_grad):
+            new = self._new._replace(X=self.transform_inputs(self._new.X))
+            self._update = base.update(new, self.output_indices)
+        return self._update
+
+    def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
+        update = self._updated()
+        return self._conditioned().joint(Z, self.output_indices, update)
+
+    @ordinary_tensors()
+    def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent moments of each point in transformed units, float64.
+
+        Args:
+            X: Inputs ``... x n x d``.
+
+        Returns:
+            Mean ``... x n x m`` and covariance ``... x n x m x m``.
+        """
+        if len(self.batch_shape):
+            raise NotImplementedError(
+                "Marginals of a model with a batch of fantasies are not supported. Ask "
+                "posterior(X) for joint moments."
+            )
+        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
+        update = self._updated()
+        mean, blocks = self._conditioned().marginals(
+            rows, self.output_indices, update, X.dtype == torch.float32
+        )
+        m, shape = self.num_outputs, X.shape[:-1]
+        return mean.reshape(*shape, m), blocks.reshape(*shape, m, m)
+
+    def _noise_at(self, mean: Tensor, asked: bool | Tensor = True) -> Tensor:
+        return observation_noise(
+            self.likelihood, asked, mean, self._targets, self.output_indices
+        )
+
+    def _untransform(self, values: Tensor) -> Tensor:
+        if hasattr(self, "outcome_transform"):
+            values, _ = self.outcome_transform.untransform(values)
+        return values
