@@ -381,7 +381,7 @@ def _check_same_shape(**values: Tensor) -> None:
     first = next(iter(values.values()))
     if first.dim() not in (1, 2):
         raise ShapeError(
-            f"Predictions must be ``n`` or ``n x m``, but have shape "
+            "Predictions must be ``n`` or ``n x m``, but have shape "
             f"{tuple(first.shape)}. Flatten batch dimensions into rows."
         )
     check_floating(**values)

@@ -201,9 +201,8 @@ class NeuralTangentKernel(Kernel):
         if self.functional.num_outputs > 1:
             raise ShapeError(
                 "Features of one row per point need a network with one output, but "
-                "this "
-                f"one has {self.functional.num_outputs}. Draw from the posterior at "
-                "fixed points, or use LinearizedGP.draw."
+                f"this one has {self.functional.num_outputs}. Draw from the posterior "
+                "at fixed points, or use LinearizedGP.draw."
             )
         return self._rows(x)
 

@@ -42,7 +42,7 @@ def latent_distribution(
         return MultivariateNormal(mean.squeeze(-1), operator)
     if mean.numel() == 0:
         raise ShapeError(
-            f"X must have at least one point, but the posterior mean has shape "
+            "X must have at least one point, but the posterior mean has shape "
             f"{tuple(mean.shape)}: gpytorch has no joint distribution of several "
             "outputs at no points. Try predict(X), which takes none."
         )

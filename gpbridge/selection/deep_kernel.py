@@ -248,11 +248,9 @@ def fit_deep_kernel(
     if noise_variance > FAR_BELOW * best.learnt:
         warnings.warn(
             f"The marginal likelihood learnt a noise variance of {best.learnt:.2g}, "
-            f"but "
-            f"validation data support {noise_variance:.2g} (in units of the variance "
-            f"of "
-            "the targets): the features overfit. The larger one is used. A smaller "
-            "network, spectral_norm or freeze=True would overfit less.",
+            f"but validation data support {noise_variance:.2g} (in units of the "
+            "variance of the targets): the features overfit. The larger one is used. A "
+            "smaller network, spectral_norm or freeze=True would overfit less.",
             UserWarning,
             stacklevel=2,
         )

@@ -86,16 +86,14 @@ def _messages(model: LinearizedGP, found: Diagnostics) -> list[str]:
         messages.append(
             f"The learnt noise is {found.noise_ratio:.2f} times the network's training "
             "error (expected at most 1.2): the network's features are overfitted. "
-            "Train "
-            "with early stopping (gpbridge.dnn.fit_map) or with matched weight decay "
-            "(gpbridge.selection.MatchedWeightDecay)."
+            "Train with early stopping (gpbridge.dnn.fit_map) or with matched weight "
+            "decay (gpbridge.selection.MatchedWeightDecay)."
         )
     if model.mean == "network" and found.mean_shift > 1:
         messages.append(
             f"The network's output is {found.mean_shift:.1f} noise standard deviations "
             "from the linear model's mean on the training data (expected at most 1), "
-            "so "
-            "the network is not at its optimum. Use mean='linear_model'."
+            "so the network is not at its optimum. Use mean='linear_model'."
         )
     if found.group_ratio < _PRUNED:
         messages.append(

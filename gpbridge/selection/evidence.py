@@ -105,9 +105,8 @@ def log_evidence(model: GP) -> Tensor:
         return _exact_log_evidence(model)
     raise TypeError(
         "log_evidence needs a LinearizedGP or a gpytorch ExactGP with training data, "
-        "but "
-        f"model is {type(model).__name__}. A variational GP has a bound: gpytorch's "
-        "VariationalELBO."
+        f"but model is {type(model).__name__}. A variational GP has a bound: "
+        "gpytorch's VariationalELBO."
     )
 
 
