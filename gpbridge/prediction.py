@@ -32,7 +32,9 @@ _SAFE = (
 )
 _MANY_ROWS = 128  # from here on a triangular solve beats the product with an inverse
 _BLOCKS = 8  # column blocks of a triangular product
+_BASE = 128  # side from which on a triangular inverse is split
 _DELICATE = 8  # rows on which float32 products are checked against float64
+_LEADING = 32  # directions of A that stay in float64 beside float32 products
 _SINGLE_TOLERANCE = 1e-3  # relative error of a variance that a float32 caller accepts
 
 
@@ -101,15 +103,13 @@ class FunctionSpaceStrategy:
         self.features = features
         self.root = root.double()
         self.cholesky = factorise(whiten(gram.double(), self.root))
-        # Once float32 products failed they are not tried again.
-        self._single_fails = False
+        # Of the Gram matrices before float32 products; once one failed it is not tried.
+        self._gram_dtypes = [torch.float32, torch.float64]
 
     @cached_property
     def _inverse_root(self) -> Tensor:
         """W = R L^-T."""
-        eye = torch.eye(len(self.cholesky)).to(self.cholesky)
-        inverse = torch.linalg.solve_triangular(self.cholesky, eye, upper=False)
-        return apply_root(self.root, inverse.mT)
+        return apply_root(self.root, triangular_inverse(self.cholesky).mT)
 
     @cached_property
     def _whitened_features(self) -> Tensor:
@@ -135,10 +135,19 @@ class FunctionSpaceStrategy:
 
     @torch.no_grad()
     def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
-        """Per-point covariances by float32 products, or None if they lose digits.
+        r"""Per-point covariances by float32 products, or None if they lose digits.
 
-        Twice as fast. The points that lost most of their prior variance are the most
-        delicate; they are computed again in float64, and decide.
+        A product with the inverse root costs most of a call and is twice as fast in
+        float32, but there prior variance and what the data explain would cancel. So the
+        leading directions Q of A, which explain nearly all, stay in float64:
+
+        .. math::
+            k A^{-1} k^\top = k Q (Q^\top A Q)^{-1} Q^\top k^\top + \|k' L^{-\top}\|^2,
+            \qquad k' = k - k Q (Q^\top A Q)^{-1} Q^\top A,
+
+        an identity for any Q; only k, if that suffices, and the small k' are rounded.
+        The points that lost most of their prior variance are the most delicate: they
+        are computed again in float64, and decide.
 
         Args:
             features: Features of ``t`` test points, unbatched.
@@ -147,23 +156,50 @@ class FunctionSpaceStrategy:
             ``t x m x m`` in float64, or None.
         """
         t, m = features.value.shape
-        if t * m < _MANY_ROWS or self._single_fails:
+        if t * m < _MANY_ROWS:
             return None
-        train, W = self._single
-        cross = features.to(torch.float32).gram(train)
-        V = triangular_product(cross, W, self.root.shape[-1]).unflatten(0, (t, m))
+        while self._gram_dtypes:
+            blocks = self._rounded_blocks(features, self._gram_dtypes[0])
+            if _is_close_where_delicate(self, features, blocks):
+                return blocks
+            self._gram_dtypes = self._gram_dtypes[1:]
+        return None
+
+    def _rounded_blocks(self, features: TangentFeatures, dtype: torch.dtype) -> Tensor:
+        train = self._single_features if dtype == torch.float32 else self.features
+        cross = features.to(dtype).gram(train).double()
+        k = apply_root_right(cross, self.root)
+        leading, root, rest = self._leading_directions
+        seen = k @ leading  # (t m) x r
+        large = torch.linalg.solve_triangular(root, seen.mT, upper=False).mT
+        small = torch.addmm(k, seen, rest, alpha=-1.0).float()
+        small = triangular_product(small, self._single_inverse, 1)
+        per_point = features.value.shape
+        large, small = large.unflatten(0, per_point), small.unflatten(0, per_point)
         prior = features.blocks().double()
-        blocks = prior - (V @ V.mT).double()
-        variance = blocks.diagonal(dim1=-2, dim2=-1)
-        rows = _delicate(variance, prior.diagonal(dim1=-2, dim2=-1))
-        exact = self.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
-        error = (variance[rows] / exact - 1).abs().max()
-        self._single_fails = not bool(error < _SINGLE_TOLERANCE)
-        return None if self._single_fails else blocks
+        return prior - large @ large.mT - (small @ small.mT).double()
 
     @cached_property
-    def _single(self) -> tuple[TangentFeatures, Tensor]:
-        return self.features.to(torch.float32), self._inverse_root.float()
+    def _single_features(self) -> TangentFeatures:
+        return self.features.to(torch.float32)
+
+    @cached_property
+    def _single_inverse(self) -> Tensor:
+        """L^-T in float32."""
+        return triangular_inverse(self.cholesky).mT.float()
+
+    @cached_property
+    def _leading_directions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q by two steps of subspace iteration, the root of Q'AQ, and (Q'AQ)^-1 Q'A."""
+        L = self.cholesky
+        generator = torch.Generator(L.device).manual_seed(0)
+        shape = (len(L), min(_LEADING, len(L)))
+        Q = _standard_normal(shape, generator, L)
+        for _ in range(2):
+            Q = torch.linalg.qr(L @ (L.mT @ Q)).Q
+        AQ = L @ (L.mT @ Q)
+        root = torch.linalg.cholesky(Q.mT @ AQ)
+        return Q, root, torch.cholesky_solve(AQ.mT, root)
 
     def _root_form(self, features: TangentFeatures, V: Tensor) -> Projection:
         rho = features.rows().double() - V @ self._whitened_features
@@ -252,8 +288,7 @@ class WeightSpaceStrategy:
 
     @cached_property
     def _inverse_root(self) -> Tensor:
-        eye = torch.eye(self.num_params).to(self.cholesky)
-        return torch.linalg.solve_triangular(self.cholesky, eye, upper=False).mT
+        return triangular_inverse(self.cholesky).mT
 
     def project(self, features: TangentFeatures) -> Projection:
         """See test points through the data."""
@@ -285,12 +320,7 @@ class WeightSpaceStrategy:
         F = triangular_product(features.to(torch.float32).rows(), self._single, 1)
         F = F.unflatten(0, (t, m))
         blocks = (F @ F.mT).double()
-        variance = blocks.diagonal(dim1=-2, dim2=-1)
-        prior = features.blocks().diagonal(dim1=-2, dim2=-1)
-        rows = _delicate(variance, prior)
-        exact = self.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
-        error = (variance[rows] / exact - 1).abs().max()
-        self._single_fails = not bool(error < _SINGLE_TOLERANCE)
+        self._single_fails = not _is_close_where_delicate(self, features, blocks)
         return None if self._single_fails else blocks
 
     @cached_property
@@ -343,6 +373,24 @@ def triangular_product(matrix: Tensor, triangular: Tensor, granule: int) -> Tens
         for start in range(0, k, step)
     ]
     return torch.cat(parts, dim=-1)
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix ``k x k``, by halves.
+
+    A third of the work of a triangular solve with the identity, all of it products.
+    """
+    k = len(lower)
+    if k <= _BASE:
+        eye = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = k // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    below = lower[half:, :half] @ inverse[:half, :half]
+    torch.neg(inverse[half:, half:] @ below, out=inverse[half:, :half])
+    return inverse
 
 
 def whiten(gram: Tensor, root: Tensor) -> Tensor:
@@ -431,10 +479,16 @@ def _nothing_cancels(posterior: Tensor, prior: Tensor, dtype: torch.dtype) -> bo
     return bool((variance > _SAFE * torch.finfo(dtype).eps * before).all())
 
 
-def _delicate(posterior: Tensor, prior: Tensor) -> Tensor:
-    """The points that lost most of their prior variance, ``t x m`` to a few rows."""
-    kept = (posterior / prior).amin(-1)
-    return kept.topk(min(_DELICATE, len(kept)), largest=False).indices
+def _is_close_where_delicate(
+    strategy: PredictionStrategy, features: TangentFeatures, blocks: Tensor
+) -> bool:
+    """Whether rounding spared the points that lost most of their prior variance."""
+    variance = blocks.diagonal(dim1=-2, dim2=-1)
+    prior = features.blocks().diagonal(dim1=-2, dim2=-1)
+    kept = (variance / prior).amin(-1)
+    rows = kept.topk(min(_DELICATE, len(kept)), largest=False).indices
+    exact = strategy.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
+    return bool((variance[rows] / exact - 1).abs().max() < _SINGLE_TOLERANCE)
 
 
 def _standard_normal(

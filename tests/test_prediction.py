@@ -12,6 +12,7 @@ from gpbridge.prediction import (
     apply_root,
     apply_root_right,
     factorise,
+    triangular_inverse,
     triangular_product,
     whiten,
 )
@@ -299,13 +300,31 @@ def test_float32_products_are_close_or_refused(n, p, space):
     assert strategy.single_precision_blocks(few) is None
 
 
+def test_float32_products_keep_digits_where_a_few_directions_explain_all():
+    size = torch.ones(300, dtype=torch.float64)
+    size[:10] = 1000.0
+    train, test = (
+        DenseFeatures(f.value, f.matrix * size)
+        for f in (features(200, 1, p=300, seed=seed) for seed in (1, 2))
+    )
+    root = torch.full((200, 1, 1), 3.0, dtype=torch.float64)
+    strategy = Problem(train, root).strategy("function")
+    exact = strategy.project(test).blocks
+    assert (exact / test.blocks()).min() < 1e-5  # most of the prior variance cancels
+    plain = test.gram(train).float() @ strategy._inverse_root.float()
+    rounded = test.blocks() - plain.square().sum(-1).double()[:, None, None]
+    assert (rounded / exact - 1).abs().max() > 1e-2
+    single = strategy.single_precision_blocks(test)
+    torch.testing.assert_close(single, exact, rtol=1e-5, atol=0)
+
+
 def test_float32_products_that_lose_digits_are_refused_for_good():
-    train = features(60, 1, p=10, seed=1)
+    train = features(60, 1, p=50, seed=1)
     root = torch.full((60, 1, 1), 1e5, dtype=torch.float64)
     strategy = Problem(train, root).strategy("function")
-    test = features(200, 1, p=10, seed=2)
+    test = features(200, 1, p=50, seed=2)
     assert strategy.single_precision_blocks(test) is None
-    assert strategy._single_fails
+    assert strategy._gram_dtypes == []
     assert strategy.single_precision_blocks(test) is None
 
 
@@ -333,6 +352,14 @@ def test_roots_are_applied_blockwise():
     R = oracles.block_diagonal(one)
     torch.testing.assert_close(whiten(K, one), R.T @ K @ R)
     torch.testing.assert_close(apply_root_right(M.T, one), M.T @ R)
+
+
+@pytest.mark.parametrize("k", [0, 1, 128, 129, 300])
+def test_a_triangular_inverse_by_halves_is_the_inverse(k):
+    lower = (random(k, k) / max(k, 1) ** 0.5).tril(-1) + torch.eye(k).double()
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(triangular_inverse(lower) @ lower, eye, **EXACT)
+    assert triangular_inverse(lower).triu(1).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("k, granule", [(6, 1), (600, 1), (600, 3), (1030, 10)])

@@ -48,6 +48,33 @@ def test_under_gaussian_noise_it_is_the_log_density_of_the_targets(name, space, 
 
 
 @both_spaces
+def test_evaluations_from_one_eigendecomposition_are_the_same(space):
+    """The third and later ones, while hyperparameters are learnt."""
+
+    def evaluate(model):
+        evidence = model.evidence()
+        (-evidence.value).backward()
+        slopes = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return evidence, slopes
+
+    model = build("gaussian", space)
+    for prior, noise in ((0.7, 0.3), (2.0, 1e-3), (0.1, 5.0)):
+        fresh = build("gaussian", space)
+        for one in (model, fresh):
+            one.prior_variance, one.likelihood.noise = prior, noise
+        exact, slopes = evaluate(fresh)
+        for _ in range(3):
+            evidence, got = evaluate(model)
+        assert model.problem.noise_spectrum is not None
+        assert fresh.problem.noise_spectrum is None
+        for value, expected in zip(evidence, exact, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+        assert len(slopes) == 2
+        torch.testing.assert_close(got, slopes, rtol=1e-6, atol=1e-9)
+
+
+@both_spaces
 @label_likelihoods
 def test_under_labels_it_is_laplaces_at_the_optimum_of_the_linear_model(name, space):
     X, net, m = inputs(), network(PROBLEMS[name].m), PROBLEMS[name].m
