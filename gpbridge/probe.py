@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from gpbridge.checks import ShapeError
@@ -67,12 +67,11 @@ def _probe_values(net: FrozenNet, rows: Tensor) -> int:
             outputs = net.network(rows.reshape(-1, *batch))
             again = net.network(rows.reshape(-1, *batch))
         except RuntimeError as error:
-            error.add_note(
-                f"The network fails on {len(rows)} inputs of shape {tuple(batch)}. "
-                "Pass inputs of the width that it was trained on, and input_shape if "
-                "they have to be unflattened."
-            )
-            raise
+            elsewhere = rows.device != next(net.network.parameters()).device
+            # Not a subclass: out of memory, or a forward that is not implemented.
+            if type(error) is not RuntimeError or elsewhere:
+                raise
+            raise ShapeError(_misfit(net, rows.reshape(-1, *batch), error)) from error
     after = net.network.state_dict()
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     if changed:
@@ -118,6 +117,54 @@ def _probe_values(net: FrozenNet, rows: Tensor) -> int:
             "pooling over the batch do not)."
         )
     return 1 if outputs.dim() == 1 else outputs.shape[1]
+
+
+def _misfit(net: FrozenNet, inputs: Tensor, error: RuntimeError) -> str:
+    """Say which widths may disagree where a forward pass fails."""
+    shape = "" if net.input_shape is None else f", unflattened to {net.input_shape}"
+    expected = _expected_width(net.network, inputs)
+    return (
+        f"The network fails on an X of {inputs[0].numel()} columns{shape}: "
+        f"{first_line(error).rstrip('.')}. {expected}Pass the columns that the network "
+        "was trained on, and input_shape=(c, h, w) if it wants images."
+    )
+
+
+def _expected_width(network: nn.Module, inputs: Tensor) -> str:
+    """What the first layer that its inputs do not fit takes, or nothing."""
+    found: list[str] = []
+    names = {module: name for name, module in network.named_modules()}
+
+    def compare(module: nn.Module, args: tuple) -> None:
+        if found or not args or not isinstance(args[0], Tensor):
+            return
+        got = tuple(args[0].shape)
+        if isinstance(module, nn.Linear):
+            fits = got[-1:] == (module.in_features,)
+            wanted = f"``... x {module.in_features}``"
+        else:
+            axes = {1: "l", 2: "h x w", 3: "d x h x w"}[len(module.kernel_size)]
+            dims = 2 + len(module.kernel_size)
+            fits = len(got) == dims and got[1] == module.in_channels
+            wanted = f"``n x {module.in_channels} x {axes}``"
+        if not fits:
+            name = f"layer {names[module]!r}" if names[module] else "one layer"
+            kind = type(module).__name__
+            found.append(f"Its {name}, {kind}, takes {wanted}, but got {got}. ")
+
+    handles = [
+        module.register_forward_pre_hook(compare)
+        for module in names
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    try:
+        network(inputs)
+    except RuntimeError:  # the error that is to be explained
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "".join(found)
 
 
 def _count_activations(net: FrozenNet, row: Tensor) -> int:

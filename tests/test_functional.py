@@ -437,13 +437,91 @@ def test_what_is_no_function_of_inputs_and_weights_is_refused(name):
     assert log == [] and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_network_that_fails_in_forward_shows_its_own_error():
-    network = NETS["images"].network(1)
-    before = snapshot(network)
-    net = FunctionalNet(network)  # no input_shape
-    with pytest.raises(RuntimeError, match="Expected 3D .unbatched. or 4D"):
-        net.probe(NETS["images"].inputs(3))
+class Product(nn.Module):
+    """A layer whose width cannot be read off."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(3, 1))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+MISFITS = {
+    "one layer": (
+        lambda: nn.Linear(3, 1),
+        None,
+        2,
+        r"fails on an X of 2 columns: mat1 and mat2 shapes .* Its one layer, Linear, "
+        r"takes ``... x 3``, but got \(3, 2\). Pass the columns that the network was",
+    ),
+    "a later layer": (
+        lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 1)),
+        None,
+        4,
+        r"an X of 4 columns: .* Its layer '1', Linear, takes ``... x 3``, but got",
+    ),
+    "nothing to read off": (
+        Product,
+        None,
+        2,
+        r"an X of 2 columns: mat1 and mat2 .* \(3x2 and 3x1\). Pass the columns",
+    ),
+    "rows for images": (
+        lambda: NETS["images"].network(1),
+        None,
+        50,
+        r"an X of 50 columns: .* Its layer '0', Conv2d, takes ``n x 2 x h x w``, but "
+        r"got \(3, 50\). .* input_shape=\(c, h, w\) if it wants images",
+    ),
+    "other channels": (
+        lambda: NETS["images"].network(1),
+        (1, 5, 5),
+        25,
+        r"an X of 25 columns, unflattened to \(1, 5, 5\): .* but got \(3, 1, 5, 5\)",
+    ),
+    "larger images": (
+        lambda: NETS["images"].network(1),
+        (2, 7, 7),
+        98,
+        r"Its layer '4', Linear, takes ``... x 2``, but got \(3, 8\)",
+    ),
+    "a sequence": (
+        lambda: nn.Conv1d(4, 2, 3),
+        (2, 4),
+        8,
+        r"Its one layer, Conv1d, takes ``n x 4 x l``, but got \(3, 2, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_network_that_cannot_read_its_inputs_says_which_widths_disagree(name):
+    make, input_shape, width, message = MISFITS[name]
+    network = make().double()
+    log = []
+    with_hooks(network, log)
+    before, state = snapshot(network), torch.get_rng_state()
+    net = FunctionalNet(network, input_shape=input_shape)
+    with pytest.raises(ShapeError, match=message) as caught:
+        net.probe(random(5, width))
+    assert type(caught.value.__cause__) is RuntimeError
     assert_unchanged(network, before)
+    assert log == [] and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in net.network.modules())
+
+
+def test_a_failure_of_another_kind_is_left_as_it_is():
+    class Unwritten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+    with pytest.raises(NotImplementedError, match='missing the required "forward"'):
+        FunctionalNet(Unwritten()).probe(random(3, 3))
+    with pytest.raises(RuntimeError, match="not on the expected device|same device"):
+        FunctionalNet(nn.Linear(3, 1)).probe(torch.empty(3, 3, device="meta"))
 
 
 def test_a_network_that_keeps_a_tensor_of_a_forward_pass_is_refused():
