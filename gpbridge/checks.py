@@ -68,9 +68,13 @@ def check_inputs(X: Tensor, name: str = "train_X", width: int | None = None) -> 
     check_tensor(**{name: X})
     check_floating(**{name: X})
     if X.dim() < 2:
+        remedy = f"Pass rows of {width} columns."
+        if width in (None, 1):
+            remedy = f"For one input dimension try {name}[:, None]."
+        elif X.shape == (width,):
+            remedy = f"For one point try {name}[None]."
         raise ShapeError(
-            f"{name} must be ``... x n x d``, but has shape {tuple(X.shape)}. "
-            f"For one input dimension try {name}[:, None]."
+            f"{name} must be ``... x n x d``, but has shape {tuple(X.shape)}. {remedy}"
         )
     if width is not None and X.shape[-1] != width:
         raise ShapeError(

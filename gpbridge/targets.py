@@ -243,6 +243,25 @@ def warn_if_logits(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
         )
 
 
+def warn_if_one_hot(train_Y: Tensor, name: str = "train_Y") -> None:
+    """Warn when float targets ``n x m``, m > 1, are classes written as unit rows.
+
+    As targets without a likelihood they make a regression of m outputs.
+    """
+    if not train_Y.is_floating_point() or train_Y.dim() != 2 or train_Y.shape[-1] < 2:
+        return
+    if bool(((train_Y == 0) | (train_Y == 1)).all() and (train_Y.sum(-1) == 1).all()):
+        m = train_Y.shape[-1]
+        warnings.warn(
+            f"Every row of {name} is one-hot, yet floats without a likelihood make a "
+            f"regression of {m} outputs. For a classifier pass {name}.argmax(-1); to "
+            f"keep the regression pass likelihood=MultitaskGaussianLikelihood({m}, "
+            "rank=0).",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def _looks_binary(labels: Tensor) -> bool:
     if not bool(((labels == 0) | (labels == 1)).all()):
         return False

@@ -49,6 +49,21 @@ REFUSED = [
         r"``... x n x d``, but has shape \(4,\). .* try train_X\[:, None\]",
     ),
     (
+        lambda: checks.check_inputs(torch.zeros(5), "X", width=5),
+        ShapeError,
+        r"``... x n x d``, but has shape \(5,\). For one point try X\[None\]",
+    ),
+    (
+        lambda: checks.check_inputs(torch.zeros(4), "X", width=5),
+        ShapeError,
+        r"``... x n x d``, but has shape \(4,\). Pass rows of 5 columns",
+    ),
+    (
+        lambda: checks.check_inputs(torch.zeros(1), "X", width=1),
+        ShapeError,
+        r"but has shape \(1,\). For one input dimension try X\[:, None\]",
+    ),
+    (
         lambda: checks.check_inputs(X, "test_X", width=5),
         ShapeError,
         r"test_X must have 5 columns .* has 2 \(shape \(3, 2\)\)",

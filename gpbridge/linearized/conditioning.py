@@ -24,6 +24,7 @@ from torch import Tensor
 from gpbridge.checks import (
     ShapeError,
     check_finite,
+    check_same_device,
     check_same_dtype,
     check_tensor,
 )
@@ -46,17 +47,20 @@ class Update(NamedTuple):
     innovation: Tensor  # batch' x (n' m), L^-1 (y' - m(X'))
 
 
-def check_observations(
-    X: Tensor, Y: Tensor, num_outputs: int, dtype: torch.dtype
-) -> None:
+def check_observations(X: Tensor, Y: Tensor, num_outputs: int) -> None:
     """Require targets ``... x n' x m`` for inputs ``... x n' x d``."""
     check_tensor(Y=Y)
-    for name, value in (("X", X), ("Y", Y)):
-        check_same_dtype(name, value, dtype)
+    check_same_device(X=X, Y=Y)
+    check_same_dtype("Y", Y, X.dtype)
     if Y.shape[-2:] != (X.shape[-2], num_outputs):
+        remedy = "Pass one row of targets for each row of X."
+        if num_outputs == 1 and Y.dim() and Y.shape[-1] == X.shape[-2]:
+            remedy = "Try Y.unsqueeze(-1)."
+        elif X.shape[-2] == 1 and Y.shape == (num_outputs,):
+            remedy = "Try Y.unsqueeze(0)."
         raise ShapeError(
             f"Y must be ``... x {X.shape[-2]} x {num_outputs}`` for X of shape "
-            f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}."
+            f"{tuple(X.shape)}, but has shape {tuple(Y.shape)}. {remedy}"
         )
     check_finite(Y=Y)
 

@@ -32,7 +32,7 @@ from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.linearized.inference import Exact
 from gpbridge.prediction import apply_root
-from gpbridge.targets import check_targets, default_likelihood
+from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
 
 _ROWS = 200  # training points on which the size of the kernel is measured
@@ -134,6 +134,8 @@ def prepare_targets(
     Raises:
         ValueError: If labels meet a transform.
     """
+    if likelihood is None:
+        warn_if_one_hot(train_Y)
     targets = train_Y
     if transform is not None:
         labels = not train_Y.is_floating_point()

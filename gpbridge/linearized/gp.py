@@ -27,10 +27,8 @@ from torch.distributions import Distribution
 from gpbridge.checks import (
     check_choice,
     check_finite,
-    check_inputs,
     check_not_empty,
     check_positive,
-    check_same_dtype,
 )
 from gpbridge.draws import TangentDraws
 from gpbridge.functional import Parameters
@@ -356,10 +354,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ShapeError: If Y does not fit X and the outputs.
             ValueError: If the noise is fixed per point and not given.
         """
-        check_inputs(X, "X", self._train_X.shape[-1])
+        self._check_new_inputs(X)
         if not is_gaussian(self.likelihood):
             return self._with_labels(X, Y)
-        check_observations(X, Y, self.num_outputs, self._train_X.dtype)
+        check_observations(X, Y, self.num_outputs)
         if noise is None and isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             raise ValueError(
                 "noise must be given: FixedNoiseGaussianLikelihood holds the noise of "
@@ -382,7 +380,6 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 "Conditioning a classifier takes one data set, ``n' x d``, but X has "
                 f"shape {tuple(X.shape)}."
             )
-        check_same_dtype("X", X, self._train_X.dtype)
         Y = check_targets(
             self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
         )

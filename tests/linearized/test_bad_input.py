@@ -207,6 +207,19 @@ def test_an_outcome_transform_of_labels():
             )
 
 
+def test_one_hot_rows_are_announced_as_a_regression():
+    rows = nn.functional.one_hot(LABELS, 3).double()
+    for transform in (None, Standardize(3)):
+        with pytest.warns(UserWarning, match=r"one-hot, .* pass train_Y.argmax\(-1\)"):
+            model = LinearizedGP(network(3), X, rows, outcome_transform=transform)
+        assert isinstance(model.likelihood, MultitaskGaussianLikelihood)
+    # On purpose, without a warning; and what only looks like it at a glance.
+    tasks = MultitaskGaussianLikelihood(3, rank=0).double()
+    LinearizedGP(network(3), X, rows, tasks)
+    rows[0] = torch.tensor([1.0, 1.0, 0.0])
+    LinearizedGP(network(3), X, rows)
+
+
 def test_noise_that_has_no_variance_per_output():
     with pytest.raises(TypeError, match="cannot be set to one variance per output"):
         LinearizedGP(network(2), X, torch.cat([Y, Y], -1), multitask(1), noise=0.1)
@@ -320,6 +333,7 @@ def test_nan_from_the_network_on_some_rows_only():
 NEW = {
     "01-nan": (with_value(X, 3, NAN), InputDataError, "X contains NaN or Inf in 1 of"),
     "07-one-dimensional": (X[:, 0], ShapeError, r"X must be ``... x n x d``, but has"),
+    "07-one-point": (X[0], ShapeError, r"\(2,\). For one point try X\[None\]"),
     "10-other-width": (X[:, :1], ShapeError,
         r"X must have 2 columns as the training inputs have, but has 1 \(shape \(12,"),
     "11-other-dtype": (X.float(), TypeError,

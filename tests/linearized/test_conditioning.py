@@ -261,6 +261,10 @@ def test_observations_of_the_wrong_kind_are_refused():
         condition(X, Y[:, :1])
     with pytest.raises(ShapeError, match=r"``... x 3 x 2``.* but has shape \(2, 2\)"):
         condition(X, Y[:2])
+    with pytest.raises(ShapeError, match=r"shape \(2,\). Try Y.unsqueeze\(0\)"):
+        condition(X[:1], Y[0])
+    with pytest.raises(ShapeError, match=r"shape \(3,\). Try Y.unsqueeze\(-1\)"):
+        build("gaussian").condition_on_observations(X, Y[:, 0])
     with pytest.raises(ShapeError, match="must have 2 columns as the training inputs"):
         condition(X[:, :1], Y)
     with pytest.raises(TypeError, match="X must be torch.float64 .* is torch.float32"):
