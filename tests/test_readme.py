@@ -19,6 +19,7 @@ def python_blocks(text):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:calibrate keeps the network's own probabilities")
 def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(README.read_text())
