@@ -35,6 +35,7 @@ class ModelCase:
     supports_pathwise = True
     rtol = 1e-6
     atol = 1e-8
+    gradient_rtol = 1e-5
 
     def create_model(
         self, dtype: torch.dtype, num_outputs: int = 1, **options: object

@@ -39,6 +39,9 @@ class ModelContractTestCase(
         supports_pathwise: botorch's pathwise samplers know the model.
         rtol: Relative tolerance of identities in float64.
         atol: Absolute tolerance of identities in float64.
+        gradient_rtol: Relative tolerance of a posterior's gradients against finite
+            differences, a tenth of that of acquisition functions. Iterative solvers
+            need more, in proportion to their residual.
 
     Example:
         The stock surrogate, as a class in a test file::

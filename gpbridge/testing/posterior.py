@@ -109,4 +109,6 @@ class PosteriorContract(ModelCase):
                 return torch.stack([posterior.mean, posterior.variance])
 
             with self.subTest(m=m):
-                assert_gradients_match_finite_differences(moments, self.inputs(2, 2))
+                assert_gradients_match_finite_differences(
+                    moments, self.inputs(2, 2), rtol=self.gradient_rtol
+                )
