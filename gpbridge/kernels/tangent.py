@@ -22,7 +22,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor, nn
 
-from gpbridge.checks import ShapeError, check_choice, check_positive
+from gpbridge.checks import ShapeError, check_choice, check_memory, check_positive
 from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.compositions import (
@@ -78,6 +78,8 @@ class NeuralTangentKernel(Kernel):
         freeze: False makes the weights hyperparameters: every optimiser of the kernel
             moves them.
         prior_variance_constraint: Bounds of the prior variances.
+        memory_budget: Bytes for dense features ``(n m) x p``, which low-rank roots and
+            a given covariance need; beyond it they are refused.
         **kwargs: ``batch_shape`` and ``active_dims``, as for any gpytorch kernel. All
             kernels of a batch share the network.
 
@@ -107,17 +109,20 @@ class NeuralTangentKernel(Kernel):
         method: str = "auto",
         freeze: bool = True,
         prior_variance_constraint: Interval | None = None,
+        memory_budget: float = 4 * 2**30,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         check_choice("representation", representation, REPRESENTATIONS)
         check_choice("method", method, METHODS)
+        check_positive(memory_budget=memory_budget)
         if not isinstance(network, FunctionalNet):
             network = FunctionalNet(network, parameters, input_shape, freeze)
         self.functional = network
         self.groups = weight_groups(network, groups)
         self.representation = representation
         self.method = method
+        self.memory_budget = memory_budget
         self.weight_covariance = None
         if weight_covariance is not None:
             self.weight_covariance = _checked_covariance(network, weight_covariance)
@@ -271,8 +276,7 @@ class NeuralTangentKernel(Kernel):
 
     def _rows(self, x: Tensor) -> Tensor:
         """Dense features with the prior folded in, ``batch x (n m) x p``."""
-        net = self.functional
-        rows = dense_features(net, x.to(net.dtype), self.unit_std()).matrix
+        rows = self._unit_rows(x)
         if self.weight_covariance is not None:
             rows = rows @ self._covariance_root()
             scale = self.prior_variance.sqrt()[..., None]
@@ -283,13 +287,25 @@ class NeuralTangentKernel(Kernel):
                 for g, names in enumerate(self.groups)
                 for n in names
             }
-            params = net.params
             parts = [
                 per_weight[n].expand(*std.shape[:-1], p.numel())
-                for n, p in params.items()
+                for n, p in self.functional.params.items()
             ]
             scale = torch.cat(parts, -1)[..., None, :]  # batch x 1 x p
         return (rows * scale.to(rows)).to(x.dtype)
+
+    def _unit_rows(self, x: Tensor) -> Tensor:
+        """Dense features at prior variance one, if there is room for them."""
+        net = self.functional
+        rows = x.shape[:-1].numel() * net.num_outputs
+        check_memory(
+            f"The features of {rows} outputs in {net.num_params} random weights",
+            2 * rows * net.num_params * net.dtype.itemsize,  # and a scaled copy
+            self.memory_budget,
+            "Choose representation='matrix_free', fewer weights by parameters=, or a "
+            "larger memory_budget.",
+        )
+        return dense_features(net, x.to(net.dtype), self.unit_std()).matrix
 
     def _covariance_root(self) -> Tensor:
         root = self.weight_covariance.root_decomposition().root
@@ -350,11 +366,8 @@ class NeuralTangentKernel(Kernel):
         if keep and self._seen(self._cache, x1):
             return self._cache[2]
         if self.weight_covariance is not None:
-            net = self.functional
-            left = dense_features(net, x1.to(net.dtype), self.unit_std()).matrix
-            right = left
-            if not same:
-                right = dense_features(net, x2.to(net.dtype), self.unit_std()).matrix
+            left = self._unit_rows(x1)
+            right = left if same else self._unit_rows(x2)
             grams = [left @ (self.weight_covariance @ right.mT)]
         else:
             grams = []

@@ -327,6 +327,33 @@ def test_features_are_rows_of_the_jacobian():
         NeuralTangentKernel(mlp(2)).features(X)
 
 
+def test_features_beyond_the_memory_budget_are_refused_and_products_are_not():
+    message = (
+        r"features of 40 outputs in 31 random weights needs about 0.00 GiB, but the "
+        r"budget is .* Choose representation='matrix_free', fewer weights by parameters"
+    )
+    X, Z = points(40), points(39)
+    needed = 2 * 40 * 31 * 8
+    free = NeuralTangentKernel(
+        mlp(), representation="matrix_free", memory_budget=needed - 1
+    )
+    expected = free(X).to_dense()
+    S = torch.eye(31, dtype=torch.float64)
+    for options in ({"representation": "weight"}, {"weight_covariance": S}):
+        tight = NeuralTangentKernel(mlp(), memory_budget=needed - 1, **options)
+        for call in (
+            lambda kernel: kernel(X).to_dense(),
+            lambda kernel: kernel(Z, X).to_dense(),
+            lambda kernel: kernel.features(X),
+        ):
+            with pytest.raises(MemoryError, match=message):
+                call(tight)
+        enough = NeuralTangentKernel(mlp(), memory_budget=needed, **options)
+        torch.testing.assert_close(enough(X).to_dense(), expected, **EXACT)
+    with pytest.raises(ValueError, match="memory_budget must be positive"):
+        NeuralTangentKernel(mlp(), memory_budget=0)
+
+
 # -- state ----------------------------------------------------------------------------
 
 
