@@ -8,7 +8,8 @@ Next: ``linearized`` conditions the tangent model of a trained network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from botorch.utils.constraints import LogTransformedInterval
@@ -317,8 +318,8 @@ class NeuralTangentKernel(Kernel):
             return (left * (left if same else self._rows(x2))).sum(-1)
         total = 0.0
         variance = self.prior_variance.to(x1)
-        for g in range(len(self.groups)):
-            blocks = self._features(x1, g).blocks()
+        for g, features in enumerate(self._group_features(x1)):
+            blocks = features.blocks()
             diagonal = blocks.diagonal(dim1=-2, dim2=-1).flatten(-2).to(x1.dtype)
             total = total + variance[..., g, None] * diagonal
         return total
@@ -327,22 +328,25 @@ class NeuralTangentKernel(Kernel):
         net = self.functional
         return tangent_features(net, x.to(net.dtype), self.unit_std(group), self.method)
 
-    def _kept_features(self, x: Tensor, group: int) -> TangentFeatures:
+    def _group_features(self, x: Tensor) -> Iterator[TangentFeatures]:
+        """Features in the weights of each group, made as they are asked for."""
+        return (self._features(x, g) for g in range(len(self.groups)))
+
+    def _kept_features(self, x: Tensor) -> Iterable[TangentFeatures]:
         """Features of the second argument, which in prediction are the training data.
 
         Kept as long as the same values come back, with the same weights.
         """
         if x.requires_grad or not self.functional.freeze:
-            return self._features(x, group)
+            return self._group_features(x)
         while x.dim() > 2 and (x.stride(0) == 0 or x.shape[0] == 1):
             x = x[0]  # an expanded batch repeats the same points
         if not self._seen(self._train, x):
-            self._train = (self._versions(), x.clone(), {})
-        kept = self._train[2]
-        if group not in kept:
-            with torch.no_grad():
-                kept[group] = self._features(x, group)
-        return kept[group]
+            with _kept_for_gradients():
+                x = x.clone()
+                kept = list(self._group_features(x))
+            self._train = (self._versions(), x, kept)
+        return self._train[2]
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.functional.params.values())
@@ -362,23 +366,30 @@ class NeuralTangentKernel(Kernel):
         While hyperparameters are learnt the inputs do not move: one set is kept as long
         as the same values come back, with the same weights.
         """
-        keep = same and self.functional.freeze and not x1.requires_grad
-        if keep and self._seen(self._cache, x1):
-            return self._cache[2]
+        covariance = self.weight_covariance
+        fixed = self.functional.freeze and not (
+            x1.requires_grad or (covariance is not None and covariance.requires_grad)
+        )
+        if not (same and fixed):
+            return self._form_grams(x1, x2, same)
+        if not self._seen(self._cache, x1):
+            with _kept_for_gradients():
+                x1 = x1.clone()
+                grams = self._form_grams(x1, x1, same=True)
+            self._cache = (self._versions(), x1, grams)
+        return self._cache[2]
+
+    def _form_grams(self, x1: Tensor, x2: Tensor, same: bool) -> list[Tensor]:
         if self.weight_covariance is not None:
             left = self._unit_rows(x1)
             right = left if same else self._unit_rows(x2)
             grams = [left @ (self.weight_covariance @ right.mT)]
+        elif same:
+            grams = [features.gram() for features in self._group_features(x1)]
         else:
-            grams = []
-            for g in range(len(self.groups)):
-                left = self._features(x1, g)
-                grams.append(left.gram(None if same else self._kept_features(x2, g)))
-        grams = [gram.to(x1.dtype) for gram in grams]
-        if keep:
-            kept = [gram.detach() for gram in grams]
-            self._cache = (self._versions(), x1.clone(), kept)
-        return grams
+            pairs = zip(self._group_features(x1), self._kept_features(x2), strict=True)
+            grams = [mine.gram(theirs) for mine, theirs in pairs]
+        return [gram.to(x1.dtype) for gram in grams]
 
     def _matrix_free_root(self, x: Tensor) -> LinearOperator:
         if self.weight_covariance is not None or len(self._batch_shape):
@@ -393,6 +404,13 @@ class NeuralTangentKernel(Kernel):
         scale = flat_std(net, {name: by_name[name] * unit[name] for name in net.params})
         jacobian = JacobianOperator(x.to(net.dtype), net=net)
         return MatmulLinearOperator(jacobian, DiagLinearOperator(scale))
+
+
+@contextmanager
+def _kept_for_gradients() -> Iterator[None]:
+    """Compute constants that later gradients may meet, also in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def weight_groups(net: FunctionalNet, groups: Groups) -> list[list[str]]:

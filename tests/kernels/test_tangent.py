@@ -436,6 +436,40 @@ def test_kept_features_of_the_second_argument_are_never_stale(representation):
     assert_right()
 
 
+def test_inputs_are_compared_once_per_call_and_not_with_themselves(monkeypatch):
+    calls = []
+    plain = torch.equal
+
+    def counted(*tensors):
+        calls.append(tensors)
+        return plain(*tensors)
+
+    kernel = NeuralTangentKernel(mlp(), groups="tensor", representation="function")
+    X, Z = points(6), points(3, seed=1)
+    expected = kernel(Z, X).to_dense(), kernel(X).to_dense()
+    monkeypatch.setattr(torch, "equal", counted)
+    torch.testing.assert_close(kernel(Z, X).to_dense(), expected[0], **EXACT)
+    assert len(calls) == 1  # each comparison waits for the device
+    torch.testing.assert_close(kernel(X, X.view_as(X)).to_dense(), expected[1], **EXACT)
+    assert len(calls) == 2
+
+
+@every_representation
+@pytest.mark.parametrize("method", ["auto", "dense"])
+def test_what_inference_mode_keeps_serves_gradients_later(representation, method):
+    options = {"representation": representation, "method": method}
+    kernel = NeuralTangentKernel(mlp(), **options)
+    X, Z = points(40), points(3, seed=1)
+    with torch.inference_mode():
+        expected = kernel(X).to_dense(), kernel(Z, X).to_dense()
+    Z.requires_grad_()
+    got = kernel(X).to_dense(), kernel(Z, X).to_dense()
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+    sum(matrix.sum() for matrix in got).backward()
+    assert Z.grad.abs().max() > 0 and kernel.raw_prior_variance.grad.abs() > 0
+
+
 @every_representation
 def test_copies_and_pickles_are_the_same_kernel(representation):
     kernel = NeuralTangentKernel(mlp(), groups="layer", representation=representation)
