@@ -112,6 +112,15 @@ def check_same_device(**values: Tensor) -> None:
         )
 
 
+def check_generator(generator: torch.Generator, device: torch.device) -> None:
+    """Require a generator that draws where the model is."""
+    if generator.device.type != device.type:
+        raise ValueError(
+            f"generator draws on {generator.device}, but the model is on {device}. Try "
+            f"torch.Generator({str(device)!r}).manual_seed(0)."
+        )
+
+
 def check_same_dtype(name: str, value: Tensor, expected: torch.dtype) -> None:
     """Require the dtype of the model, which is that of its training inputs."""
     if value.dtype != expected:

@@ -24,7 +24,8 @@ class TangentDraws(nn.Module):
         net: The network.
         change: Weight changes ``s x p``; a draw is ``offset_scale f + J change``.
         offset_scale: 1 to add the network's output, 0 for a model without offset.
-        finish: Maps outputs ``s x ... x n x m`` to the caller's units.
+        finish: Maps outputs ``s x ... x n x m`` to the caller's units, given the
+            network's inputs.
         prepare: Maps the caller's inputs to the network's.
         output_indices: Outputs to keep; default all.
     """
@@ -35,7 +36,7 @@ class TangentDraws(nn.Module):
         change: Tensor,
         offset_scale: float = 1.0,
         prepare: Callable[[Tensor], Tensor] | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[Tensor, Tensor], Tensor] | None = None,
         output_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -55,7 +56,8 @@ class TangentDraws(nn.Module):
 
     def _evaluate(self, X: Tensor, dim: int | None) -> Tensor:
         net = self.net
-        Z = (X if self.prepare is None else self.prepare(X)).to(net.dtype)
+        prepared = X if self.prepare is None else self.prepare(X)
+        Z = prepared.to(net.dtype)
         change = self.change.to(Z)
         if net.vectorized:
             moved = torch.func.vmap(lambda v, z: jvp(net, z, v), (0, dim))(change, Z)
@@ -70,7 +72,7 @@ class TangentDraws(nn.Module):
         values = values.to(X.dtype)
         if self.output_indices is not None:
             values = values[..., self.output_indices]
-        return values if self.finish is None else self.finish(values)
+        return values if self.finish is None else self.finish(values, prepared)
 
 
 class WeightDraws(nn.Module):

@@ -33,6 +33,7 @@ from torch.distributions import Bernoulli
 from torch.nn.functional import logsigmoid
 
 from gpbridge.checks import ShapeError
+from gpbridge.randomness import standard_normal
 
 # Three families upstream, none of which is a subclass of another.
 GAUSSIAN = (
@@ -190,7 +191,7 @@ def sample_residual(
     Returns:
         ``... x n x m``
     """
-    normal = _standard_normal(f, generator)
+    normal = standard_normal(f.shape, generator, f)
     return (hessian_root(likelihood, f, noise) @ normal.unsqueeze(-1)).squeeze(-1)
 
 
@@ -352,7 +353,8 @@ def _(likelihood, f, noise=None):
 def _(likelihood, f, generator=None, noise=None):
     check_label_model(likelihood, noise)
     p, root_p = _probabilities_and_roots(f)
-    scaled = root_p * _standard_normal(f, generator)  # R times it, without forming R
+    normal = standard_normal(f.shape, generator, f)
+    scaled = root_p * normal  # R times it, without forming R
     return scaled - p * scaled.sum(-1, keepdim=True)
 
 
@@ -463,13 +465,3 @@ def _repeat_per_point(matrix: Tensor, f: Tensor) -> Tensor:
     batch_shape = torch.broadcast_shapes(matrix.shape[:-2], f.shape[:-2])
     shape = (*batch_shape, f.shape[-2], *matrix.shape[-2:])
     return matrix.to(f.dtype).unsqueeze(-3).expand(shape)
-
-
-def _standard_normal(f: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        generator = torch.Generator(device=f.device)
-        generator.seed()
-    normal = torch.randn(
-        f.shape, generator=generator, dtype=f.dtype, device=generator.device
-    )
-    return normal.to(f.device)

@@ -28,6 +28,7 @@ from linear_operator.operators import ZeroLinearOperator
 from torch import Generator, Size, Tensor
 
 from gpbridge.kernels.compositions import draw_feature_map, normals
+from gpbridge.randomness import fresh, standard_normal
 
 
 def draw_prior_paths(
@@ -54,7 +55,7 @@ def draw_prior_paths(
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
     """
-    generator = _fresh(generator)
+    generator = fresh(generator)
 
     def map_generator(kernel: Kernel, num_inputs: int, num_outputs: int) -> FeatureMap:
         return draw_feature_map(kernel, num_inputs, num_outputs, generator)
@@ -95,7 +96,7 @@ def draw_posterior_paths(
     References:
         Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
     """
-    generator = _fresh(generator)
+    generator = fresh(generator)
     return draw_matheron_paths(
         model,
         sample_shape=sample_shape or Size(),
@@ -138,13 +139,6 @@ def draw_path_model(
     return GenericDeterministicModel(evaluate, num_outputs=model.num_outputs)
 
 
-def _fresh(generator: Generator | None) -> Generator:
-    if generator is None:
-        generator = Generator()
-        generator.seed()
-    return generator
-
-
 def _noisy_update(
     model: Model,
     sample_values: Tensor,
@@ -164,7 +158,7 @@ def _noisy_update(
         )
     (X,) = get_train_inputs(model, transformed=True)
     noise = likelihood.noise_covar(shape=X.shape[:-1])
-    draws = normals(sample_values.shape, generator).to(sample_values)
+    draws = standard_normal(sample_values.shape, generator, sample_values)
     noise_std = noise.diagonal(dim1=-1, dim2=-2).sqrt()
     covariance = model.covar_module(X) + noise
     return gaussian_update(

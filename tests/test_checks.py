@@ -99,6 +99,11 @@ REFUSED = [
         r"on one device, but a is on cpu, b is on meta. Move them with .to",
     ),
     (
+        lambda: checks.check_generator(torch.Generator(), torch.device("cuda")),
+        ValueError,
+        r"draws on cpu, but the model is on cuda. Try torch.Generator\('cuda'\)",
+    ),
+    (
         lambda: checks.check_same_dtype("test_X", X, torch.float64),
         TypeError,
         r"must be torch.float64 .* is torch.float32. Try test_X.to\(torch.float64\)",
@@ -177,6 +182,7 @@ def test_what_keeps_the_invariants_passes():
     checks.check_not_empty(a=X)
     checks.check_same_length(a=X, b=X[:, 0])
     checks.check_same_device(a=X, b=X)
+    checks.check_generator(torch.Generator(), X.device)
     checks.check_same_dtype("a", X, torch.float32)
     checks.check_positive(a=1, b=1e-300, c=torch.ones(3))
     checks.check_choice("a", None, ("b", None))

@@ -138,6 +138,8 @@ def warn_about_gap(link: str, gap: TrainGap) -> None:
 def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):
     """Posterior covariance at held-out points as a function of the prior variance."""
     parts = []
+    if problem.space == "function":
+        train, root = problem.features(problem.X, problem.unit_std), problem.root()
     for z in Z.split(256):
         features = problem.features(z, problem.unit_std)
         m = features.value.shape[-1]
@@ -145,9 +147,8 @@ def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):
             seen = features.rows().double() @ spectrum.vectors
             parts.append((seen.unflatten(0, (-1, m)), None))
         else:
-            train = problem.features(problem.X, problem.unit_std)
             cross = features.gram(train).double()
-            whitened = apply_root(problem.root().mT, cross.mT).mT
+            whitened = apply_root(root.mT, cross.mT).mT
             seen = whitened @ spectrum.vectors
             parts.append((seen.unflatten(0, (-1, m)), features.blocks().double()))
 

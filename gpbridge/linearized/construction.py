@@ -15,7 +15,7 @@ from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from gpbridge.checks import (
     ShapeError,
@@ -116,8 +116,9 @@ def prepare_targets(
     likelihood: Likelihood | None,
     train_Y: Tensor,
     transform: OutcomeTransform | None,
-    num_outputs: int,
-    X: Tensor,
+    shape: Size,
+    Z: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Likelihood, Tensor]:
     """Transform and check the targets; choose the likelihood that they suggest.
 
@@ -125,8 +126,9 @@ def prepare_targets(
         likelihood: The user's, or None.
         train_Y: Targets as the user passed them.
         transform: Of the targets; it learns from them here.
-        num_outputs: Number of outputs of the network.
-        X: The training inputs.
+        shape: Of the network's outputs, ``n x m``.
+        Z: The transformed training inputs.
+        dtype: Of the inputs before.
 
     Returns:
         The likelihood, and the targets in the form that it expects.
@@ -134,6 +136,7 @@ def prepare_targets(
     Raises:
         ValueError: If labels meet a transform.
     """
+    n, num_outputs = shape
     if likelihood is None:
         warn_if_one_hot(train_Y)
     targets = train_Y
@@ -145,12 +148,12 @@ def prepare_targets(
                 "outcome_transform needs a Gaussian likelihood and float targets, but "
                 f"came with {kind}. Leave it out for classification."
             )
-        targets, _ = transform(train_Y)
+        targets, _ = transform(train_Y, X=Z)
     if likelihood is None:
-        likelihood = default_likelihood(targets, num_outputs, X.dtype)
-    targets = check_targets(likelihood, targets, num_outputs, len(X), dtype=X.dtype)
+        likelihood = default_likelihood(targets, num_outputs, dtype)
+    targets = check_targets(likelihood, targets, num_outputs, n, dtype=dtype)
     if is_gaussian(likelihood):
-        check_same_dtype("train_Y", train_Y, X.dtype)
+        check_same_dtype("train_Y", train_Y, dtype)
     return likelihood, targets
 
 

@@ -7,6 +7,7 @@ conditioned without retraining. Hyperparameters are learnt by ``selection``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributions import Distribution
 from gpbridge.checks import (
     check_choice,
     check_finite,
+    check_generator,
     check_not_empty,
     check_positive,
 )
@@ -63,7 +65,7 @@ from gpbridge.linearized.construction import (
 )
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
-from gpbridge.linearized.mean import TangentMean
+from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import known_noise
 from gpbridge.linearized.outcomes import (
     label_distribution,
@@ -72,6 +74,7 @@ from gpbridge.linearized.outcomes import (
 )
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState, ordinary_tensors
+from gpbridge.randomness import fresh
 from gpbridge.targets import check_targets, warn_if_logits
 from gpbridge.types import Evidence, FitResult
 
@@ -175,7 +178,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         outputs = outputs_at(net, Z)
         self._num_outputs = outputs.shape[-1]
         likelihood, targets = prepare_targets(
-            likelihood, train_Y, outcome_transform, self._num_outputs, train_X
+            likelihood, train_Y, outcome_transform, outputs.shape, Z, train_X.dtype
         )
         gaussian = is_gaussian(likelihood)
         self.mean = mean
@@ -193,7 +196,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             self.outcome_transform = outcome_transform
         net.set_weight_scale(feature_scale(net, Z, likelihood) if g_prior else None)
         self.covar_module = NeuralTangentKernel(net, groups=groups).to(train_X.device)
-        self.mean_module = TangentMean(net)
+        self.mean_module = prior_mean(net, self.offset)
         unit_std = self.covar_module.unit_std()
         bounds = prior_variance_bounds(net, Z, unit_std, targets if gaussian else None)
         self.covar_module.register_constraint(
@@ -282,8 +285,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         Z = Z.to(self.functional.dtype)
         # By the kernel, so that gpytorch's own objectives can learn its variances.
         covariance = self.covar_module(Z).to_dense()
-        shape = (*Z.shape[:-1], self._num_outputs)
-        mean = self.mean_module(Z).reshape(shape) if self.offset else Z.new_zeros(shape)
+        mean = self.mean_module(Z).reshape(*Z.shape[:-1], self._num_outputs)
         return latent_distribution(mean, covariance, dtype)
 
     @ordinary_tensors()
@@ -325,7 +327,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             covariance = add_blocks(covariance, blocks)
         posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
         if hasattr(self, "outcome_transform"):
-            posterior = self.outcome_transform.untransform_posterior(posterior, X=X)
+            posterior = self.outcome_transform.untransform_posterior(posterior, X=Z)
         if posterior_transform is not None:
             return posterior_transform(posterior=posterior, X=X)
         return posterior
@@ -447,8 +449,12 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         inputs = super().construct_inputs(training_data)
         variance = inputs.pop("train_Yvar", None)
         if variance is not None:
+            transform = copy.deepcopy(options.get("input_transform"))
             options["likelihood"] = known_noise(
-                variance, inputs["train_Y"], options.get("outcome_transform")
+                variance,
+                inputs["train_Y"],
+                options.get("outcome_transform"),
+                fixed_inputs(transform, inputs["train_X"]),
             )
         if network is not None:
             options["network"] = network
@@ -491,7 +497,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             blocks = blocks + self._noise_at(mean)
             variance = blocks.diagonal(dim1=-2, dim2=-1)
             transform = getattr(self, "outcome_transform", None)
-            return target_distribution(mean, variance, transform, X)
+            Z = self.transform_inputs(X)
+            return target_distribution(mean, variance, transform, Z, X.dtype)
         if self.output_indices is not None:
             raise NotImplementedError(
                 "Probabilities need all classes. Call predict on the model that was "
@@ -630,9 +637,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         """
         self.eval()
         check_positive(num_samples=num_samples)
-        if generator is None:
-            generator = torch.Generator(device=self._train_X.device)
-            generator.seed()
+        generator = fresh(generator, self._train_X.device)
+        check_generator(generator, self._train_X.device)
         if len(self.batch_shape):
             raise NotImplementedError(
                 "draw does not take a model with a batch of fantasies. Draw from the "

@@ -20,6 +20,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from gpbridge.checks import ShapeError, check_positive
+from gpbridge.randomness import standard_normal
 
 JITTERS = (1e-5, 1e-4, 1e-3, 1e-2)  # relative to the mean diagonal
 SAMPLE_NUMBERS = 2**22  # alive at once in Monte Carlo, 32 MiB
@@ -213,10 +214,7 @@ def monte_carlo(
     parts = []
     for start in range(0, draws, chunk):
         size = (f.shape[-1], min(chunk, draws - start))
-        normal = torch.randn(
-            size, generator=generator, dtype=f.dtype, device=generator.device
-        )
-        deviation = root @ normal.to(f.device)  # ... x m x s
+        deviation = root @ standard_normal(size, generator, f)  # ... x m x s
         for sign in signs:
             samples = torch.log_softmax(f.unsqueeze(-1) + sign * deviation, -2)
             parts.append(torch.logsumexp(samples, -1))

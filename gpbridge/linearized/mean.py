@@ -1,12 +1,13 @@
 r"""The prior mean of a linearised network with offset, :math:`f(x, w^*) - J(x) w^*`.
 
-In: a frozen network. Out: a gpytorch mean. With the tangent kernel beside it a network
-trained elsewhere becomes the prior of any gpytorch model. Next: ``gp``.
+In: a frozen network. Out: a gpytorch mean, zero without offset. With the tangent kernel
+beside it a network trained elsewhere becomes the prior of any gpytorch model.
+Next: ``gp``.
 """
 
 from __future__ import annotations
 
-from gpytorch.means import Mean
+from gpytorch.means import Mean, MultitaskMean, ZeroMean
 from torch import Tensor
 
 from gpbridge.functional import FunctionalNet
@@ -39,3 +40,11 @@ class TangentMean(Mean):
         z = x.to(net.dtype)
         mean = (net(z) - jvp(net, z, net.flatten(net.params))).to(x.dtype)
         return mean.squeeze(-1) if mean.shape[-1] == 1 else mean
+
+
+def prior_mean(net: FunctionalNet, offset: bool) -> Mean:
+    """The mean of a tangent model with offset, or zero for each output without."""
+    if offset:
+        return TangentMean(net)
+    m = net.num_outputs
+    return ZeroMean() if m == 1 else MultitaskMean(ZeroMean(), num_tasks=m)

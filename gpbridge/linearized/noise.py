@@ -188,9 +188,18 @@ def observation_noise(
 
 
 def known_noise(
-    variance: Tensor, train_Y: Tensor, transform: OutcomeTransform | None
+    variance: Tensor, train_Y: Tensor, transform: OutcomeTransform | None, Z: Tensor
 ) -> FixedNoiseGaussianLikelihood:
     """The likelihood of targets ``n x 1`` whose noise variances are known.
+
+    Args:
+        variance: The noise variances, ``n x 1``.
+        train_Y: The targets.
+        transform: Of the targets.
+        Z: The transformed inputs.
+
+    Returns:
+        A likelihood with the transformed variances.
 
     Raises:
         NotImplementedError: If there are several outputs.
@@ -201,7 +210,7 @@ def known_noise(
             "outputs one by one, in a ModelListGP."
         )
     if transform is not None:
-        _, variance = copy.deepcopy(transform)(train_Y, variance)
+        _, variance = copy.deepcopy(transform)(train_Y, variance, X=Z)
     return FixedNoiseGaussianLikelihood(variance.squeeze(-1))
 
 

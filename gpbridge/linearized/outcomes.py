@@ -22,7 +22,8 @@ from torch.distributions import (
 )
 
 from gpbridge.checks import ShapeError
-from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
+from gpbridge.linearized.predictive import class_log_probabilities
+from gpbridge.metrics import apply_temperature
 
 
 def latent_distribution(
@@ -53,7 +54,8 @@ def target_distribution(
     mean: Tensor,
     variance: Tensor,
     transform: OutcomeTransform | None,
-    X: Tensor,
+    Z: Tensor,
+    dtype: torch.dtype,
 ) -> Distribution:
     """Distribution of the targets at each point, noise included.
 
@@ -61,7 +63,8 @@ def target_distribution(
         mean: ``... x n x m`` in transformed units.
         variance: Likewise, noise included.
         transform: Of the targets.
-        X: The inputs, for transforms that depend on them; their dtype is returned.
+        Z: The transformed inputs, for outcome transforms that depend on them.
+        dtype: Of the result.
 
     Returns:
         Normal ``... x n x 1``, or independent Normals over m outputs.
@@ -69,9 +72,9 @@ def target_distribution(
     if transform is not None:
         flat = DiagLinearOperator(variance.flatten(-2))
         latent = latent_distribution(mean, flat, torch.float64)
-        posterior = transform.untransform_posterior(GPyTorchPosterior(latent), X=X)
+        posterior = transform.untransform_posterior(GPyTorchPosterior(latent), X=Z)
         mean, variance = posterior.mean, posterior.variance
-    normal = Normal(mean.to(X.dtype), variance.sqrt().to(X.dtype))
+    normal = Normal(mean.to(dtype), variance.sqrt().to(dtype))
     return normal if mean.shape[-1] == 1 else Independent(normal, 1)
 
 
@@ -97,7 +100,7 @@ def label_distribution(
         Bernoulli ``... x n x 1`` for one output, else categorical ``... x n``.
     """
     logs = class_log_probabilities(likelihood, mean, blocks, link)
-    logs = temper_logs(logs, temperature).to(dtype)
+    logs = apply_temperature(logs, temperature).to(dtype)
     if mean.shape[-1] == 1:
         return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
     # The check of its arguments fails for no points at all.

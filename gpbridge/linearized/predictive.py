@@ -28,7 +28,7 @@ from gpbridge.checks import (
 )
 from gpbridge.likelihoods import LogisticLikelihood, check_label_model, refuse
 from gpbridge.linearized.links import LINKS, check_moments
-from gpbridge.metrics import fit_temperature
+from gpbridge.metrics import apply_temperature, fit_temperature
 
 PRIOR_VARIANCES = tuple(10 ** (-k / 2) for k in range(-2, 10))
 """Twelve half decades of prior variance, 10 down to 10^-4.5."""
@@ -111,7 +111,7 @@ def probabilities(
     mean: Tensor,
     covariance: Tensor,
     link: str = "pairwise",
-    calibration_temperature: float | Tensor = 1.0,
+    calibration_temperature: float = 1.0,
     **options: object,
 ) -> Tensor:
     """Probabilities of the classes, or of the label 1 where there is one output.
@@ -121,45 +121,16 @@ def probabilities(
         mean: Mean of the network's outputs, ``... x m``.
         covariance: Their covariance at each point, ``... x m x m``.
         link: One of the names in ``LINKS``.
-        calibration_temperature: Divides the log probabilities, see :func:`temper`.
+        calibration_temperature: Divides the log probabilities.
         **options: Of the link.
 
     Returns:
         ``... x m`` in the dtype of the mean.
     """
-    logs = class_log_probabilities(likelihood, mean, covariance, link, **options)
-    logs = temper_logs(logs, calibration_temperature)
-    return (logs if mean.shape[-1] > 1 else logs[..., 1:]).exp()
-
-
-def temper(probabilities: Tensor, calibration_temperature: float | Tensor) -> Tensor:
-    r"""Flatten (T > 1) or sharpen (T < 1) probabilities.
-
-    .. math:: q_c^{1/T} / \sum_j q_j^{1/T}
-
-    Keeps the order of the classes. A probability that has rounded to one or zero has
-    lost what a temperature works on: where logs are at hand use :func:`temper_logs`.
-
-    Args:
-        probabilities: ``... x m`` that sum to one, or ``... x 1`` of the label 1.
-        calibration_temperature: T, a positive number.
-
-    Returns:
-        The same shape.
-    """
-    one = probabilities.shape[-1] == 1
-    both = torch.cat([1 - probabilities, probabilities], -1) if one else probabilities
-    logs = both.clamp_min(torch.finfo(both.dtype).tiny).log()
-    tempered = temper_logs(logs, calibration_temperature).exp()
-    return tempered[..., 1:] if one else tempered
-
-
-def temper_logs(
-    log_probabilities: Tensor, calibration_temperature: float | Tensor
-) -> Tensor:
-    """Divide log probabilities ``... x C`` by a temperature, and normalise them."""
     check_positive(calibration_temperature=calibration_temperature)
-    return torch.log_softmax(log_probabilities / calibration_temperature, -1)
+    logs = class_log_probabilities(likelihood, mean, covariance, link, **options)
+    logs = apply_temperature(logs, calibration_temperature)
+    return (logs if mean.shape[-1] > 1 else logs[..., 1:]).exp()
 
 
 class CalibrationResult(NamedTuple):
@@ -266,7 +237,7 @@ def choose_calibration(
             )
             bounds = POSTERIOR_TEMPERATURES
         temperature = fit_temperature(logs, classes, bounds)
-        nll = _nll(temper_logs(logs, temperature), classes)
+        nll = _nll(apply_temperature(logs, temperature), classes)
         if float(nll.mean()) < lowest:
             best, lowest = (prior_variance, temperature, nll), float(nll.mean())
 

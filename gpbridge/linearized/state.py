@@ -277,7 +277,7 @@ class TangentState:
             self.likelihood, asked, mean, self._targets, self.output_indices
         )
 
-    def _untransform(self, values: Tensor) -> Tensor:
+    def _untransform(self, values: Tensor, Z: Tensor) -> Tensor:
         if hasattr(self, "outcome_transform"):
-            values, _ = self.outcome_transform.untransform(values)
+            values, _ = self.outcome_transform.untransform(values, X=Z)
         return values

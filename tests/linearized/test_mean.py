@@ -78,6 +78,15 @@ def test_with_the_tangent_kernel_it_makes_upstreams_gp_the_linearized_one():
     torch.testing.assert_close(got.variance, expected.variance, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["gaussian", "multitask", "softmax"])
+def test_without_offset_the_mean_is_zero_also_as_a_module(name):
+    model, X = build(name, offset=False), inputs(4, seed=7)
+    assert not isinstance(model.mean_module, TangentMean)
+    assert torch.equal(model.mean_module(X), torch.zeros_like(model(X).mean))
+    assert torch.equal(model.train()(X).mean, model.mean_module(X))
+    assert not [key for key in model.state_dict() if key.startswith("mean_module")]
+
+
 def test_the_network_appears_once_in_the_state():
     model = build("gaussian")
     names = [name for name in model.state_dict() if "0.weight" in name]

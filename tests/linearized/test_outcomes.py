@@ -3,6 +3,9 @@
 import pytest
 import torch
 from botorch.models.transforms import Normalize, Standardize
+from botorch.models.transforms.outcome import OutcomeTransform
+from botorch.posteriors import GPyTorchPosterior
+from gpytorch.distributions import MultivariateNormal
 
 from gpbridge import Exact, LinearizedGP
 from gpbridge.targets import default_likelihood
@@ -82,6 +85,48 @@ def test_transforms_return_predictions_in_the_users_units(name):
         m.draw(3, g) for m, g in zip((model, plain), seeds, strict=True)
     )
     torch.testing.assert_close(draws(X_test), center + scale * plain_draws(Z), **EXACT)
+
+
+class Tilt(OutcomeTransform):
+    """Adds the first column of the inputs that it is given."""
+
+    def forward(self, Y, Yvar=None, X=None):
+        return Y + X[..., :1], Yvar
+
+    def untransform(self, Y, Yvar=None, X=None):
+        return Y - X[..., :1], Yvar
+
+    def untransform_posterior(self, posterior, X=None):
+        law = posterior.distribution
+        law = MultivariateNormal(law.mean - X[..., 0], law.lazy_covariance_matrix)
+        return GPyTorchPosterior(law)
+
+
+def test_an_outcome_transform_sees_the_inputs_of_the_network_everywhere():
+    X, X_test, bounds = inputs(), inputs(3, seed=7), torch.tensor([[-1.0], [3.0]])
+    Y, bounds = targets("gaussian", X), bounds.expand(2, 2).double()
+    normalize, options = Normalize(2, bounds=bounds), {"noise": 0.1}
+    Z, Z_test = normalize(X), normalize(X_test)
+    plain = LinearizedGP(network(), Z, Y + Z[:, :1], **options)
+    options |= {"input_transform": normalize, "outcome_transform": Tilt()}
+    model = LinearizedGP(network(), X, Y, **options)
+    Y_test = torch.ones(3, 1, dtype=torch.float64)
+    pairs = [
+        (model, plain),
+        (
+            model.condition_on_observations(X_test, Y_test),
+            plain.condition_on_observations(Z_test, Y_test + Z_test[:, :1]),
+        ),
+    ]
+    for tilted, level in pairs:
+        expected = level.posterior(Z_test).mean - Z_test[:, :1]
+        torch.testing.assert_close(tilted.posterior(X_test).mean, expected, **EXACT)
+        torch.testing.assert_close(tilted.predict(X_test).mean, expected, **EXACT)
+        draws = [
+            m.draw(2, torch.Generator().manual_seed(1))(x)
+            for m, x in ((tilted, X_test), (level, Z_test))
+        ]
+        torch.testing.assert_close(draws[0], draws[1] - Z_test[:, :1], **EXACT)
 
 
 def test_a_link_makes_no_sense_in_regression():

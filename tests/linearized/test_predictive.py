@@ -16,9 +16,8 @@ from gpbridge.linearized.predictive import (
     choose_calibration,
     class_log_probabilities,
     probabilities,
-    temper,
-    temper_logs,
 )
+from gpbridge.metrics import apply_temperature
 from tests import oracles_likelihoods as oracles
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -118,11 +117,8 @@ def test_a_temperature_divides_log_probabilities():
     f, S = moments(5, 4)
     q = pairwise(f, S)
     expected = q**0.5 / (q**0.5).sum(-1, keepdim=True)
-    torch.testing.assert_close(temper(q, 2.0), expected, **EXACT)
-    torch.testing.assert_close(temper_logs(q.log(), 2.0).exp(), expected, **EXACT)
     got = probabilities(softmax(), f, S, "pairwise", calibration_temperature=2.0)
     torch.testing.assert_close(got, expected, **EXACT)
-    torch.testing.assert_close(temper(q, 1.0), q, **EXACT)
 
 
 def test_the_temperature_of_the_network_divides_its_logits():
@@ -133,17 +129,6 @@ def test_the_temperature_of_the_network_divides_its_logits():
     for size in (1.0, 100.0):  # also where one minus a probability is lost
         got = probabilities(LogisticLikelihood(), size * f, S, "plugin", 5.0)
         torch.testing.assert_close(got, torch.sigmoid(size * f / 5), **EXACT)
-
-
-def test_one_probability_is_tempered_with_its_complement():
-    q = torch.tensor([[0.1], [0.5], [0.8]], dtype=torch.float64)
-    both = temper(torch.cat([1 - q, q], -1), 0.7)
-    torch.testing.assert_close(temper(q, 0.7), both[:, 1:], **EXACT)
-
-
-def test_impossible_classes_stay_impossible_and_finite():
-    q = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
-    assert temper(q, 0.5).tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_probabilities_of_bad_requests_are_refused():
@@ -218,7 +203,7 @@ def test_the_choice_is_the_smallest_held_out_nll_over_grid_and_temperatures():
 
 def calibrated_nll(result, f, covariance, labels):
     logs = class_log_probabilities(softmax(), f, covariance, "pairwise")
-    logs = temper_logs(logs, result.calibration_temperature)
+    logs = apply_temperature(logs, result.calibration_temperature)
     return -logs.gather(-1, labels.unsqueeze(-1)).flatten()
 
 
