@@ -5,7 +5,19 @@ any ``torch.nn.Module``: :class:`LinearizedGP` conditions it on data, ``selectio
 learns its hyperparameters by marginal likelihood, and the result is a BoTorch model.
 """
 
-from gpbridge import data, dnn, kernels, likelihoods, linearized, metrics, selection
+import importlib
+from types import ModuleType
+
+from gpbridge import (
+    data,
+    dnn,
+    kernels,
+    likelihoods,
+    linearized,
+    metrics,
+    plots,
+    selection,
+)
 from gpbridge._version import __version__
 from gpbridge.linearized import Exact, LinearizedGP
 from gpbridge.types import Evidence, FitResult
@@ -22,5 +34,13 @@ __all__ = [
     "likelihoods",
     "linearized",
     "metrics",
+    "plots",
     "selection",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # A tenth of a second that only those who test their own models should pay.
+    if name == "testing":
+        return importlib.import_module("gpbridge.testing")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -258,6 +258,20 @@ def test_importing_everything_needs_no_extra_and_changes_no_global_state():
     assert changed_by(STATEMENT, absent) == []
 
 
+def test_plots_and_testing_need_no_import_of_their_own():
+    statement = """
+import gpbridge
+assert "gpbridge.testing" not in sys.modules
+assert gpbridge.plots.plot_posterior_band
+assert gpbridge.testing.assert_module_unchanged
+try:
+    gpbridge.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+"""
+    assert changed_by(statement, ["matplotlib"]) == []
+
+
 def test_a_change_of_global_state_would_be_seen():
     assert changed_by("torch.rand(1)", []) == ["torch generator"]
     with pytest.raises(AssertionError, match="No module named 'matplotlib'"):

@@ -185,12 +185,6 @@ class NeuralTangentKernel(Kernel):
         one = next(iter(params.values())).detach().new_ones(())
         return {name: one for name in params if name in chosen}
 
-    def prior_std(self) -> dict[str, Tensor]:
-        """The prior standard deviation of each weight, for a kernel without batch."""
-        std = self.prior_variance.detach().sqrt()
-        by_name = {n: std[g] for g, names in enumerate(self.groups) for n in names}
-        return {name: unit * by_name[name] for name, unit in self.unit_std().items()}
-
     def features(self, x: Tensor) -> Tensor:
         r"""Features :math:`J(x) S^{1/2}` of a network with one output, ``... x n x p``.
 

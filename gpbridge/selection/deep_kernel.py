@@ -23,7 +23,6 @@ from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.priors import LogNormalPrior
 from gpytorch.settings import lazily_evaluate_kernels, max_cholesky_size
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor, nn
@@ -38,11 +37,12 @@ from gpbridge.checks import (
     check_same_length,
 )
 from gpbridge.kernels.deep import DeepKernel, parameter_groups
+from gpbridge.kernels.matern import dimension_scaled_matern
+from gpbridge.selection.evidence import ALWAYS_CHOLESKY
 
 NOISE_BOUNDS = (1e-6, 4.0)  # in units of the variance of the targets
 ADOPTED = 1.0  # standard errors by which trained features must be better
 FAR_BELOW = 4.0  # learnt noise this many times below that of validation data warns
-ALWAYS_CHOLESKY = 2**31  # upstream turns to stochastic evidence above a size
 
 
 class DeepKernelFit(NamedTuple):
@@ -356,13 +356,6 @@ def _held_out_rows(
 
 
 def _default_base(width: int) -> Kernel:
-    prior = LogNormalPrior(math.sqrt(2) + math.log(width) / 2, math.sqrt(3))
-    matern = MaternKernel(
-        nu=2.5,
-        lengthscale_prior=prior,
-        lengthscale_constraint=LogTransformedInterval(
-            2.5e-2, 1e3, initial_value=float(prior.mode)
-        ),
-    )
+    matern = dimension_scaled_matern(torch.ones(1), width)
     bounds = LogTransformedInterval(1e-4, 1e3, initial_value=1.0)
     return ScaleKernel(matern, outputscale_constraint=bounds)

@@ -38,6 +38,8 @@ from gpbridge.types import Evidence
 # surface has a basin where all is noise and one where all is signal.
 STARTS = ((0.0, -3.0), (3.0, -6.0), (-3.0, -1.0))
 
+ALWAYS_CHOLESKY = 2**31  # upstream turns to stochastic evidence above a size
+
 
 def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
     """Learn prior variances and noise of a linearised network.
@@ -115,7 +117,7 @@ def _exact_log_evidence(model: ExactGP) -> Tensor:
     model.train()
     try:
         # Pinned here: importing botorch changes these settings globally.
-        with fast_computations(False, False, False), max_cholesky_size(2**31):
+        with fast_computations(False, False, False), max_cholesky_size(ALWAYS_CHOLESKY):
             output = model(*model.train_inputs)
             marginal = model.likelihood(output, *model.train_inputs)
             return marginal.log_prob(model.train_targets)

@@ -19,10 +19,9 @@ from botorch.exceptions.warnings import OptimizationWarning
 from botorch.models.transforms.input import InputTransform
 from botorch.optim.fit import fit_gpytorch_mll_scipy
 from botorch.utils.constraints import LogTransformedInterval
-from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
+from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood, MarginalLogLikelihood
-from gpytorch.priors import LogNormalPrior
 from gpytorch.settings import max_cholesky_size
 from torch import Tensor
 
@@ -33,14 +32,14 @@ from gpbridge.checks import (
     check_not_empty,
     check_same_length,
 )
+from gpbridge.kernels.matern import dimension_scaled_matern
 from gpbridge.models import NetworkKernelGP
+from gpbridge.selection.evidence import ALWAYS_CHOLESKY
 
 Start = Mapping[str, float | Tensor]
 
 MATERN_PLUS_STARTS = ((0.0, -1.0, -4.0), (-8.0, 0.0, -7.0), (-2.0, 0.0, -2.0))
 """Log variance of the network's kernel, of the Matérn kernel, and of the noise."""
-
-ALWAYS_CHOLESKY = 2**31  # upstream turns to stochastic evidence above a size
 
 
 @dataclass(frozen=True)
@@ -278,8 +277,11 @@ def fit_matern_plus_kernel(
         kernel,
         outputscale_constraint=LogTransformedInterval(*(b / size for b in bounds)),
     )
+    extent = X.amax(0) - X.amin(0)
+    extent = torch.where(extent > 0, extent, torch.ones_like(extent))
     matern_part = ScaleKernel(
-        _matern(X), outputscale_constraint=LogTransformedInterval(*bounds)
+        dimension_scaled_matern(extent, X.shape[-1]),
+        outputscale_constraint=LogTransformedInterval(*bounds),
     )
     model = NetworkKernelGP(
         train_X,
@@ -300,20 +302,3 @@ def fit_matern_plus_kernel(
         ],
     )
     return model.eval()
-
-
-def _matern(X: Tensor) -> MaternKernel:
-    d = X.shape[-1]
-    extent = X.amax(0) - X.amin(0)
-    extent = torch.where(extent > 0, extent, torch.ones_like(extent))
-    prior = LogNormalPrior(
-        math.sqrt(2) + math.log(d) / 2 + extent.log(), torch.full_like(extent, 3**0.5)
-    )
-    kernel = MaternKernel(
-        nu=2.5,
-        ard_num_dims=d,
-        lengthscale_prior=prior,
-        lengthscale_constraint=LogTransformedInterval(2.5e-2 * extent, 1e4 * extent),
-    ).to(X)
-    kernel.lengthscale = prior.mode
-    return kernel
