@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 from gpytorch.constraints import Interval
+from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
+from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.evidence import frozen_spectrum
 from gpbridge.linearized.predictive import choose_calibration, probabilities
 from gpbridge.linearized.problem import TangentProblem
@@ -46,6 +48,50 @@ class TrainGap(NamedTuple):
 
     posterior: float
     network: float
+
+
+def check_calibratable(likelihood: Likelihood, mean: str) -> None:
+    """Require a classifier around the network's output.
+
+    Raises:
+        TypeError: If the model is a regression.
+        ValueError: If its mean is another.
+    """
+    if is_gaussian(likelihood):
+        raise TypeError(
+            "calibrate is for classification; under Gaussian noise call "
+            "gpbridge.selection.fit_evidence(model)."
+        )
+    if mean != "network":
+        raise ValueError(
+            "calibrate averages around the network's output, but the model has "
+            f"mean={mean!r}. Build it with mean='network'."
+        )
+
+
+def check_held_out(X_val: Tensor, Y_val: Tensor, X: Tensor, Y: Tensor) -> None:
+    """Require at least one row that is not among the rows conditioned on.
+
+    Held-out data end the search at their first row.
+
+    Args:
+        X_val: Held-out inputs ``n' x d``.
+        Y_val: Their labels in canonical form.
+        X: The inputs conditioned on.
+        Y: Their labels in canonical form.
+
+    Raises:
+        ValueError: If all rows are.
+    """
+    for x, y in zip(X_val, Y_val.flatten(), strict=True):
+        if not bool(((X == x).all(-1) & (Y.flatten() == y)).any()):
+            return
+    raise ValueError(
+        f"All {len(X_val)} rows of X_val are rows that the model was conditioned on, "
+        "which cannot calibrate it. To keep the validation rows of a training run for "
+        "calibrate, build the model with LinearizedGP.from_fit(..., rows='fit'); "
+        "model.subset_rows(rows) leaves out any others."
+    )
 
 
 @torch.no_grad()

@@ -1,25 +1,23 @@
 """What the constructor of a linearised GP measures, chooses and refuses.
 
-In: the user's network, data, transforms, training run. Out: a frozen network in the
-working precision, transformed inputs, targets and their likelihood, feature scales of a
-g-prior, bounds of the prior variance, defaults after a training run. Next: ``gp``.
+In: the user's network, data, transforms. Out: a frozen network in the working
+precision, transformed inputs, targets and their likelihood, feature scales of a
+g-prior, bounds of the prior variance. Next: ``gp``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.utils.constraints import LogTransformedInterval
-from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from torch import Size, Tensor, nn
 
 from gpbridge.checks import (
     ShapeError,
-    check_choice,
     check_finite,
     check_inputs,
     check_not_empty,
@@ -33,7 +31,6 @@ from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.linearized.inference import Exact
 from gpbridge.prediction import apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
-from gpbridge.types import FitResult
 
 _ROWS = 200  # training points on which the size of the kernel is measured
 _DEAD = 1e-20  # squared size of a feature, of the largest, below which it is dead
@@ -155,63 +152,6 @@ def prepare_targets(
     if is_gaussian(likelihood):
         check_same_dtype("train_Y", train_Y, dtype)
     return likelihood, targets
-
-
-def defaults_after_training(
-    fit_result: FitResult,
-    likelihood: Likelihood | None,
-    noise: str | float | None,
-    select: str | None,
-    options: Mapping[str, Any],
-) -> tuple[str | float, str | None]:
-    """Resolve the options ``noise`` and ``select`` of a model after a training run.
-
-    Args:
-        fit_result: The training run.
-        likelihood: The user's, or None.
-        noise: The option, None for the default.
-        select: The option, ``"auto"`` for the default.
-        options: Further options of the constructor.
-
-    Returns:
-        Both options of the constructor.
-
-    Raises:
-        ValueError: If there are no validation rows to select by.
-    """
-    check_choice("select", select, ("auto", "validation", None))
-    has_validation = len(fit_result.validation_rows) > 0
-    if noise is None:
-        noise = "learn"
-        if options.get("mean") == "network":
-            noise = "fit_residual"
-        elif options.get("parameters", "all") == "last_layer" and has_validation:
-            noise = "validation"
-    if select == "auto":
-        free = noise == "learn" and options.get("mean", "auto") == "auto"
-        regression = fit_result.validation_variance is not None
-        settable = likelihood is None or isinstance(likelihood, GaussianLikelihood)
-        select = "validation" if free and regression and settable else None
-    if select == "validation" and not has_validation:
-        raise ValueError(
-            "select='validation' needs validation rows, but the fit result has none. "
-            "Train with validation_fraction=0.1, or pass select=None."
-        )
-    return noise, select
-
-
-def check_rows(fit_result: FitResult, train_X: Tensor) -> None:
-    """Require that the rows of a training run are rows of the data.
-
-    Raises:
-        ShapeError: If one is not.
-    """
-    rows = torch.cat([fit_result.fit_rows, fit_result.validation_rows])
-    if len(rows) and int(rows.max()) >= len(train_X):
-        raise ShapeError(
-            f"The fit result names row {int(rows.max())}, but train_X has "
-            f"{len(train_X)} rows. Pass the data that fit_map was called with."
-        )
 
 
 @torch.no_grad()

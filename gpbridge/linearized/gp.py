@@ -40,6 +40,8 @@ from gpbridge.linearized.calibration import (
     Calibration,
     TrainGap,
     calibrated_variance,
+    check_calibratable,
+    check_held_out,
     find_calibration,
     link_and_temperature,
     still_valid,
@@ -54,8 +56,6 @@ from gpbridge.linearized.conditioning import (
 )
 from gpbridge.linearized.construction import (
     check_data,
-    check_rows,
-    defaults_after_training,
     feature_scale,
     fixed_inputs,
     freeze_network,
@@ -74,6 +74,10 @@ from gpbridge.linearized.outcomes import (
 )
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState, ordinary_tensors
+from gpbridge.linearized.training_run import (
+    data_after_training,
+    defaults_after_training,
+)
 from gpbridge.randomness import fresh
 from gpbridge.targets import check_targets, warn_if_logits
 from gpbridge.types import Evidence, FitResult
@@ -226,9 +230,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         *,
         noise: str | float | None = None,
         select: str | None = "auto",
+        rows: str = "all",
         **options: Any,
     ) -> LinearizedGP:
-        r"""Build the model from a training run, conditioned on all rows.
+        r"""Build the model from a training run, conditioned on all rows by default.
 
         Rows that only served for early stopping are data like the others. With
         validation rows, :func:`gpbridge.selection.fit_evidence` compares the linear
@@ -243,6 +248,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             noise: As in the constructor. Default: learnt; ``"validation"`` if only the
                 last layer is random, ``"fit_residual"`` if ``mean="network"``.
             select: ``"validation"``, None, or ``"auto"``.
+            rows: ``"all"``, or ``"fit"`` to condition on those that the run fitted and
+                to keep the validation rows for ``calibrate``. Noise that is fixed per
+                point is that of these rows.
             **options: Of the constructor.
 
         Returns:
@@ -253,9 +261,12 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ShapeError: If the rows of the training run are not rows of the data.
         """
         noise, select = defaults_after_training(
-            fit_result, likelihood, noise, select, options
+            fit_result, likelihood, noise, select, rows, options
         )
-        model = cls(
+        fit_result, train_X, train_Y = data_after_training(
+            fit_result, train_X, train_Y, rows
+        )
+        return cls(
             fit_result.network,
             train_X,
             train_Y,
@@ -265,8 +276,6 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             select=select,
             **options,
         )
-        check_rows(fit_result, train_X)
-        return model
 
     # -- BoTorch ---------------------------------------------------------------------
 
@@ -530,7 +539,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
         Args:
             X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
-                tenth of the data is enough.
+                tenth of the data is enough. The validation rows of a training run will
+                do for a model built with ``from_fit(..., rows="fit")``.
             Y_val: Their labels.
 
         Returns:
@@ -538,29 +548,15 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
         Raises:
             TypeError: If the model is a regression.
-            ValueError: If the mean is not the network's output, or there are several
-                prior groups.
+            ValueError: If the mean is not the network's output, there are several
+                prior groups, or this model was conditioned on all of these rows.
         """
-        if is_gaussian(self.likelihood):
-            raise TypeError(
-                "calibrate is for classification; under Gaussian noise call "
-                "gpbridge.selection.fit_evidence(model)."
-            )
-        if self.mean != "network":
-            raise ValueError(
-                "calibrate averages around the network's output, but the model has "
-                f"mean={self.mean!r}. Build it with mean='network'."
-            )
+        check_calibratable(self.likelihood, self.mean)
         self._check_new_inputs(X_val, "X_val")
         check_not_empty(X_val=X_val)
-        labels = check_targets(
-            self.likelihood,
-            Y_val,
-            self._num_outputs,
-            len(X_val),
-            dtype=X_val.dtype,
-            name="Y_val",
-        )
+        n, m, dtype = len(X_val), self._num_outputs, X_val.dtype
+        labels = check_targets(self.likelihood, Y_val, m, n, dtype, "Y_val")
+        check_held_out(X_val, labels, self._train_X, self._targets)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpbridge.linearized.calibration import Calibration
 from gpbridge.linearized.state import CACHES
+from gpbridge.linearized.training_run import restricted
 
 
 class Persistence:
@@ -92,6 +93,8 @@ class Persistence:
         for name in ("_train_X", "_train_Y", "_targets"):
             setattr(twin, name, getattr(self, name)[rows])
         twin.select = None
+        if self.fit_result is not None:
+            twin.fit_result = restricted(self.fit_result, rows, len(self._train_X))
         return twin
 
     def _set_transformed_inputs(self) -> None:

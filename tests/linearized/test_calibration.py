@@ -211,7 +211,7 @@ def test_regressions_and_groups_and_bad_labels_are_refused():
         _ = build("gaussian").train_gap
     Y = targets("softmax", X)
     with pytest.raises(ValueError, match="has 2 groups. Build it with groups='all'"):
-        build("softmax", groups="layer").calibrate(X, Y)
+        build("softmax", groups="layer").calibrate(X + 1, Y)
     with pytest.raises(ValueError, match="has mean='linear_model'. Build it with"):
         build("softmax", mean="linear_model").calibrate(X, Y)
     model = build("softmax")

@@ -1,0 +1,121 @@
+"""What a linearised GP takes over from a training run: rows, noise, selection.
+
+In: the record of the run, data, options. Out: the data to condition on, the record in
+terms of their rows, and the options that follow from it. Next: ``gp`` builds the model
+with them, ``persistence`` takes rows out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from torch import Tensor
+
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_same_length,
+    check_tensor,
+)
+from gpbridge.types import FitResult
+
+
+def data_after_training(
+    fit_result: FitResult, train_X: Tensor, train_Y: Tensor, rows: str
+) -> tuple[FitResult, Tensor, Tensor]:
+    """The data to condition on, and the training run in terms of their rows.
+
+    Args:
+        fit_result: The training run.
+        train_X: All inputs ``n x d``, in the order of the run.
+        train_Y: All targets.
+        rows: ``"all"``, or ``"fit"`` for those that the run fitted.
+
+    Returns:
+        The run, inputs and targets.
+
+    Raises:
+        ShapeError: If the rows of the training run are not rows of the data.
+    """
+    check_choice("rows", rows, ("all", "fit"))
+    check_tensor(train_X=train_X, train_Y=train_Y)
+    named = torch.cat([fit_result.fit_rows, fit_result.validation_rows])
+    if len(named) and int(named.max()) >= len(train_X):
+        raise ShapeError(
+            f"The fit result names row {int(named.max())}, but train_X has "
+            f"{len(train_X)} rows. Pass the data that fit_map was called with."
+        )
+    if rows == "all":
+        return fit_result, train_X, train_Y
+    check_same_length(train_X=train_X, train_Y=train_Y)
+    chosen = fit_result.fit_rows.to(train_X.device)
+    own = restricted(fit_result, chosen, len(train_X))
+    return own, train_X[chosen], train_Y[chosen]
+
+
+def restricted(fit_result: FitResult, rows: Tensor, num_rows: int) -> FitResult:
+    """A training run in terms of some of its rows, renumbered in their order."""
+    position = torch.full((num_rows,), -1)
+    position[rows.cpu()] = torch.arange(len(rows))
+    fit, held_out = (
+        numbers[numbers >= 0]
+        for numbers in (
+            position[fit_result.fit_rows.cpu()],
+            position[fit_result.validation_rows.cpu()],
+        )
+    )
+    return dataclasses.replace(fit_result, fit_rows=fit, validation_rows=held_out)
+
+
+def defaults_after_training(
+    fit_result: FitResult,
+    likelihood: Likelihood | None,
+    noise: str | float | None,
+    select: str | None,
+    rows: str,
+    options: Mapping[str, Any],
+) -> tuple[str | float, str | None]:
+    """Resolve the options ``noise`` and ``select`` of a model after a training run.
+
+    Args:
+        fit_result: The training run.
+        likelihood: The user's, or None.
+        noise: The option, None for the default.
+        select: The option, ``"auto"`` for the default.
+        rows: Which rows are conditioned on.
+        options: Further options of the constructor.
+
+    Returns:
+        Both options of the constructor.
+
+    Raises:
+        ValueError: If there are no validation rows to select by.
+    """
+    check_choice("select", select, ("auto", "validation", None))
+    has_validation = len(fit_result.validation_rows) > 0
+    if noise is None:
+        noise = "learn"
+        if options.get("mean") == "network":
+            noise = "fit_residual"
+        elif options.get("parameters", "all") == "last_layer" and has_validation:
+            noise = "validation"
+    if select == "auto":
+        free = noise == "learn" and options.get("mean", "auto") == "auto"
+        regression = fit_result.validation_variance is not None and rows == "all"
+        settable = likelihood is None or isinstance(likelihood, GaussianLikelihood)
+        select = "validation" if free and regression and settable else None
+    if select == "validation" and rows == "fit":
+        raise ValueError(
+            "select='validation' compares on the validation rows, which rows='fit' "
+            "leaves out. Pass rows='all': the comparison itself does not fit them."
+        )
+    if select == "validation" and not has_validation:
+        raise ValueError(
+            "select='validation' needs validation rows, but the fit result has none. "
+            "Train with validation_fraction=0.1, or pass select=None."
+        )
+    return noise, select
