@@ -36,7 +36,7 @@ from gpbridge import LinearizedGP, metrics, plots, selection
 from gpbridge.data import holdout_rows, sine_gap, standardize
 from gpbridge.dnn import fit_map
 from gpbridge.kernels import NeuralTangentKernel
-from gpbridge.kernels.deep import body
+from gpbridge.kernels.deep import network_body
 
 
 class Size(NamedTuple):
@@ -187,7 +187,7 @@ def regression(size):
         )
 
     deep = selection.fit_deep_kernel(
-        body(untrained),
+        network_body(untrained),
         X_train,
         Y_train,
         validation_rows=trained.validation_rows,

@@ -1,6 +1,6 @@
 """Kernels: maps from inputs to covariance, made of networks and features."""
 
-from gpbridge.kernels.deep import DeepKernel, body, parameter_groups
+from gpbridge.kernels.deep import DeepKernel, network_body, parameter_groups
 from gpbridge.kernels.feature import FeatureKernel
 from gpbridge.kernels.tangent import NeuralTangentKernel
 
@@ -8,6 +8,6 @@ __all__ = [
     "DeepKernel",
     "FeatureKernel",
     "NeuralTangentKernel",
-    "body",
+    "network_body",
     "parameter_groups",
 ]

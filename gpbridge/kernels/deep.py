@@ -55,7 +55,7 @@ class DeepKernel(Kernel):
 
     Args:
         network: Any module that maps ``n x d`` (or ``n x input_shape``) to ``n x f``.
-            For a trained classifier or regressor pass its :func:`body`.
+            For a trained classifier or regressor pass its :func:`network_body`.
         base_kernel: Any kernel on f columns. Its batch shape is that of the whole
             kernel; all its members share the network.
         freeze: Whether the weights are constants. If not, every optimiser of the
@@ -199,7 +199,7 @@ class DeepKernel(Kernel):
         return X.index_select(-1, self.active_dims)
 
 
-def body(network: nn.Module) -> nn.Sequential:
+def network_body(network: nn.Module) -> nn.Sequential:
     """A trained network without its head: everything but the last Linear layer.
 
     The layers are shared with ``network``, not copied.
@@ -217,9 +217,9 @@ def body(network: nn.Module) -> nn.Sequential:
     if len(layers) < 2 or not isinstance(layers[-1], nn.Linear):
         found = type(layers[-1]).__name__ if layers else type(network).__name__
         raise TypeError(
-            "body needs a torch.nn.Sequential of several layers that ends with a "
-            f"torch.nn.Linear, but found {found}. Pass the part of the network that "
-            "computes features to DeepKernel directly."
+            "network_body needs a torch.nn.Sequential of several layers that ends "
+            f"with a torch.nn.Linear, but found {found}. Pass the part of the network "
+            "that computes features to DeepKernel directly."
         )
     return nn.Sequential(*layers[:-1])
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.kernels.compositions import draw_feature_map
-from gpbridge.kernels.deep import DeepKernel, body, parameter_groups
+from gpbridge.kernels.deep import DeepKernel, network_body, parameter_groups
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -313,9 +313,11 @@ def test_frozen_weights_are_in_no_parameter_group(X, Y):
     assert [g["lr"] for g in parameter_groups(frozen, 1e-3, 1e-2)] == [1e-2]
 
 
-def test_body_is_everything_but_the_last_layer(X):
+def test_the_network_body_is_everything_but_the_last_layer(X):
     network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).double()
-    torch.testing.assert_close(network[2](body(network)(X)), network(X), **EXACT)
+    torch.testing.assert_close(
+        network[2](network_body(network)(X)), network(X), **EXACT
+    )
 
 
 def test_feature_map_reproduces_the_kernel(X, generator):
@@ -393,7 +395,7 @@ class TestRefusals:
     )
     def test_body_needs_a_head(self, network):
         with pytest.raises(TypeError, match="ends with a torch.nn.Linear, but found"):
-            body(network)
+            network_body(network)
 
     def test_last_dim_is_batch_is_refused(self, X):
         kernel = DeepKernel(nn.Linear(2, 2), RBFKernel()).double()
