@@ -4,9 +4,11 @@ import pytest
 import torch
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import SingleTaskGP
+from botorch.posteriors import GPyTorchPosterior
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import nn
 
+from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.testing import (
     ModelContractTestCase,
     assert_gradients_match_finite_differences,
@@ -16,6 +18,7 @@ from gpbridge.testing import (
 
 class TestSingleTaskGP(ModelContractTestCase, unittest.TestCase):
     model_class = SingleTaskGP
+    pathwise_tolerance = 0.5  # random Fourier features only approximate the variance
 
     def create_model(self, dtype, num_outputs=1, **options):
         return self.model_class(**{"outcome_transform": None} | options)
@@ -108,6 +111,13 @@ class SwapsConstructorArguments(SingleTaskGP):
         return inputs | {"train_Y": -inputs["train_Y"]}
 
 
+class NoisyUnlessLeftAlone(SingleTaskGP):
+    def posterior(self, X, output_indices=None, observation_noise=None, **kwargs):
+        # A list of models says False, where a caller says nothing.
+        noisy = observation_noise is not None
+        return super().posterior(X, output_indices, noisy, **kwargs)
+
+
 BROKEN = {
     MutatedByConditioning: "conditioning_does_not_change_the_model_or_its_arguments",
     ConditionsOnTheFirstPoint: "conditioning_equals_refit",
@@ -122,6 +132,7 @@ BROKEN = {
     PicklesItsData: "deepcopy_and_pickle_keep_the_posterior",
     FantasizesOncePerModel: "fantasies_broadcast_over_test_batches",
     SwapsConstructorArguments: "construct_inputs_gives_constructor_arguments",
+    NoisyUnlessLeftAlone: "model_list_stacks_the_outputs",
 }
 
 
@@ -134,6 +145,28 @@ def test_a_broken_model_fails_the_contract(model_class, test):
 @pytest.mark.parametrize("model_class", [DependsOnPosition])
 def test_a_posterior_that_depends_on_its_place_is_not_a_loop(model_class):
     assert failures(model_class, "test_batch_equals_loop")
+
+
+class OverstatesItsVariance(LinearizedGP):
+    def posterior(self, X, *args, **kwargs):
+        posterior = super().posterior(X, *args, **kwargs)
+        mvn = posterior.distribution
+        wide = type(mvn)(mvn.mean, 1.4 * mvn.covariance_matrix)
+        return GPyTorchPosterior(wide)
+
+
+def test_paths_have_the_variance_of_the_posterior_unless_a_model_declares_less():
+    def create(case, dtype, num_outputs=1, **options):
+        network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+        return case.model_class(network, **options)
+
+    test = "test_pathwise_draws_are_functions_with_the_posterior_moments"
+    tight = ModelContractTestCase.pathwise_tolerance
+    options = {"create_model": create, "outputs": (1,), "pathwise_tolerance": tight}
+    assert not failures(LinearizedGP, test, **options)
+    assert failures(OverstatesItsVariance, test, **options)
+    options["pathwise_tolerance"] = 0.6
+    assert not failures(OverstatesItsVariance, test, **options)
 
 
 def test_a_contract_without_a_model_says_what_to_define():

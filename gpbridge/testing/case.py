@@ -36,6 +36,7 @@ class ModelCase:
     rtol = 1e-6
     atol = 1e-8
     gradient_rtol = 1e-5
+    pathwise_tolerance = 0.2
 
     def create_model(
         self, dtype: torch.dtype, num_outputs: int = 1, **options: object
