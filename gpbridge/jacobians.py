@@ -72,31 +72,59 @@ def jacobian(
 def jvp(
     net: FrozenNet, X: Tensor, tangent: Tensor, params: Params | None = None
 ) -> Tensor:
-    """Product ``J v``: ``... x n x d`` and ``p`` to ``... x n x m``."""
+    r"""Product :math:`J v` of the Jacobian with a change of the weights.
+
+    A forward pass with tangents, about the time and memory of two forward passes; two
+    backward passes where a layer has no forward mode. Where torch.func cannot trace the
+    network the Jacobian is formed. Differentiable in ``X``.
+
+    Args:
+        net: The network.
+        X: Inputs ``... x n x d``.
+        tangent: The vector v, ``p`` numbers in the order of ``params``.
+        params: Weights to differentiate in and their values; default all random ones.
+
+    Returns:
+        ``... x n x m``.
+    """
     params = net.params if params is None else params
     if not net.vectorized:
         return jacobian(net, X, params) @ tangent
+    change = _split(tangent, params)
     if net.forward_mode:
         _, product = torch.func.jvp(
-            lambda values: net.apply_network(values, X),
-            (params,),
-            (net.unflatten(tangent),),
+            lambda values: net.apply_network(values, X), (params,), (change,)
         )
         return product
     _, push = _transposed_pull(net, X, params)
-    return push((net.unflatten(tangent),))[0]
+    return push((change,))[0]
 
 
 def vjp(
     net: FrozenNet, X: Tensor, cotangent: Tensor, params: Params | None = None
 ) -> Tensor:
-    """Product ``J' u``: ``... x n x d`` and ``... x n x m`` to ``p``."""
+    r"""Product :math:`J^\top u` of the transposed Jacobian with changes of the outputs.
+
+    One forward and one backward pass over all points, and the memory of their graph.
+    Where torch.func cannot trace the network the Jacobian is formed. Differentiable in
+    ``X``.
+
+    Args:
+        net: The network.
+        X: Inputs ``... x n x d``.
+        cotangent: The values u, ``... x n x m``.
+        params: Weights to differentiate in and their values; default all random ones.
+
+    Returns:
+        ``p`` numbers, in the order of ``params``.
+    """
     params = net.params if params is None else params
     if not net.vectorized:
         J = jacobian(net, X, params)
         return J.flatten(0, -2).mT @ cotangent.reshape(-1)
     _, pull = torch.func.vjp(lambda values: net.apply_network(values, X), params)
-    return net.flatten(pull(cotangent)[0])
+    (slopes,) = pull(cotangent)
+    return torch.cat([slopes[name].reshape(-1) for name in params])
 
 
 def linearize(net: FrozenNet, X: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -157,3 +185,12 @@ def _transposed_pull(
     value, pull = torch.func.vjp(lambda values: net.apply_network(values, X), params)
     _, push = torch.func.vjp(pull, torch.zeros_like(value))
     return value, push
+
+
+def _split(vector: Tensor, params: Params) -> Params:
+    """Cut a vector of ``p`` numbers into the shapes of these weights."""
+    parts = vector.split([p.numel() for p in params.values()])
+    return {
+        name: part.reshape(p.shape)
+        for (name, p), part in zip(params.items(), parts, strict=True)
+    }

@@ -138,6 +138,19 @@ def test_weights_of_a_subset_give_their_columns():
     torch.testing.assert_close(part, exact, **EXACT)
 
 
+@pytest.mark.parametrize("branch", ["forward mode", "reverse mode", "loop"])
+def test_products_in_a_subset_of_the_weights_are_those_with_its_columns(branch):
+    net, X, _ = probed(NETS["nested"], 2)
+    net.vectorized, net.forward_mode = branch != "loop", branch == "forward mode"
+    names = ["head.out.weight", "body.0.0.bias"]  # in another order than the network's
+    params = {name: net.params[name] + 0.1 for name in names}
+    J = jacobian(net, X, params)
+    v, u = random(J.shape[-1]), random(4, 2)
+    torch.testing.assert_close(jvp(net, X, v, params), J @ v, rtol=1e-9, atol=1e-11)
+    expected = torch.einsum("nmp,nm->p", J, u)
+    torch.testing.assert_close(vjp(net, X, u, params), expected, **EXACT)
+
+
 def test_products_at_other_weights_are_those_of_a_net_that_has_them():
     net, X, _ = probed(NETS["scalar_weight"], 2)
     theta = random(net.num_params)
