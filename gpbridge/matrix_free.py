@@ -29,6 +29,7 @@ from gpbridge.features import PriorStd, TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.operators import WhitenedKernelOperator
 from gpbridge.prediction import Projection
+from gpbridge.randomness import standard_normal
 from gpbridge.solvers import ConjugateGradients, nystrom_preconditioner
 
 _COLUMN_BYTES = 256 * 2**20  # vectors that conjugate gradients hold at a time
@@ -154,10 +155,9 @@ class MatrixFreeStrategy:
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Matheron's rule in weight space: a prior draw minus what the data explain."""
-        like = self.operator.root
-        options = {"dtype": like.dtype, "device": like.device, "generator": generator}
-        prior = torch.randn(num_samples, self.num_params, **options)
-        noise = torch.randn(num_samples, self.operator.shape[-1], **options)
+        like, outputs = self.operator.root, self.operator.shape[-1]
+        prior = standard_normal((num_samples, self.num_params), generator, like)
+        noise = standard_normal((num_samples, outputs), generator, like)
         draws = []
         for w, e in zip(self._columns(prior), self._columns(noise), strict=True):
             seen = self.operator.to_outputs(self._spread(w.mT)) + e.mT

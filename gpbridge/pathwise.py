@@ -27,7 +27,7 @@ from gpytorch.models import ExactGP
 from linear_operator.operators import ZeroLinearOperator
 from torch import Generator, Size, Tensor
 
-from gpbridge.kernels.compositions import draw_feature_map, normals
+from gpbridge.kernels.compositions import draw_feature_map
 from gpbridge.randomness import fresh, standard_normal
 
 
@@ -60,12 +60,14 @@ def draw_prior_paths(
     def map_generator(kernel: Kernel, num_inputs: int, num_outputs: int) -> FeatureMap:
         return draw_feature_map(kernel, num_inputs, num_outputs, generator)
 
+    like = torch.empty((), device=generator.device)  # upstream moves what is drawn
+
     return draw_kernel_feature_paths(
         model,
         sample_shape=sample_shape or Size(),
         num_features=num_features,
         map_generator=map_generator,
-        weight_generator=partial(normals, generator=generator),
+        weight_generator=partial(standard_normal, generator=generator, like=like),
     )
 
 

@@ -43,6 +43,13 @@ FORBIDDEN_CALLS = {
     "torch.set_default_dtype": "follow the dtype of the input",
     "torch.set_num_threads": "threads belong to the user",
 }
+SAMPLERS = {  # of torch; without a generator they move the global random state
+    f"torch.{name}"
+    for name in (
+        "rand randn randint randperm normal bernoulli multinomial poisson "
+        "rand_like randn_like randint_like"
+    ).split()
+}
 MAY_CALL_THEM = {"testing"}  # tests that ship: they seed, and pickle their models
 
 
@@ -125,6 +132,8 @@ def violations(name, source):
             ships_tests = name.partition(".")[0] in MAY_CALL_THEM
             if dotted in FORBIDDEN_CALLS and not ships_tests:
                 found.append(f"line {call.lineno}: {FORBIDDEN_CALLS[dotted]}")
+            if dotted in SAMPLERS and keywords.get("generator", "None") == "None":
+                found.append(f"line {call.lineno}: {dotted} without generator=")
             if keywords.get("weights_only", "True") != "True" or (
                 dotted == "torch.load" and "weights_only" not in keywords
             ):
@@ -156,6 +165,9 @@ def test_a_file_keeps_the_rules(path):
         ("checks", "torch.load(path)", "without weights_only=True"),
         ("checks", "f(weights_only=False)", "without weights_only=True"),
         ("checks", "torch.manual_seed(0)", "take a generator"),
+        ("checks", "torch.randn(3)", "torch.randn without generator="),
+        ("checks", "torch.rand(3, generator=None)", "without generator="),
+        ("checks", "torch.randperm(3, **options)", "without generator="),
         ("kernels.kernel_utils", "", "names no concept"),
         ("unlisted", "", "has no place in ORDER"),
     ],
@@ -174,6 +186,7 @@ def test_the_checker_finds_a_violation(name, source, message):
         ("kernels", "from gpbridge.kernels.tangent import NeuralTangentKernel"),
         ("plots", "def f():\n    import matplotlib.pyplot as plt"),
         ("data", "torch.load(path, weights_only=True)\ngenerator.manual_seed(0)"),
+        ("data", "torch.rand(3, generator=generator)"),
     ],
 )
 def test_the_checker_accepts_what_is_allowed(name, source):

@@ -132,6 +132,7 @@ def test_draws_are_those_of_their_generator_and_leave_the_global_one():
     again = free.draw_weights(3, torch.Generator().manual_seed(1))
     other = free.draw_weights(3, torch.Generator().manual_seed(2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(free.draw_weights(3), free.draw_weights(3))
     assert torch.equal(torch.get_rng_state(), state)
 
 

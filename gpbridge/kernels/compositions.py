@@ -40,6 +40,7 @@ from gpytorch.kernels import (
 from torch import Generator, Size, Tensor, nn
 
 from gpbridge.checks import check_memory
+from gpbridge.randomness import fresh, standard_normal
 
 PRODUCT_FEATURES = 2**18  # columns; at 1000 points in float64 this is 2 GiB
 
@@ -208,7 +209,7 @@ def draw_feature_map(
         kernel: The kernel; the map follows its hyperparameters.
         num_inputs: The number d of input columns.
         num_features: Fourier features of each part that needs them, an even number.
-        generator: Source of the frequencies; default torch's global one.
+        generator: Source of the frequencies. Without one, they are fresh on each call.
 
     Returns:
         A map from ``... x n x d`` to ``... x n x f``.
@@ -267,6 +268,7 @@ def _draw_sum(
 def _draw_product(
     kernel: ProductKernel, num_inputs: int, num_features: int, generator=None
 ) -> ProductFeatureMap:
+    generator = fresh(generator)
     exact, stationary, columns = [], [], 1
     for part in kernel.kernels:
         feature_map = draw_feature_map(part, num_inputs, num_features, generator)
@@ -284,7 +286,7 @@ def _draw_product(
         # scrambling. Paired as they come, the frequencies of two factors would agree in
         # sign for all pairs or for none; in random order they are independent.
         order = torch.randperm(
-            frequencies, generator=generator, device=_device(generator)
+            frequencies, generator=generator, device=generator.device
         )
         weight = feature_map.weight
         feature_map.weight = weight[..., order.to(weight.device), :]
@@ -293,11 +295,14 @@ def _draw_product(
 
 
 def register_with_botorch(kernel_type: type[Kernel]) -> None:
-    """Let botorch's pathwise package find the :func:`draw_feature_map` of a kernel."""
+    """Let botorch's pathwise package find the :func:`draw_feature_map` of a kernel.
+
+    It takes no generator: all that it draws comes from torch's global one, here too.
+    """
     draw = draw_feature_map.dispatch(kernel_type)
 
     def generate(kernel: Kernel, *, num_inputs: int, num_outputs: int) -> FeatureMap:
-        return draw(kernel, num_inputs, num_outputs)
+        return draw(kernel, num_inputs, num_outputs, torch.default_generator)
 
     GenKernelFeatures.register(kernel_type)(generate)
 
@@ -342,13 +347,14 @@ def _fourier_map(
             input_transform, FeatureSelector(indices=kernel.active_dims)
         )
     frequencies, batch = num_features // 2, kernel.batch_shape
-    seed = torch.randint(2**31 - 1, (), generator=generator, device=_device(generator))
+    generator = fresh(generator)
+    seed = torch.randint(2**31 - 1, (), generator=generator, device=generator.device)
     weight = draw_sobol_normal_samples(
         d=num_inputs, n=batch.numel() * frequencies, seed=int(seed)
     )
     if degrees is not None:
-        chi2 = normals((len(weight), degrees), generator).to(weight).square().sum(-1)
-        weight = weight * (chi2 / degrees).rsqrt()[:, None]
+        normal = standard_normal((len(weight), degrees), generator, weight)
+        weight = weight * (normal.square().sum(-1) / degrees).rsqrt()[:, None]
     lengthscale = kernel.lengthscale
     return KernelFeatureMap(
         kernel=kernel,
@@ -358,15 +364,6 @@ def _fourier_map(
             lengthscale.new_tensor((2 / num_features) ** 0.5)
         ),
     )
-
-
-def normals(shape: Size | tuple[int, ...], generator: Generator | None) -> Tensor:
-    """Standard normals, on the device of the generator."""
-    return torch.randn(shape, generator=generator, device=_device(generator))
-
-
-def _device(generator: Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
 
 
 def _check_columns(columns: int) -> None:

@@ -24,6 +24,7 @@ from gpbridge.linearized.conditioning import (
 from gpbridge.linearized.mode import find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import Projection
+from gpbridge.randomness import standard_normal
 
 _CHUNK_BYTES = 64 * 2**20  # covariance with the training data, per chunk of points
 
@@ -180,9 +181,7 @@ class TangentPosterior:
         values = torch.stack([features.matmul(w.to(like)) for w in weights]).double()
         if self.adds_network:
             values = values + like.double()
-        noise = torch.randn(
-            *values.shape, generator=generator, dtype=torch.float64, device=like.device
-        )
+        noise = standard_normal(values.shape, generator, values)
         roots = torch.linalg.cholesky(new.noise.double())  # n' x m x m
         values = values + (roots @ noise[..., None])[..., 0]
         misfit = (new.Y.double() - values).flatten(1).mT  # (n' m) x s

@@ -220,6 +220,29 @@ def test_a_botorch_feature_map_is_used_as_it_is(X, generator):
     assert rbf.raw_lengthscale.requires_grad
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        RBFKernel,
+        lambda: ScaleKernel(MaternKernel(2.5)),
+        lambda: FeatureKernel(moments) * RBFKernel(),
+    ],
+    ids=["rbf", "scaled matern", "product"],
+)
+def test_feature_maps_are_fresh_without_a_generator_except_through_botorch(X, make):
+    kernel = make().double()
+    state = torch.get_rng_state()
+    one, other = (draw_feature_map(kernel, 2, 64)(X) for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def seeded():
+        torch.manual_seed(4)
+        return gen_kernel_features(kernel, num_inputs=2, num_outputs=64)(X)
+
+    assert torch.equal(seeded(), seeded())
+
+
 def test_float32_inputs_give_float32(X):
     kernel = FeatureKernel(network().float())
     assert kernel(X.float()).to_dense().dtype == torch.float32

@@ -261,3 +261,14 @@ def test_more_data_never_raise_the_variance():
     many = build("gaussian", X=X)
     ratio = many.posterior(X_test).variance / few.posterior(X_test).variance
     assert ratio.max() <= 1 + 1e-9
+
+
+@both_spaces
+def test_draws_without_a_generator_are_fresh_and_leave_the_global_state(space):
+    model = build("gaussian", space)
+    more = inputs(2, seed=9)
+    model = model.condition_on_observations(more, more[:, :1])
+    state, X = torch.get_rng_state(), inputs(5, seed=7)
+    one, other = (model.draw(2)(X) for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
