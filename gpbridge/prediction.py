@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gpbridge.features import TangentFeatures
+from gpbridge.randomness import standard_normal
 
 _SAFE = (
     1e6  # cancellation allowed: eps * prior variance / posterior variance < 1 / _SAFE
@@ -104,7 +105,9 @@ class FunctionSpaceStrategy:
         self.root = root.double()
         self.cholesky = factorise(whiten(gram.double(), self.root))
         # Of the Gram matrices before float32 products; once one failed it is not tried.
-        self._gram_dtypes = [torch.float32, torch.float64]
+        self._gram_dtypes = [torch.float32]
+        if features.value.dtype == torch.float64:
+            self._gram_dtypes.append(torch.float64)
 
     @cached_property
     def _inverse_root(self) -> Tensor:
@@ -173,7 +176,7 @@ class FunctionSpaceStrategy:
         seen = k @ leading  # (t m) x r
         large = torch.linalg.solve_triangular(root, seen.mT, upper=False).mT
         small = torch.addmm(k, seen, rest, alpha=-1.0).float()
-        small = triangular_product(small, self._single_inverse, 1)
+        small = triangular_product(small, self._single_inverse)
         per_point = features.value.shape
         large, small = large.unflatten(0, per_point), small.unflatten(0, per_point)
         prior = features.blocks().double()
@@ -194,7 +197,7 @@ class FunctionSpaceStrategy:
         L = self.cholesky
         generator = torch.Generator(L.device).manual_seed(0)
         shape = (len(L), min(_LEADING, len(L)))
-        Q = _standard_normal(shape, generator, L)
+        Q = standard_normal(shape, generator, L)
         for _ in range(2):
             Q = torch.linalg.qr(L @ (L.mT @ Q)).Q
         AQ = L @ (L.mT @ Q)
@@ -241,8 +244,8 @@ class FunctionSpaceStrategy:
         """Matheron's rule in weight space: a prior draw minus what data explain."""
         (n, m), like = self.features.value.shape, self.features.value
         p = self.features.t_matmul(like.new_zeros(n, m, 1)).shape[0]
-        prior = _standard_normal((num_samples, p), generator, like)
-        noise = _standard_normal((n * m, num_samples), generator, like)
+        prior = standard_normal((num_samples, p), generator, like)
+        noise = standard_normal((n * m, num_samples), generator, like)
         values = torch.stack([self.features.matmul(w).reshape(-1) for w in prior], -1)
         seen = apply_root(self.root.mT, values.double()) + noise.double()
         explained = apply_root(
@@ -292,7 +295,7 @@ class WeightSpaceStrategy:
 
     def project(self, features: TangentFeatures) -> Projection:
         """See test points through the data."""
-        F = triangular_product(features.rows().double(), self._inverse_root, 1)
+        F = triangular_product(features.rows().double(), self._inverse_root)
         per_point = F.unflatten(-2, features.value.shape[-2:])
         return Projection(features, F, True, per_point @ per_point.mT)
 
@@ -317,7 +320,7 @@ class WeightSpaceStrategy:
         t, m = features.value.shape
         if t * m < _MANY_ROWS or self._single_fails:
             return None
-        F = triangular_product(features.to(torch.float32).rows(), self._single, 1)
+        F = triangular_product(features.to(torch.float32).rows(), self._single)
         F = F.unflatten(0, (t, m))
         blocks = (F @ F.mT).double()
         self._single_fails = not _is_close_where_delicate(self, features, blocks)
@@ -347,19 +350,18 @@ class WeightSpaceStrategy:
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Standard normals through the factor of the posterior covariance."""
-        normal = _standard_normal(
+        normal = standard_normal(
             (num_samples, self.num_params), generator, self.cholesky
         )
         return normal @ self._inverse_root.mT
 
 
-def triangular_product(matrix: Tensor, triangular: Tensor, granule: int) -> Tensor:
-    """Product with a block upper triangular matrix, without most of its zeros.
+def triangular_product(matrix: Tensor, triangular: Tensor) -> Tensor:
+    """Product with an upper triangular matrix, without most of its zeros.
 
     Args:
         matrix: ``... x k``.
-        triangular: ``k x k``, zero below its diagonal blocks.
-        granule: Side of those blocks.
+        triangular: ``k x k``, zero below its diagonal.
 
     Returns:
         ``... x k``
@@ -367,7 +369,7 @@ def triangular_product(matrix: Tensor, triangular: Tensor, granule: int) -> Tens
     k = triangular.shape[-1]
     if matrix.shape[:-1].numel() < _MANY_ROWS or k < 64 * _BLOCKS:
         return matrix @ triangular
-    step = -(-k // (_BLOCKS * granule)) * granule
+    step = -(-k // _BLOCKS)
     parts = [
         matrix[..., : start + step] @ triangular[: start + step, start : start + step]
         for start in range(0, k, step)
@@ -482,16 +484,19 @@ def _nothing_cancels(posterior: Tensor, prior: Tensor, dtype: torch.dtype) -> bo
 def _is_close_where_delicate(
     strategy: PredictionStrategy, features: TangentFeatures, blocks: Tensor
 ) -> bool:
-    """Whether rounding spared the points that lost most of their prior variance."""
-    variance = blocks.diagonal(dim1=-2, dim2=-1)
+    """Whether rounding spared the points that lost most of their prior variance.
+
+    Variances of all contrasts between outputs count: blocks are compared in the metric
+    of the exact ones.
+    """
     prior = features.blocks().diagonal(dim1=-2, dim2=-1)
-    kept = (variance / prior).amin(-1)
+    smallest = torch.linalg.eigvalsh(blocks)[..., 0] if blocks.shape[-1] > 1 else None
+    smallest = blocks[:, 0, 0] if smallest is None else smallest
+    kept = smallest / prior.amax(-1)
     rows = kept.topk(min(_DELICATE, len(kept)), largest=False).indices
-    exact = strategy.project(features.take(rows)).blocks.diagonal(dim1=-2, dim2=-1)
-    return bool((variance[rows] / exact - 1).abs().max() < _SINGLE_TOLERANCE)
-
-
-def _standard_normal(
-    shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
-) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    exact = strategy.project(features.take(rows)).blocks
+    root, info = torch.linalg.cholesky_ex(exact)
+    change = torch.linalg.solve_triangular(root, blocks[rows] - exact, upper=False)
+    change = torch.linalg.solve_triangular(root, change.mT, upper=False)
+    error = torch.linalg.matrix_norm(change).amax() + info.amax()
+    return bool(error < _SINGLE_TOLERANCE)

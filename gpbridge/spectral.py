@@ -88,11 +88,16 @@ def gaussian_spectrum(gram: Tensor, targets: Tensor) -> GaussianSpectrum:
 
 
 def gaussian_spectrum_of_rows(rows: Tensor, targets: Tensor) -> GaussianSpectrum:
-    """From the features J themselves, ``n x p`` with p at most n, and targets ``n``.
+    """From the features J themselves, ``n x p``, and targets ``n``.
 
     Orthogonal factors of J, whose singular values are accurate where the eigenvalues of
     its square are not: those lose half the digits.
     """
+    if rows.shape[0] < rows.shape[1]:
+        left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
+        nothing = targets.new_zeros(())
+        squares = (left.mT @ targets).square()
+        return GaussianSpectrum(singular.square(), squares, nothing, len(targets))
     basis, triangle = torch.linalg.qr(rows)
     left, singular, _ = torch.linalg.svd(triangle)
     inside = basis.mT @ targets

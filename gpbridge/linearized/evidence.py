@@ -53,7 +53,7 @@ def evidence(
         prior_variance: One variance per group, float64.
         start: A nearby optimum, for likelihoods that need iterations.
         count_dimension: Whether to compute the effective dimension, which costs as much
-            as the rest; NaN if not.
+            as the rest; else it may be NaN.
 
     Returns:
         The evidence, and the optimum to start from next time.
@@ -140,7 +140,7 @@ def _decompose(problem: TangentProblem) -> GaussianSpectrum:
     if problem.space == "function":
         return gaussian_spectrum(problem.grams()[0], targets)
     rows = problem.rows()
-    if rows is not None and len(rows) >= rows.shape[1]:
+    if rows is not None:
         return gaussian_spectrum_of_rows(rows, targets)
     return gaussian_spectrum_of_weights(
         problem.scatter()[0, 0], problem.matmul, problem.t_matmul, targets

@@ -158,8 +158,8 @@ class TangentProblem:
                         self.X,
                         {n: self.unit_std[n] for n in self.unit_std if n in names},
                     )
+                    .to(torch.float64)  # before the sums, or K loses positivity
                     .gram()
-                    .double()
                     for names in map(set, self.groups)
                 ]
         return self._grams

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from botorch.models import SingleTaskGP
+from gpytorch.constraints import Positive
 from gpytorch.settings import (
     cg_tolerance,
     fast_computations,
@@ -72,6 +73,21 @@ def test_evaluations_from_one_eigendecomposition_are_the_same(space):
             torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
         assert len(slopes) == 2
         torch.testing.assert_close(got, slopes, rtol=1e-6, atol=1e-9)
+
+
+def test_evaluations_keep_their_digits_where_weights_outnumber_data():
+    X = inputs()
+    net = network(width=12)
+    options = {"net": net, "X": X, "Y": targets("gaussian", X)}
+    values = []
+    for space in ("weight", "function"):
+        model = build("gaussian", space, **options)
+        assert model.functional.num_params > len(X)
+        model.likelihood.noise_covar.register_constraint("raw_noise", Positive())
+        model.likelihood.noise = 1e-6
+        values += [model.log_evidence() for _ in range(3)]
+    for value in values:
+        torch.testing.assert_close(value, values[-1], rtol=1e-8, atol=1e-8)
 
 
 @both_spaces
