@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gpbridge.checks import ShapeError, check_choice, check_memory, check_positive
 from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.kernels.buffers import CovarianceBuffers, Stamp
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
@@ -69,7 +70,8 @@ class NeuralTangentKernel(Kernel):
         groups: Weights that share a prior variance: ``"all"``, ``"layer"``,
             ``"tensor"``, or lists of names that together cover all random weights.
         weight_covariance: A ``p x p`` covariance S instead of a diagonal one; the prior
-            variance then multiplies it.
+            variance then multiplies it. Its tensors are shared, as buffers: they are
+            saved and move with the kernel.
         input_shape: Shape of one input, as (c, h, w), for networks on images.
         representation: ``"weight"`` returns low-rank roots, ``"function"`` dense Gram
             matrices, ``"matrix_free"`` products of Jacobians; ``"auto"`` takes the
@@ -124,7 +126,7 @@ class NeuralTangentKernel(Kernel):
         self.representation = representation
         self.method = method
         self.memory_budget = memory_budget
-        self.weight_covariance = None
+        self.covariance_buffers: CovarianceBuffers | None = None
         if weight_covariance is not None:
             self.weight_covariance = _checked_covariance(network, weight_covariance)
         first = next(iter(network.params.values()))
@@ -136,8 +138,19 @@ class NeuralTangentKernel(Kernel):
             prior_variance_constraint = LogTransformedInterval(*VARIANCE_BOUNDS)
         self.register_constraint("raw_prior_variance", prior_variance_constraint)
         self.prior_variance = 1.0
-        self._cache: tuple | None = None  # Gram matrices of one set of inputs
-        self._train: tuple | None = None  # features of one set of inputs
+        self._forget()
+
+    @property
+    def weight_covariance(self) -> LinearOperator | None:
+        """The covariance S of the weights, or None if it is diagonal."""
+        buffers = self.covariance_buffers
+        return None if buffers is None else buffers.operator()
+
+    @weight_covariance.setter
+    def weight_covariance(self, value: LinearOperator | Tensor | None) -> None:
+        if value is not None:
+            value = CovarianceBuffers(_checked_covariance(self.functional, value))
+        self.covariance_buffers = value
 
     @property
     def prior_variance(self) -> Tensor:
@@ -259,6 +272,20 @@ class NeuralTangentKernel(Kernel):
         """Copies and pickles leave the cached Gram matrices behind."""
         return {**self.__dict__, "_cache": None, "_train": None}
 
+    def _apply(self, *args, **kwargs) -> NeuralTangentKernel:
+        """What is kept does not move or change its dtype with the kernel."""
+        super()._apply(*args, **kwargs)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache: tuple | None = None  # Gram matrices of one set of inputs
+        self._train: tuple | None = None  # features of one set of inputs
+
     def _probe(self, x: Tensor) -> None:
         if self.functional._num_outputs is None:
             self.functional.probe(x)
@@ -339,18 +366,22 @@ class NeuralTangentKernel(Kernel):
             with _kept_for_gradients():
                 x = x.clone()
                 kept = list(self._group_features(x))
-            self._train = (self._versions(), x, kept)
+            self._train = (self._stamp(), x, kept)
         return self._train[2]
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.functional.params.values())
+    def _stamp(self) -> Stamp:
+        """Of the weights, all buffers of the network, and their covariance."""
+        tensors = [*self.functional.parameters(), *self.functional.buffers()]
+        if self.covariance_buffers is not None:
+            tensors += self.covariance_buffers.buffers()
+        return Stamp(tensors)
 
     def _seen(self, cache: tuple | None, x: Tensor) -> bool:
         """Whether a cache is of the same values, dtype and weights.
 
         Values are compared: memory can change without a trace, as that of an array.
         """
-        if cache is None or cache[0] != self._versions():
+        if cache is None or cache[0] != self._stamp():
             return False
         return cache[1].dtype == x.dtype and torch.equal(cache[1], x)
 
@@ -370,7 +401,7 @@ class NeuralTangentKernel(Kernel):
             with _kept_for_gradients():
                 x1 = x1.clone()
                 grams = self._form_grams(x1, x1, same=True)
-            self._cache = (self._versions(), x1, grams)
+            self._cache = (self._stamp(), x1, grams)
         return self._cache[2]
 
     def _form_grams(self, x1: Tensor, x2: Tensor, same: bool) -> list[Tensor]:

@@ -436,6 +436,86 @@ def test_kept_features_of_the_second_argument_are_never_stale(representation):
     assert_right()
 
 
+def with_covariance(representation, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(31, 31, dtype=torch.float64, generator=generator)
+    S = root @ root.T / 31
+    options = {"weight_covariance": S, "representation": representation}
+    return NeuralTangentKernel(mlp(), **options), S
+
+
+@pytest.mark.parametrize("representation", ["weight", "function"])
+def test_a_covariance_written_in_place_is_seen(representation):
+    kernel, S = with_covariance(representation)
+    X, Z = points(6), points(4, seed=1)
+    before = [kernel(X).to_dense(), kernel(Z, X).to_dense(), kernel(X, diag=True)]
+    S.mul_(3)
+    after = [kernel(X).to_dense(), kernel(Z, X).to_dense(), kernel(X, diag=True)]
+    for new, old in zip(after, before, strict=True):
+        torch.testing.assert_close(new, 3 * old, **EXACT)
+
+
+@pytest.mark.parametrize("representation", ["weight", "function"])
+def test_a_covariance_is_saved_moved_and_copied_with_the_kernel(representation):
+    kernel, S = with_covariance(representation)
+    twin, other = with_covariance(representation, seed=6)
+    X = points(6)
+    expected = kernel(X).to_dense()
+    assert (twin(X).to_dense() - expected).abs().max() > 0.1
+    twin.load_state_dict(kernel.state_dict())
+    torch.testing.assert_close(twin(X).to_dense(), expected, **EXACT)
+    for copied in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        copied.load_state_dict(twin.state_dict())
+        torch.testing.assert_close(copied(X).to_dense(), expected, **EXACT)
+    kernel.float()
+    assert kernel.weight_covariance.dtype == torch.float32
+    loose = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(kernel(X.float()).to_dense(), expected.float(), **loose)
+
+
+def test_a_structured_covariance_keeps_its_structure_and_a_batch_shares_it():
+    variances = torch.linspace(0.1, 2, 31, dtype=torch.float64)
+    S = DiagLinearOperator(variances)
+    kernel = NeuralTangentKernel(
+        mlp(), weight_covariance=S, batch_shape=torch.Size([2])
+    )
+    assert isinstance(kernel.weight_covariance, DiagLinearOperator)
+    kernel.prior_variance = torch.tensor([[0.5], [2.0]])
+    X = points(5)
+    both = kernel(X).to_dense()
+    torch.testing.assert_close(kernel[1](X).to_dense(), both[1], **EXACT)
+    kernel.weight_covariance = None
+    plain = NeuralTangentKernel(mlp())(X).to_dense()
+    torch.testing.assert_close(kernel(X).to_dense()[0], 0.5 * plain, **EXACT)
+
+
+@pytest.mark.parametrize("representation", ["auto", "weight", "function"])
+def test_weights_that_are_exchanged_are_seen(representation):
+    kernel = NeuralTangentKernel(mlp(), representation=representation)
+    X, Z = points(6), points(4, seed=1)
+    kernel(X).to_dense(), kernel(Z, X).to_dense()
+    for factor in (1.5, 0.5, 2.0):  # freed memory is not taken for what was there
+        for p in kernel.functional.network.parameters():
+            p.data = p.data * factor
+        fresh = NeuralTangentKernel(kernel.functional, representation=representation)
+        torch.testing.assert_close(kernel(X).to_dense(), fresh(X).to_dense(), **EXACT)
+        mine, theirs = kernel(Z, X).to_dense(), fresh(Z, X).to_dense()
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("change", ["move", "load"])
+def test_nothing_is_kept_of_a_kernel_that_moves_or_is_loaded(change):
+    kernel = NeuralTangentKernel(mlp(), representation="function")
+    X = points(6)
+    kernel(X).to_dense(), kernel(points(4, seed=1), X).to_dense()
+    assert kernel._cache is not None and kernel._train is not None
+    if change == "move":
+        kernel.to("cpu")
+    else:
+        kernel.load_state_dict(kernel.state_dict())
+    assert kernel._cache is None and kernel._train is None
+
+
 def test_inputs_are_compared_once_per_call_and_not_with_themselves(monkeypatch):
     calls = []
     plain = torch.equal
