@@ -191,7 +191,6 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.offset = bool(offset and gaussian and not g_prior)
         self.g_prior = g_prior
         self.register_buffer("_train_X", train_X)
-        self.register_buffer("_train_Y", train_Y)
         self.register_buffer("_targets", targets)
         self.likelihood = likelihood
         if input_transform is not None:
@@ -397,7 +396,6 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         conditioned = self._share()
         conditioned._train_X = torch.cat([self._train_X, X])
         conditioned._targets = torch.cat([self._targets, Y])
-        conditioned._train_Y = conditioned._targets
         conditioned._forget()
         return conditioned
 

@@ -90,7 +90,7 @@ class Persistence:
                 "a model with the noise of those rows."
             )
         twin = copy.deepcopy(self)
-        for name in ("_train_X", "_train_Y", "_targets"):
+        for name in ("_train_X", "_targets"):
             setattr(twin, name, getattr(self, name)[rows])
         twin.select = None
         if self.fit_result is not None:

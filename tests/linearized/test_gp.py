@@ -83,6 +83,13 @@ class TestLabels(Contract, unittest.TestCase):
         return model
 
 
+@pytest.mark.parametrize("case", [TestFunctionSpace, TestLabels])
+def test_the_targets_are_kept_once_as_the_likelihood_sees_them(case):
+    model = case().build()
+    own = {name for name, _ in model.named_buffers(recurse=False)}
+    assert own == {"_train_X", "_targets"}
+
+
 # -- defaults -------------------------------------------------------------------------
 
 
