@@ -6,11 +6,15 @@ was expected, what came, and the next thing to try; it is only built when a chec
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from botorch.exceptions.errors import InputDataError
 from torch import Tensor
+
+_INSIDE = ("gpbridge", "botorch", "gpytorch", "linear_operator", "torch", "contextlib")
 
 
 class ShapeError(ValueError):
@@ -23,6 +27,17 @@ class ReliabilityWarning(UserWarning):
 
 class NotConvergedWarning(RuntimeWarning):
     """An iteration stopped at its limit before it reached its tolerance."""
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's that led here, however many calls lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in _INSIDE:
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def check_tensor(**values: Tensor) -> None:

@@ -9,14 +9,13 @@ Next: ``functional`` offers it as a method.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from gpbridge.checks import ShapeError
+from gpbridge.checks import ShapeError, warn_user
 from gpbridge.frozen import FrozenNet, first_line
 from gpbridge.jacobians import jacobian, jvp, looped_jacobian
 from gpbridge.types import Params
@@ -63,15 +62,9 @@ def _probe_values(net: FrozenNet, rows: Tensor) -> int:
     before = {k: v.clone() for k, v in net.network.state_dict().items()}
     with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
         batch = net.input_shape or rows.shape[-1:]
-        try:
-            outputs = net.network(rows.reshape(-1, *batch))
-            again = net.network(rows.reshape(-1, *batch))
-        except RuntimeError as error:
-            elsewhere = rows.device != next(net.network.parameters()).device
-            # Not a subclass: out of memory, or a forward that is not implemented.
-            if type(error) is not RuntimeError or elsewhere:
-                raise
-            raise ShapeError(_misfit(net, rows.reshape(-1, *batch), error)) from error
+        inputs = rows.reshape(-1, *batch)
+        outputs = run_or_explain(net.network, inputs, net.input_shape)
+        again = net.network(inputs)
     after = net.network.state_dict()
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     if changed:
@@ -80,18 +73,7 @@ def _probe_values(net: FrozenNet, rows: Tensor) -> int:
             f"The network changes itself in forward: {changed} moved, in eval mode. "
             "A kernel must be a function of its inputs; remove the update from forward."
         )
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            "The network must return one tensor, but returns "
-            f"{type(outputs).__name__}. Wrap it in a module whose forward picks the "
-            "tensor of outputs."
-        )
-    if outputs.dim() not in (1, 2) or len(outputs) != len(rows):
-        raise ShapeError(
-            f"The network must return ``n x m`` or ``n``, but {len(rows)} rows of "
-            f"{tuple(batch)} gave {tuple(outputs.shape)}. Flatten the output, or pass "
-            "input_shape if inputs have to be unflattened."
-        )
+    num_outputs = check_outputs(outputs, inputs)
     if not torch.isfinite(outputs).all():
         raise ValueError(
             "The network returns NaN or Inf on the first rows. Check its weights and "
@@ -116,13 +98,74 @@ def _probe_values(net: FrozenNet, rows: Tensor) -> int:
             "outputs that depend on their own row only (batch statistics, attention or "
             "pooling over the batch do not)."
         )
+    return num_outputs
+
+
+def run_or_explain(
+    network: nn.Module, inputs: Tensor, input_shape: Sequence[int] | None = None
+) -> Tensor:
+    """Run a network, and say which widths may disagree where it fails.
+
+    Args:
+        network: The network.
+        inputs: ``n x d``, or ``n x input_shape``.
+        input_shape: Shape that rows of ``d`` columns were given, or None.
+
+    Returns:
+        Whatever the network returns.
+
+    Raises:
+        ShapeError: If the forward pass fails.
+        RuntimeError: If the failure says more: out of memory, not implemented, weights
+            on another device.
+    """
+    try:
+        return network(inputs)
+    except RuntimeError as error:
+        first = next(network.parameters(), inputs)
+        if type(error) is not RuntimeError or inputs.device != first.device:
+            raise
+        raise ShapeError(_misfit(network, inputs, input_shape, error)) from error
+
+
+def check_outputs(outputs: object, inputs: Tensor) -> int:
+    """Require one row of outputs per row of inputs.
+
+    Args:
+        outputs: What the network returned.
+        inputs: What it was given, ``n x ...``.
+
+    Returns:
+        The number of outputs m.
+
+    Raises:
+        TypeError: If it is not one tensor.
+        ShapeError: If it is neither ``n x m`` nor ``n``.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            "The network must return one tensor, but returns "
+            f"{type(outputs).__name__}. Wrap it in a module whose forward picks the "
+            "tensor of outputs."
+        )
+    if outputs.dim() not in (1, 2) or len(outputs) != len(inputs):
+        raise ShapeError(
+            f"The network must return ``n x m`` or ``n``, but {len(inputs)} rows of "
+            f"{tuple(inputs.shape[1:])} gave {tuple(outputs.shape)}. Flatten the "
+            "output, or pass input_shape if inputs have to be unflattened."
+        )
     return 1 if outputs.dim() == 1 else outputs.shape[1]
 
 
-def _misfit(net: FrozenNet, inputs: Tensor, error: RuntimeError) -> str:
-    """Say which widths may disagree where a forward pass fails."""
-    shape = "" if net.input_shape is None else f", unflattened to {net.input_shape}"
-    expected = _expected_width(net.network, inputs)
+def _misfit(
+    network: nn.Module,
+    inputs: Tensor,
+    input_shape: Sequence[int] | None,
+    error: RuntimeError,
+) -> str:
+    """What the network was given and what its layers take."""
+    shape = "" if input_shape is None else f", unflattened to {tuple(input_shape)}"
+    expected = _expected_width(network, inputs)
     return (
         f"The network fails on an X of {inputs[0].numel()} columns{shape}: "
         f"{first_line(error).rstrip('.')}. {expected}Pass the columns that the network "
@@ -215,10 +258,9 @@ def _probe_derivative(net: FrozenNet, rows: Tensor) -> None:
                 "units?), so it has no tangent. Return the differentiable output."
             )
     if unused:
-        warnings.warn(
+        warn_user(
             f"The output does not reach the weights {unused}; they do not contribute "
-            "to the kernel. Exclude them with parameters=, or check forward.",
-            stacklevel=5,
+            "to the kernel. Exclude them with parameters=, or check forward."
         )
 
 
@@ -257,11 +299,10 @@ def _probe_tracing(net: FrozenNet, row: Tensor) -> None:
     # Data-dependent control flow, an autograd.Function without a vmap rule: it still
     # works one point at a time.
     net.vectorized = False
-    warnings.warn(
+    warn_user(
         "torch.func cannot vectorise this network, so Jacobians are computed one "
         f"point at a time, which is slow: {problem} Avoid data-dependent control flow; "
-        "give a custom autograd.Function setup_context and generate_vmap_rule.",
-        stacklevel=5,
+        "give a custom autograd.Function setup_context and generate_vmap_rule."
     )
 
 

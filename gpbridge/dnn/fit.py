@@ -147,7 +147,7 @@ def fit_map(
     own = copy_without_hooks(network)
     X = shaped(train_X, input_shape)
     with isolated_randomness(generator, train_X.device):
-        num_outputs = probe_outputs(own, X)
+        num_outputs = probe_outputs(own, X, input_shape)
         objective = objective_for(
             likelihood, train_Y, num_outputs, len(X), train_X.dtype
         )

@@ -22,6 +22,7 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.data import holdout_rows
+from gpbridge.probe import check_outputs, run_or_explain
 
 WeightDecay = Callable[[int, nn.Module, Tensor, Tensor], float]
 
@@ -136,26 +137,10 @@ def shaped(X: Tensor, input_shape: Sequence[int] | None) -> Tensor:
     return X.reshape(len(X), *input_shape)
 
 
-def probe_outputs(network: nn.Module, X: Tensor) -> int:
+def probe_outputs(
+    network: nn.Module, X: Tensor, input_shape: Sequence[int] | None
+) -> int:
     """Run two rows through the network and return its number of outputs."""
-    rows = X[:2]
-    try:
-        with torch.no_grad():
-            outputs = network(rows)
-    except Exception as error:
-        raise ShapeError(
-            f"The network fails on inputs of shape {tuple(rows.shape)}: {error} Do the "
-            "columns of train_X match its first layer? Images as rows of ``d`` columns "
-            "need input_shape=(c, h, w)."
-        ) from error
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            "The network must return one tensor, but returns "
-            f"{type(outputs).__name__}. Wrap it in a module that picks one tensor."
-        )
-    if outputs.dim() not in (1, 2) or len(outputs) != len(rows):
-        raise ShapeError(
-            f"The network must return ``n x m`` or ``n``, but {len(rows)} rows gave "
-            f"{tuple(outputs.shape)}. Flatten its output to one row per input."
-        )
-    return 1 if outputs.dim() == 1 else outputs.shape[1]
+    with torch.no_grad():
+        outputs = run_or_explain(network, X[:2], input_shape)
+    return check_outputs(outputs, X[:2])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +34,7 @@ from gpbridge.checks import (
     check_not_empty,
     check_positive,
     check_same_length,
+    warn_user,
 )
 from gpbridge.kernels.deep import DeepKernel, parameter_groups
 from gpbridge.kernels.matern import dimension_scaled_matern
@@ -246,13 +246,11 @@ def fit_deep_kernel(
     model.load_state_dict(best.state)
     noise_variance = best.score.noise_variance
     if noise_variance > FAR_BELOW * best.learnt:
-        warnings.warn(
+        warn_user(
             f"The marginal likelihood learnt a noise variance of {best.learnt:.2g}, "
             f"but validation data support {noise_variance:.2g} (in units of the "
             "variance of the targets): the features overfit. The larger one is used. A "
             "smaller network, spectral_norm or freeze=True would overfit less.",
-            UserWarning,
-            stacklevel=2,
         )
     model.likelihood.noise = noise_variance
     fitted = SingleTaskGP(
@@ -312,11 +310,10 @@ def _train(
             optimizer.step()
             now = check(epoch) if epoch % check_every == 0 else None
         except (NotPSDError, NanError) as error:
-            warnings.warn(
+            warn_user(
                 f"Training the deep kernel broke down at epoch {epoch} ({error}); the "
                 f"state of epoch {best.epoch} is kept. Lower network_learning_rate.",
                 NotConvergedWarning,
-                stacklevel=3,
             )
             return best, history
         if now is None:
@@ -329,11 +326,10 @@ def _train(
         if since >= patience:
             return best, history
     if since == 0 and best is not initial:
-        warnings.warn(
+        warn_user(
             f"The validation score still improved at epoch {best.epoch}, the last. "
             "Raise max_epochs.",
             NotConvergedWarning,
-            stacklevel=3,
         )
     return best, history
 

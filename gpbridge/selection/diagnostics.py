@@ -6,12 +6,11 @@ thresholds, and warnings that name a remedy. Next: ``evidence`` calls this.
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 
-from gpbridge.checks import ReliabilityWarning
+from gpbridge.checks import ReliabilityWarning, warn_user
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.mode import find_mode
 from gpbridge.types import Evidence
@@ -75,7 +74,7 @@ def diagnose(model: LinearizedGP, result: Evidence, warn: bool = True) -> Diagno
     )
     if warn:
         for message in _messages(model, found):
-            warnings.warn(message, ReliabilityWarning, stacklevel=4)
+            warn_user(message, ReliabilityWarning)
     return found
 
 

@@ -31,6 +31,7 @@ from gpbridge.checks import (
     check_inputs,
     check_not_empty,
     check_same_length,
+    warn_user,
 )
 from gpbridge.kernels.matern import dimension_scaled_matern
 from gpbridge.models import NetworkKernelGP
@@ -141,10 +142,9 @@ def multi_start(
         record = _run(mll, fit, score)
         records.append(record)
         if record.state is None:
-            warnings.warn(
+            warn_user(
                 f"Start {number} of {len(starts)} failed: {record.message}",
                 NotConvergedWarning,
-                stacklevel=2,
             )
     best = max(records, key=lambda record: record.objective)
     if best.state is None:
@@ -157,11 +157,10 @@ def multi_start(
     model.load_state_dict(best.state)
     mll.eval()
     if not best.converged:
-        warnings.warn(
+        warn_user(
             f"The best of {len(starts)} starts did not converge: {best.message} Its "
             "objective may still rise; fit again from its state.",
             NotConvergedWarning,
-            stacklevel=2,
         )
     return records
 

@@ -513,7 +513,7 @@ UNKNOWN = gpytorch.likelihoods.BetaLikelihood()
         ((mlp(m=2), X, INTEGERS + 1), InputDataError, "must lie in 0 .. 1"),
         ((mlp(), X, Y, LogisticLikelihood()), InputDataError, "must hold 0 and 1"),
         ((mlp(), X, Y, UNKNOWN), NotImplementedError, "no rule for BetaLikelihood"),
-        ((mlp(d=3), X, Y), ShapeError, r"fails on inputs of shape \(2, 2\): .*3x8"),
+        ((mlp(d=3), X, Y), ShapeError, "fails on an X of 2 columns: .*3x8.* takes"),
         ((Broken(lambda f: (f, f)), X, Y), TypeError, "returns tuple. Wrap it"),
         ((Broken(lambda f: f[None]), X, Y), ShapeError, r"2 rows gave \(1, 2, 1\)"),
         ((mlp().requires_grad_(False), X, Y), ValueError, "has nothing to train"),
@@ -596,3 +596,25 @@ def test_a_network_that_keeps_graph_tensors_cannot_be_copied():
     network.cache = network(X)
     with pytest.raises(ValueError, match="cannot be copied: .* Detach them"):
         fit_map(network, X, Y, **QUICK)
+
+
+class Fails(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.layer, self.error = nn.Linear(2, 1).double(), error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        NotImplementedError("no forward"),
+        KeyError("key"),
+    ],
+)
+def test_an_error_of_the_network_keeps_its_own_name(error):
+    with pytest.raises(type(error)):
+        fit_map(Fails(error), *regression(), **QUICK)
