@@ -36,7 +36,8 @@ class NewData(NamedTuple):
 
     X: Tensor  # batch x n' x d, as the user passed them until they are used
     Y: Tensor  # batch' x n' x m
-    noise: Tensor  # batch x n' x m x m
+    noise: Tensor  # batch x n' x m x m, float64; zero where it is the likelihood's
+    own_noise: Tensor  # n', whether it is the likelihood's, read when it is used
 
 
 class Update(NamedTuple):
@@ -70,8 +71,7 @@ def join(old: NewData | None, new: NewData) -> NewData:
     if old is None:
         return new
     joined = []
-    for a, b in zip(old, new, strict=True):
-        trailing = 3 if a is old.noise else 2
+    for a, b, trailing in zip(old, new, (2, 2, 3, 1), strict=True):
         batch = torch.broadcast_shapes(a.shape[:-trailing], b.shape[:-trailing])
         a = a.expand(*batch, *a.shape[-trailing:])
         b = b.expand(*batch, *b.shape[-trailing:])

@@ -73,10 +73,15 @@ def freeze_network(
                 f"The network is on {', '.join(map(str, devices))}, but train_X is on "
                 f"{X.device}. Move one of them with .to(...)."
             )
-    dtype = inference.jacobian_dtype
-    if dtype is None:
-        dtype = torch.float64 if X.device.type == "cpu" else X.dtype
-    return FunctionalNet(network, parameters, input_shape).to(dtype)
+    net = FunctionalNet(network, parameters, input_shape)
+    return net.to(working_dtype(inference, X))
+
+
+def working_dtype(inference: Exact, X: Tensor) -> torch.dtype:
+    """The dtype of network and Jacobians for data like X, where none was asked for."""
+    if inference.jacobian_dtype is not None:
+        return inference.jacobian_dtype
+    return torch.float64 if X.device.type == "cpu" else X.dtype
 
 
 def fixed_inputs(transform: InputTransform | None, X: Tensor) -> Tensor:

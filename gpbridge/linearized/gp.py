@@ -66,7 +66,7 @@ from gpbridge.linearized.construction import (
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import prior_mean
-from gpbridge.linearized.noise import known_noise
+from gpbridge.linearized.noise import check_no_noise, known_noise
 from gpbridge.linearized.outcomes import (
     label_distribution,
     latent_distribution,
@@ -210,6 +210,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         if gaussian:
             self._apply_noise_option(targets - outputs.to(targets))
         else:
+            check_no_noise(noise, likelihood)
             warn_if_logits(likelihood, outputs.to(Z), targets)
         self.fitted: str | None = None
         self.calibration: Calibration | None = None
@@ -260,7 +261,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ShapeError: If the rows of the training run are not rows of the data.
         """
         noise, select = defaults_after_training(
-            fit_result, likelihood, noise, select, rows, options
+            fit_result, train_Y, likelihood, noise, select, rows, options
         )
         fit_result, train_X, train_Y = data_after_training(
             fit_result, train_X, train_Y, rows
@@ -366,6 +367,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         """
         self._check_new_inputs(X)
         if not is_gaussian(self.likelihood):
+            if noise is not None:
+                raise ValueError(
+                    "noise is for Gaussian observations, but came with "
+                    f"{type(self.likelihood).__name__}. Leave it out."
+                )
             return self._with_labels(X, Y)
         check_observations(X, Y, self.num_outputs)
         if noise is None and isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
@@ -376,8 +382,12 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             )
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=self.transform_inputs(X))
-        blocks = self._noise_at(Y.double(), True if noise is None else noise)
-        new = join(self._new, NewData(X, Y, blocks))
+        if noise is None:
+            blocks = Y.double().new_zeros(*Y.shape, Y.shape[-1])
+        else:
+            blocks = self._noise_at(Y.double(), noise)
+        own = torch.full(Y.shape[-2:-1], noise is None, device=Y.device)
+        new = join(self._new, NewData(X, Y, blocks, own))
         self._conditioned()  # factorised here, for all models that share the factors
         conditioned = self._share()
         conditioned._new = new
@@ -532,8 +542,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
         The only rule measured to be safe for classification: a joint choice by held-out
         NLL, adopted if better than the network's own probabilities by one standard
-        error. Afterwards ``predict`` uses the pairwise link; else it is unchanged and a
-        warning gives the numbers.
+        error. Afterwards ``predict`` uses the pairwise link; else the model is
+        unchanged, an earlier calibration included, and a warning gives the numbers.
 
         Args:
             X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
@@ -547,7 +557,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         Raises:
             TypeError: If the model is a regression.
             ValueError: If the mean is not the network's output, there are several
-                prior groups, or this model was conditioned on all of these rows.
+                prior groups, or this model was conditioned on most of these rows.
         """
         check_calibratable(self.likelihood, self.mean)
         self._check_new_inputs(X_val, "X_val")
@@ -558,13 +568,13 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        self.calibration = find_calibration(self.problem, Z, labels)
-        if self.calibration is not None:
-            self.fitted = "calibrate"
-            if self.calibration.prior_variance > 0:
+        found = find_calibration(self.problem, Z, labels)
+        if found is not None:
+            self.calibration, self.fitted = found, "calibrate"
+            if found.prior_variance > 0:
                 bounds = self.covar_module.raw_prior_variance_constraint
-                self.prior_variance = calibrated_variance(self.calibration, bounds)
-        return self.calibration
+                self.prior_variance = calibrated_variance(found, bounds)
+        return found
 
     @property
     @ordinary_tensors()
@@ -576,10 +586,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         """
         if is_gaussian(self.likelihood):
             raise TypeError("train_gap is for classification.")
-        key = self._key()
+        problem, key = self.problem, self._key()  # in this order: it may forget
         if self._gap is None or self._gap[0] != key:
             moments = self.marginals(self._train_X)
-            self._gap = (key, training_gap(self.problem, *moments))
+            self._gap = (key, training_gap(problem, *moments))
         return self._gap[1]
 
     # -- evidence and draws ----------------------------------------------------------
@@ -641,7 +651,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         update, base = self._updated(), self._conditioned()
         return TangentDraws(
             self.functional,
-            base.draw(num_samples, generator, update, self._new),
+            base.draw(num_samples, generator, update, self._observed()),
             1.0 if base.adds_network else 0.0,
             self.transform_inputs,
             self._untransform,

@@ -9,7 +9,6 @@ covariances of observations. Next: ``gp`` sets the ones and adds the others.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +21,7 @@ from gpytorch.likelihoods import (
 )
 from torch import Tensor
 
-from gpbridge.checks import check_choice, check_positive
+from gpbridge.checks import check_choice, check_positive, warn_user
 from gpbridge.functional import Parameters
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.types import FitResult
@@ -72,11 +71,10 @@ def initial_noise(
                 "variance."
             )
         if parameters == "last_layer":
-            warnings.warn(
+            warn_user(
                 "parameters='last_layer' with a learnt noise is overconfident: the "
                 "features were fitted to the same targets. Pass noise='validation' "
-                "with LinearizedGP.from_fit, or a variance.",
-                stacklevel=4,
+                "with LinearizedGP.from_fit, or a variance."
             )
         return None
     if noise == "validation":
@@ -90,15 +88,39 @@ def initial_noise(
     if noise == "fit_residual":
         if fit_result is not None and fit_result.residual_variance is not None:
             return fit_result.residual_variance
-        warnings.warn(
+        warn_user(
             "noise='fit_residual' without a fit result takes the residuals of all "
             "rows, which are too small if the network was trained on them for long. "
-            "Use LinearizedGP.from_fit.",
-            stacklevel=4,
+            "Use LinearizedGP.from_fit."
         )
         return misfit.square().mean(0)
     check_positive(noise=noise)
     return torch.as_tensor(noise).to(misfit).expand(misfit.shape[-1])
+
+
+def check_no_noise(noise: str | float, likelihood: Likelihood) -> None:
+    """Require the option's default under labels, which have no noise variance."""
+    if noise != "learn":
+        raise ValueError(
+            f"noise is for regression, but came as {noise!r} with "
+            f"{type(likelihood).__name__}. Leave noise out."
+        )
+
+
+def check_noise_is_known(likelihood: Likelihood, mean: str) -> None:
+    """Require a noise that is not learnt around the network's output.
+
+    Raises:
+        ValueError: If the evidence would learn it.
+    """
+    free = [name for name, p in likelihood.named_parameters() if p.requires_grad]
+    if mean == "network" and is_gaussian(likelihood) and free:
+        raise ValueError(
+            f"mean='network' cannot learn its noise, but {', '.join(free)} of the "
+            "likelihood would be learnt, as the linear model's residuals are smaller "
+            "than the network's. Call model.use_mean('network', 'fit_residual') or "
+            "with a variance, or model.use_mean('linear_model', 'learn')."
+        )
 
 
 def set_noise(likelihood: Likelihood, variance: Tensor) -> None:

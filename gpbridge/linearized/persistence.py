@@ -16,8 +16,10 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from torch import Tensor, nn
 
 from gpbridge.linearized.calibration import Calibration
-from gpbridge.linearized.state import CACHES
-from gpbridge.linearized.training_run import restricted
+from gpbridge.linearized.conditioning import NewData
+from gpbridge.linearized.construction import working_dtype
+from gpbridge.linearized.state import CACHES, MOVED, SAVED
+from gpbridge.linearized.training_run import restricted, row_numbers
 
 
 class Persistence:
@@ -32,13 +34,64 @@ class Persistence:
         return self
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        keep_transforms: bool = True,
+        assign: bool = False,
     ):
-        """Load network, data and hyperparameters; transforms are part of the state."""
-        return nn.Module.load_state_dict(self, state_dict, strict=strict)
+        """Load network, data and hyperparameters.
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+        Args:
+            state_dict: The state of a model with data and network of these shapes.
+            strict: Whether all keys must be there, and no others.
+            keep_transforms: As in botorch's models, where it says what becomes of the
+                data. Without effect: here data and transforms are both loaded.
+            assign: Whether to take over the tensors instead of their values.
+
+        Returns:
+            Missing and unexpected keys.
+        """
+        return nn.Module.load_state_dict(self, state_dict, strict, assign)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in MOVED:
+            kept = getattr(self, name)
+            for field, value in () if kept is None else kept._asdict().items():
+                value = value if keep_vars else value.detach()
+                destination[f"{prefix}{name}.{field}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        names = [f"{prefix}_new.{field}" for field in NewData._fields]
+        unexpected_keys[:] = [k for k in unexpected_keys if k not in names]
+        if all(name in state_dict for name in names):
+            like = self._train_X
+            new = (state_dict[name].detach().clone().to(like.device) for name in names)
+            new = NewData(*new)
+            self._new = new._replace(X=new.X.to(like), Y=new.Y.to(like))
+        elif f"{prefix}_train_X" in state_dict:  # of a model without further data
+            self._new = None
         self._forget()
 
     def get_extra_state(self) -> Tensor:
@@ -46,19 +99,36 @@ class Persistence:
 
         As a tensor, since botorch's optimisers detach and clone whatever is in there.
         """
-        calibration = None if self.calibration is None else tuple(self.calibration)
-        state = {"mean": self.mean, "fitted": self.fitted, "calibration": calibration}
+        state = {name: getattr(self, name) for name in SAVED}
+        if not isinstance(self.noise, str | float):
+            state["noise"] = torch.as_tensor(self.noise).tolist()
+        named = self.likelihood.named_parameters()
+        state["fixed"] = [name for name, p in named if not p.requires_grad]
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore them."""
-        state = json.loads(bytes(state.tolist()))
-        self.mean, self.fitted = state["mean"], state["fitted"]
-        kept = state["calibration"]
-        self.calibration = None if kept is None else Calibration(*kept)
+        values = json.loads(bytes(state.tolist()))
+        fixed = values.pop("fixed")
+        if values["calibration"] is not None:
+            values["calibration"] = Calibration(*values["calibration"])
+        if isinstance(values["noise"], list):
+            values["noise"] = torch.tensor(values["noise"], dtype=torch.float64)
+        for name in SAVED:
+            setattr(self, name, values[name])
+        for name, parameter in self.likelihood.named_parameters():
+            parameter.requires_grad_(name not in fixed)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
         super()._apply(fn, *args, **kwargs)
+        for name in MOVED:
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, type(kept)(*map(fn, kept)))
+        # The precision of Jacobians is an option, not that of the data.
+        dtype = working_dtype(self.inference, self._train_X)
+        if self.functional.dtype != dtype:
+            self.covar_module.to(dtype)
         self._forget()
         return self
 
@@ -79,11 +149,18 @@ class Persistence:
         """An independent model with the same options on some of the training rows.
 
         Args:
-            rows: Row numbers.
+            rows: Row numbers, or a mask of all rows.
 
         Returns:
-            The model, with a likelihood of its own and nothing to select.
+            The model, with a likelihood of its own and nothing to select, at these
+            hyperparameters, which were not fitted to its rows.
+
+        Raises:
+            NotImplementedError: If the noise is fixed per point, or the model was
+                conditioned on further observations.
         """
+        self.check_all_data_is_training_data("A row number of subset_rows")
+        rows = row_numbers(rows, len(self._train_X)).to(self._train_X.device)
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             raise NotImplementedError(
                 "Rows of a model with fixed noise per point cannot be taken out. Build "
@@ -92,7 +169,7 @@ class Persistence:
         twin = copy.deepcopy(self)
         for name in ("_train_X", "_targets"):
             setattr(twin, name, getattr(self, name)[rows])
-        twin.select = None
+        twin.select = twin.fitted = twin.calibration = None
         if self.fit_result is not None:
             twin.fit_result = restricted(self.fit_result, rows, len(self._train_X))
         return twin

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
+from gpytorch.means import Mean
 from torch import Size, Tensor
 
 from gpbridge.checks import (
@@ -21,10 +22,10 @@ from gpbridge.checks import (
     check_same_dtype,
     check_tensor,
 )
-from gpbridge.functional import FunctionalNet
+from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
-from gpbridge.linearized.calibration import TrainGap
+from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mode import Mode
@@ -36,8 +37,17 @@ from gpbridge.linearized.noise import (
 )
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.types import FitResult
 
-CACHES = ("_problem", "_posterior", "_update", "_mode", "_gap")
+# Every attribute that is no module, parameter or buffer, by what becomes of it.
+BUILT_WITH = (
+    *("inference", "select", "offset", "g_prior", "parameters_option"),
+    *("fit_result", "_num_outputs"),
+)
+FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
+SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
+MOVED = ("_new",)  # and saved, as tensors
+CACHES = ("_problem", "_built_from", "_posterior", "_update", "_mode", "_gap")
 
 
 @contextmanager
@@ -56,18 +66,40 @@ def ordinary_tensors() -> Iterator[None]:
 class TangentState:
     """Data, hyperparameters and caches of a linearised GP, beside botorch's model."""
 
+    # Modules and buffers, which torch copies, saves and moves.
     likelihood: Likelihood
     covar_module: NeuralTangentKernel
-    inference: Exact
-    mean: str
-    offset: bool
-    output_indices: list[int] | None  # of the outputs, those that are seen
-    _num_outputs: int  # of the network
+    mean_module: Mean
     _train_X: Tensor  # n x d, untransformed
     _targets: Tensor  # transformed, in the likelihood's form
+
+    # BUILT_WITH: whoever loads a state builds the model with the same.
+    inference: Exact
+    select: str | None
+    offset: bool
+    g_prior: bool
+    parameters_option: Parameters
+    fit_result: FitResult | None
+    _num_outputs: int  # of the network
+
+    # FOUND: there once fit_evidence has run.
+    diagnostics: tuple
+    validation_nll: dict[str, float]
+
+    # SAVED: part of the state_dict as plain values.
+    mean: str
+    noise: str | float | Tensor
+    fitted: str | None  # what fitted the hyperparameters
+    calibration: Calibration | None
+    output_indices: list[int] | None  # of the outputs, those that are seen
+    _froze_noise: bool  # whether the option noise fixed the likelihood's
+
+    # MOVED: tensors outside of torch's own lists.
     _new: NewData | None  # conditioned on since
 
+    # CACHES: computed anew where they are missing or out of date.
     _problem: TangentProblem | None
+    _built_from: tuple | None  # what the problem does not read at every call
     _posterior: tuple[tuple, TangentPosterior] | None  # beside what it depends on
     _update: Update | None
     _mode: Mode | None  # where the next evidence starts
@@ -168,6 +200,7 @@ class TangentState:
                 "Build a LinearizedGP on all data."
             )
 
+    @ordinary_tensors()
     def use_mean(self, mean: str, noise: str | float) -> None:
         """Change mean and noise together, as in the constructor (Gaussian noise)."""
         check_choice("mean", mean, ("linear_model", "network"))
@@ -196,9 +229,27 @@ class TangentState:
         for cache in CACHES:
             setattr(self, cache, None)
 
+    def _ingredients(self) -> tuple:
+        """What a problem is built from; values of hyperparameters are in ``_key``."""
+        weights = self.functional.state_dict(keep_vars=True).values()
+        versions = [
+            (id(w), w.data_ptr(), 0 if w.is_inference() else w._version)
+            for w in weights
+            if isinstance(w, Tensor)
+        ]
+        groups = self.covar_module.groups
+        return (self.likelihood, self.offset, self.inference, groups, versions)
+
     @property
+    @ordinary_tensors()
     def problem(self) -> TangentProblem:
-        """The linear model with its caches at unit prior variance."""
+        """The linear model with its caches at unit prior variance.
+
+        Made anew where the likelihood, an option or the network was replaced.
+        """
+        ingredients = self._ingredients()
+        if self._problem is not None and self._built_from != ingredients:
+            self._forget()
         if self._problem is None:
             with torch.no_grad():
                 Z = self.transform_inputs(self._train_X)
@@ -213,6 +264,7 @@ class TangentState:
                 self.offset,
                 self.inference,
             )
+            self._built_from = ingredients
         return self._problem
 
     def _key(self) -> tuple:
@@ -221,29 +273,42 @@ class TangentState:
             noise.append(self.likelihood.noise_covar.noise.flatten().tolist())
         return (self.prior_variance.detach().tolist(), noise, self.mean)
 
+    @ordinary_tensors()
     def _conditioned(self) -> TangentPosterior:
         """The posterior, kept as long as no hyperparameter changes its value.
 
         Values are compared, not tensor versions: gpytorch's ``initialize`` writes to
         ``.data``.
         """
-        key = self._key()
+        problem, key = self.problem, self._key()  # in this order: it may forget
         if self._posterior is None or self._posterior[0] != key:
-            made = TangentPosterior(
-                self.problem, self.prior_variance.detach(), self.mean
-            )
+            made = TangentPosterior(problem, self.prior_variance.detach(), self.mean)
             self._posterior, self._update = (key, made), None
         return self._posterior[1]
+
+    def _observed(self) -> NewData | None:
+        """Further observations, with the likelihood's noise as it is now."""
+        new = self._new
+        if new is None or not new.own_noise.any():
+            return new
+        own = self._noise_at(new.Y.double())
+        mask = new.own_noise[:, None, None]
+        return new._replace(noise=torch.where(mask, own, new.noise.double()))
 
     def _updated(self) -> Update | None:
         base, kept = self._conditioned(), self._update
         if self._new is None:
             return None
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in self._new)
-        if kept is None or (wanted and not kept.innovation.requires_grad):
-            new = self._new._replace(X=self.transform_inputs(self._new.X))
-            self._update = base.update(new, self.output_indices)
-        return self._update
+        if kept is not None and not wanted:
+            return kept
+        new = self._observed()
+        update = base.update(
+            new._replace(X=self.transform_inputs(new.X)), self.output_indices
+        )
+        if not update.innovation.requires_grad:  # a graph serves one backward pass
+            self._update = update
+        return update
 
     def _joint(self, Z: Tensor) -> tuple[Tensor, Tensor]:
         update = self._updated()

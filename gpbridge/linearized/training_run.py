@@ -21,6 +21,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
+from gpbridge.likelihoods import is_gaussian
 from gpbridge.types import FitResult
 
 
@@ -73,6 +74,7 @@ def restricted(fit_result: FitResult, rows: Tensor, num_rows: int) -> FitResult:
 
 def defaults_after_training(
     fit_result: FitResult,
+    train_Y: Tensor,
     likelihood: Likelihood | None,
     noise: str | float | None,
     select: str | None,
@@ -83,6 +85,7 @@ def defaults_after_training(
 
     Args:
         fit_result: The training run.
+        train_Y: All targets; labels have no noise to choose.
         likelihood: The user's, or None.
         noise: The option, None for the default.
         select: The option, ``"auto"`` for the default.
@@ -99,10 +102,12 @@ def defaults_after_training(
     has_validation = len(fit_result.validation_rows) > 0
     if noise is None:
         noise = "learn"
-        if options.get("mean") == "network":
-            noise = "fit_residual"
-        elif options.get("parameters", "all") == "last_layer" and has_validation:
-            noise = "validation"
+        if not _observes_labels(likelihood, train_Y, fit_result):
+            last_layer = options.get("parameters", "all") == "last_layer"
+            if options.get("mean") == "network":
+                noise = "fit_residual"
+            elif last_layer and has_validation:
+                noise = "validation"
     if select == "auto":
         free = noise == "learn" and options.get("mean", "auto") == "auto"
         regression = fit_result.validation_variance is not None and rows == "all"
@@ -119,3 +124,45 @@ def defaults_after_training(
             "Train with validation_fraction=0.1, or pass select=None."
         )
     return noise, select
+
+
+def _observes_labels(
+    likelihood: Likelihood | None, train_Y: Tensor, fit_result: FitResult
+) -> bool:
+    """Whether a model after a training run is a classifier."""
+    check_tensor(train_Y=train_Y)
+    if likelihood is not None:
+        return not is_gaussian(likelihood)
+    if fit_result.residual_variance is None and train_Y.is_floating_point():
+        return bool(((train_Y == 0) | (train_Y == 1)).all())
+    return not train_Y.is_floating_point()
+
+
+def row_numbers(rows: Tensor, num_rows: int) -> Tensor:
+    """Numbers of the rows that a vector of numbers or a mask names.
+
+    Raises:
+        TypeError: If it is neither.
+        ShapeError: If it has another shape.
+        ValueError: If it names no row, or one that is not there.
+    """
+    check_tensor(rows=rows)
+    if rows.is_floating_point() or rows.is_complex():
+        raise TypeError(
+            f"rows must be row numbers or a mask, but is of {rows.dtype}. Try "
+            "rows.long()."
+        )
+    mask = rows.dtype == torch.bool
+    if rows.dim() != 1 or (mask and len(rows) != num_rows):
+        raise ShapeError(
+            f"rows must be a vector of row numbers, or a mask of {num_rows} rows, but "
+            f"has shape {tuple(rows.shape)} and {rows.dtype}."
+        )
+    numbers = rows.nonzero().flatten() if mask else rows.long()
+    if not len(numbers) or not bool(((numbers >= 0) & (numbers < num_rows)).all()):
+        raise ValueError(
+            f"rows must name rows in 0 .. {num_rows - 1}, at least one, but are "
+            f"{len(numbers)} between {min(numbers.tolist(), default=None)} and "
+            f"{max(numbers.tolist(), default=None)}."
+        )
+    return numbers

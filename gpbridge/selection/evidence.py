@@ -28,6 +28,7 @@ from gpbridge.linearized.evidence import (
     spectral_evidence,
 )
 from gpbridge.linearized.gp import LinearizedGP
+from gpbridge.linearized.noise import check_noise_is_known
 from gpbridge.metrics import gaussian_nll
 from gpbridge.selection.diagnostics import diagnose
 from gpbridge.selection.mll import LaplaceEvidence
@@ -62,6 +63,7 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
 
     Raises:
         TypeError: If the model is another.
+        ValueError: If the mean is the network's output and the noise would be learnt.
         MemoryError: If the exact evidence needs more than the memory budget.
         NotImplementedError: If the model was conditioned on further observations.
     """
@@ -75,6 +77,7 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
     model.problem.check_size("Learning hyperparameters by the exact evidence")
     if model.select == "validation":
         _select(model)
+    check_noise_is_known(model.likelihood, model.mean)
     _search(model)
     model.fitted = "evidence"
     model.calibration = None  # it belonged to another prior variance

@@ -10,6 +10,7 @@ from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.checks import ShapeError
+from gpbridge.linearized.calibration import check_held_out
 from gpbridge.linearized.predictive import (
     choose_calibration,
     probabilities,
@@ -231,3 +232,21 @@ def test_regressions_and_groups_and_bad_labels_are_refused():
         model.calibrate(X.float(), Y)
     with pytest.raises(ValueError, match="link must be one of 'plugin', 'pairwise'"):
         model.predict(X, link="mean_field")
+
+
+def test_a_calibration_that_is_not_adopted_leaves_the_earlier_one():
+    net, model, X_val, Y_val = overconfident_model()
+    first = model.calibrate(X_val, Y_val)
+    assert first is not None
+    expected = model.predict(X_val).probs
+    with pytest.warns(UserWarning, match="calibrate keeps"):
+        assert model.calibrate(X_val[:1], Y_val[:1]) is None
+    assert model.calibration == first and "fitted by calibrate" in repr(model)
+    torch.testing.assert_close(model.predict(X_val).probs, expected, rtol=0, atol=0)
+
+
+def test_minus_zero_is_the_same_row_as_zero():
+    X, Y = torch.zeros(2, 2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="All 2 rows of X_val"):
+        check_held_out(-X, Y, X, Y)
+    check_held_out(X, Y + 1, X[:1], Y[:1])

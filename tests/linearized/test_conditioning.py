@@ -283,7 +283,66 @@ def test_observations_of_the_wrong_kind_are_refused():
         fixed.condition_on_observations(X, X[:, :1], noise=torch.zeros(3, 1).double())
     with pytest.raises(NotImplementedError, match="takes one data set, ``n' x d``"):
         build("logistic").condition_on_observations(X[None], torch.ones(1, 3))
+    with pytest.raises(ValueError, match="noise is for Gaussian observations, but"):
+        build("logistic").condition_on_observations(X, torch.ones(3), noise=X)
     with pytest.raises(InputDataError, match="Y must hold 0 and 1"):
         build("logistic").condition_on_observations(X, torch.full((3,), 2.0).double())
     with pytest.raises(NotImplementedError, match="Subset the outputs before"):
         condition(X, X).subset_output([0])
+
+
+def test_a_model_with_a_graph_serves_several_backward_passes():
+    (X, Y, _), (X_new, Y_new, _) = split("gaussian")
+    conditioned = build("gaussian", "auto", X, Y).condition_on_observations(
+        X_new.requires_grad_(), Y_new
+    )
+    gradients = []
+    for _ in range(2):
+        posterior = conditioned.posterior(inputs(5, seed=7))
+        (posterior.mean.sum() + posterior.variance.sum()).backward()
+        gradients.append(X_new.grad.clone())
+        X_new.grad = None
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "multitask"])
+def test_a_noise_set_later_is_that_of_all_observations(name):
+    (X, Y, _), (X_new, Y_new, _) = split(name)
+    model = build(name, "auto", X, Y)
+    conditioned = model.condition_on_observations(X_new, Y_new)
+    conditioned.posterior(inputs(3))
+    expected = refit(name, "auto")
+    for each in (model, expected):
+        if name == "gaussian":
+            each.likelihood.noise = torch.tensor([0.5], dtype=torch.float64)
+        else:
+            noises = torch.tensor([0.5, 0.1], dtype=torch.float64)
+            each.likelihood.task_noises = noises
+    assert_same(conditioned, expected)
+    generator = torch.Generator().manual_seed
+    got = conditioned.draw(3, generator(0))(inputs(5, seed=7))
+    again = model.condition_on_observations(X_new, Y_new).draw(3, generator(0))
+    torch.testing.assert_close(got, again(inputs(5, seed=7)), **EXACT)
+
+
+def test_noise_that_was_given_stays_as_it_is():
+    (X, Y, _), (X_new, Y_new, _) = split("gaussian")
+    given = torch.full((2, 1), 0.2, dtype=torch.float64)
+    model = build("gaussian", "auto", X, Y)
+    mixed = model.condition_on_observations(X_new[:2], Y_new[:2], noise=given)
+    mixed = mixed.condition_on_observations(X_new[2:], Y_new[2:])
+    model.likelihood.noise = torch.tensor([0.5], dtype=torch.float64)
+    noise = torch.tensor([0.5] * 12 + [0.2] * 2 + [0.5] * 2, dtype=torch.float64)
+    fixed = build(
+        "gaussian",
+        "auto",
+        inputs(16),
+        targets("gaussian", inputs(16)),
+        likelihood=FixedNoiseGaussianLikelihood(noise),
+    )
+    for got, expected in zip(
+        moments(mixed, inputs(5, seed=7)),
+        moments(fixed, inputs(5, seed=7)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, **EXACT)

@@ -83,11 +83,32 @@ def test_rows_conditioned_on_do_not_calibrate(name):
     with pytest.raises(ValueError, match=r"All 4 rows .*rows='fit'.* .*subset_rows"):
         model.calibrate(X[HELD_OUT], Y[HELD_OUT])
     assert model.calibration is None
-    # Both ways out that the message names, and rows of which one is new.
+    # Both ways out that the message names, and rows of which some are new.
     LinearizedGP.from_fit(run, X, Y, rows="fit").calibrate(X[HELD_OUT], Y[HELD_OUT])
     model.subset_rows(FIT).calibrate(X[HELD_OUT], Y[HELD_OUT])
-    fresh = torch.cat([X[HELD_OUT], inputs(1, seed=9)])
-    model.calibrate(fresh, torch.cat([Y[HELD_OUT], Y[:1]]))
+    new, labels = inputs(4, seed=9), Y[:4]
+    mixed = torch.cat([X[HELD_OUT], new]), torch.cat([Y[HELD_OUT], labels])
+    with pytest.raises(
+        ValueError, match="4 of 5 rows of X_val are rows that the model"
+    ):
+        model.calibrate(mixed[0][:5], mixed[1][:5])
+    with pytest.warns(
+        UserWarning, match="4 of 8 rows of X_val are rows that the model"
+    ):
+        model.calibrate(*mixed)
+    model.calibrate(new, labels)  # silent: warnings are errors
+
+
+@pytest.mark.parametrize("mean", ["network", "auto"])
+def test_labels_have_no_noise_to_choose(mean):
+    X, Y, net = inputs(), targets("softmax", inputs()), network(3)
+    run = training_run(net, None)
+    options = {"mean": mean, "parameters": "last_layer"}
+    assert LinearizedGP.from_fit(run, X, Y, **options).noise == "learn"
+    with pytest.raises(
+        ValueError, match="noise is for regression, but came as 'fit_re"
+    ):
+        LinearizedGP.from_fit(run, X, Y, noise="fit_residual")
 
 
 def test_labels_conditioned_on_later_do_not_calibrate_either():
