@@ -31,26 +31,40 @@ from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.linearized.inference import Exact
 from gpbridge.prediction import apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
+from gpbridge.types import FitResult
 
 _ROWS = 200  # training points on which the size of the kernel is measured
 _DEAD = 1e-20  # squared size of a feature, of the largest, below which it is dead
 
 
-def check_data(train_X: Tensor, train_Y: Tensor) -> None:
-    """Require finite tensors of one data set, on one device.
+def check_data(network: nn.Module, train_X: Tensor, train_Y: Tensor) -> None:
+    """Require a module and finite tensors of one data set, on one device.
 
     Raises:
-        ShapeError: If the inputs have a batch.
+        TypeError: If the arguments come in another order.
+        ShapeError: If the inputs have a batch, or are images.
     """
+    if isinstance(network, FitResult):
+        raise TypeError(
+            "network must be a torch.nn.Module, but is a FitResult. Use "
+            "LinearizedGP.from_fit(fit_result, train_X, train_Y)."
+        )
+    if isinstance(network, Tensor):
+        raise TypeError(
+            "network must be a torch.nn.Module, but is a Tensor. The network comes "
+            "first: LinearizedGP(network, train_X, train_Y)."
+        )
     check_inputs(train_X)
     check_not_empty(train_X=train_X)
     check_tensor(train_Y=train_Y)
     check_same_device(train_X=train_X, train_Y=train_Y)
     check_finite(train_Y=train_Y)  # before a transform spreads NaN to all rows
     if train_X.dim() != 2:
+        image = tuple(train_X.shape[1:])
         raise ShapeError(
-            f"train_X must be ``n x d``, but has shape {tuple(train_X.shape)}. One "
-            "model holds one data set; put several in a ModelListGP."
+            f"train_X must be ``n x d``, but has shape {tuple(train_X.shape)}. If its "
+            f"rows are images, try train_X.flatten(1) with input_shape={image}; if it "
+            "holds several data sets, build one model each, in a ModelListGP."
         )
 
 

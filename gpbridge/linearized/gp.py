@@ -75,6 +75,7 @@ from gpbridge.linearized.outcomes import (
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState, ordinary_tensors
 from gpbridge.linearized.training_run import (
+    check_training_run,
     data_after_training,
     defaults_after_training,
 )
@@ -167,7 +168,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         select: str | None = None,
     ) -> None:
         super().__init__()
-        check_data(train_X, train_Y)
+        check_data(network, train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
         if not isinstance(inference, Exact):
@@ -260,6 +261,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ValueError: If there are no validation rows to select by.
             ShapeError: If the rows of the training run are not rows of the data.
         """
+        check_training_run(fit_result)
         noise, select = defaults_after_training(
             fit_result, train_Y, likelihood, noise, select, rows, options
         )

@@ -72,6 +72,20 @@ def restricted(fit_result: FitResult, rows: Tensor, num_rows: int) -> FitResult:
     return dataclasses.replace(fit_result, fit_rows=fit, validation_rows=held_out)
 
 
+def check_training_run(fit_result: FitResult) -> None:
+    """Require what ``fit_map`` returns.
+
+    Raises:
+        TypeError: If it is something else, such as the network itself.
+    """
+    if not isinstance(fit_result, FitResult):
+        raise TypeError(
+            "fit_result must be what gpbridge.dnn.fit_map returned, but is "
+            f"{type(fit_result).__name__}. For a network that you trained use "
+            "LinearizedGP(network, train_X, train_Y)."
+        )
+
+
 def defaults_after_training(
     fit_result: FitResult,
     train_Y: Tensor,

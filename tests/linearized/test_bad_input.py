@@ -19,6 +19,7 @@ from torch import nn
 
 from gpbridge import Exact, LinearizedGP
 from gpbridge.checks import ShapeError
+from gpbridge.dnn import fit_map
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.selection import fit_evidence
@@ -61,7 +62,7 @@ DATA = {
     "07-X-one-dimensional": ({"train_X": X[:, 0]}, ShapeError,
         r"has shape \(12,\). For one input dimension try train_X\[:, None\]"),
     "07-X-three-dimensional": ({"train_X": X[None]}, ShapeError,
-        r"must be ``n x d``, but has shape \(1, 12, 2\). One model holds one data set"),
+        r"must be ``n x d``, but has shape \(1, 12, 2\).*in a ModelListGP"),
     "08-Y-one-dimensional": ({"train_Y": Y[:, 0]}, ShapeError,
         r"``12 x 1`` .* has shape \(12,\). Try train_Y.unsqueeze\(-1\)"),
     "09-lengths-differ": ({"train_Y": Y[:7]}, ShapeError,
@@ -449,6 +450,23 @@ def test_19_constant_targets(value, transformed):
     model = LinearizedGP(network(), X, Y, **options)
     assert isinstance(model.likelihood, GaussianLikelihood)
     finite(model)
+
+
+def test_arguments_in_another_order():
+    with pytest.raises(TypeError, match=r"but is a Tensor\. The network comes first"):
+        LinearizedGP(X, Y, network())
+    with pytest.raises(TypeError, match="but is Sequential. For a network that you"):
+        LinearizedGP.from_fit(network(), X, Y)
+    run = fit_map(network(), X, Y, epochs=1, progress=False)
+    with pytest.raises(TypeError, match="but is a FitResult. Use LinearizedGP.from_f"):
+        LinearizedGP(run, X, Y)
+
+
+def test_images_that_were_not_flattened():
+    images = torch.zeros(5, 1, 4, 4, dtype=torch.float64)
+    expected = r"try train_X\.flatten\(1\) with input_shape=\(1, 4, 4\)"
+    with pytest.raises(ShapeError, match=expected):
+        LinearizedGP(nn.Flatten(), images, Y[:5])
 
 
 def test_20_a_constant_column():
