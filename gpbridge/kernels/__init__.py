@@ -1,7 +1,15 @@
 """Kernels: maps from inputs to covariance, made of networks and features."""
 
+from gpbridge.kernels import random_features
+from gpbridge.kernels.compositions import draw_feature_map
 from gpbridge.kernels.deep import DeepKernel
 from gpbridge.kernels.feature import FeatureKernel
 from gpbridge.kernels.tangent import NeuralTangentKernel
 
-__all__ = ["DeepKernel", "FeatureKernel", "NeuralTangentKernel"]
+__all__ = [
+    "DeepKernel",
+    "FeatureKernel",
+    "NeuralTangentKernel",
+    "draw_feature_map",
+    "random_features",
+]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,20 +77,8 @@ from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
+from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Evidence, FitResult
-
-
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Compute outside of inference mode, whose tensors no later gradient may meet.
-
-    What is computed here is kept: a prediction must not spoil the next acquisition.
-    """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
 
 
 class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
@@ -420,7 +407,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     # -- BoTorch ---------------------------------------------------------------------
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def forward(self, X: Tensor) -> MultivariateNormal:
         """The prior in train mode, the posterior in eval mode, at ``... x n x d``.
 
@@ -439,7 +426,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         mean = self.mean_module(Z).reshape(shape) if self.offset else Z.new_zeros(shape)
         return latent_distribution(mean, covariance, dtype)
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def posterior(
         self,
         X: Tensor,
@@ -482,7 +469,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
             return posterior_transform(posterior=posterior, X=X)
         return posterior
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> LinearizedGP:
@@ -650,7 +637,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
 
     # -- prediction ------------------------------------------------------------------
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     @torch.no_grad()
     def predict(self, X: Tensor, link: str | None = None) -> Distribution:
         """Predictive distribution of y at each point, noise included.
@@ -727,7 +714,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         now = float(self.prior_variance.detach())
         return kept if abs(now - chosen) <= 1e-6 * chosen else None
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
         """Choose prior variance and a temperature on held-out data, if that helps.
 
@@ -784,7 +771,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         return self.calibration
 
     @property
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def train_gap(self) -> TrainGap:
         """How far predictions contradict the training labels; classification only.
 
@@ -814,7 +801,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """
         return self._evidence(count_dimension=True)
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
         problem = self.problem
@@ -837,7 +824,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         """Log marginal likelihood of the training data, total nats."""
         return self._evidence(count_dimension=False).value
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     @torch.no_grad()
     def draw(
         self, num_samples: int, generator: torch.Generator | None = None
@@ -936,7 +923,7 @@ class LinearizedGP(GPyTorchModel, GP, FantasizeMixin):
         update = self._updated()
         return self._conditioned().joint(Z, self.output_indices, update)
 
-    @_ordinary_tensors()
+    @ordinary_tensors()
     def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Latent moments of each point in transformed units, float64.
 

@@ -1,0 +1,225 @@
+r"""Functions drawn from a Gaussian process before any data.
+
+In: a kernel with a feature map. Out: :math:`f_s(x) = \phi(x) w_s` with normal weights,
+functions that are differentiable in x and stay what they are. Exact where the kernel
+has finitely many features, as that of a network's tangent model; Fourier features stand
+for its stationary parts. Next: ``posterior_draws`` conditions them on data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from botorch.sampling.pathwise.features.maps import FeatureMap, KernelFeatureMap
+from gpytorch.kernels import Kernel
+from torch import Generator, Tensor, nn
+
+from gpbridge.checks import ShapeError, check_positive
+from gpbridge.kernels.compositions import (
+    SumFeatureMap,
+    draw_feature_map,
+    is_fourier,
+    normals,
+    sine_cosine,
+)
+
+TILE_BYTES = 2**26  # of features or covariances at a time
+NUM_FEATURES = 512
+
+
+class PriorDraw(nn.Module):
+    r"""Frozen functions :math:`f_s(x) = \phi_s(x) w_s` with the covariance of a kernel.
+
+    Args:
+        kernel: The kernel, whose hyperparameters the features follow.
+        maps: Feature maps whose products with their weights are added. They return
+            ``n x f`` features, or ``s x n x f`` if each draw has features of its own.
+        weights: For each map, standard normals ``f x s x m``.
+    """
+
+    def __init__(
+        self, kernel: Kernel, maps: Sequence[FeatureMap], weights: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self.kernel, self.maps = kernel, nn.ModuleList(maps)
+        self.weights = nn.ParameterList(
+            nn.Parameter(w, requires_grad=False) for w in weights
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return self.weights[0].shape[1]
+
+    @property
+    def num_outputs(self) -> int:
+        """The number m of independent outputs of each function."""
+        return self.weights[0].shape[2]
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        rows = X.reshape(-1, X.shape[-1]).to(self.weights[0])
+        values = 0.0
+        for feature_map, w in zip(self.maps, self.weights, strict=True):
+            per_row = len(w) * (self.num_samples if own_features(feature_map) else 1)
+            tiles = rows.split(max(1, TILE_BYTES // (8 * per_row)))
+            values = values + torch.cat([self._some(feature_map, w, x) for x in tiles])
+        values = values.to(X.dtype).reshape(
+            *X.shape[:-1], self.num_samples, self.num_outputs
+        )
+        return values.movedim(-2, 0)
+
+    def _some(self, feature_map: FeatureMap, w: Tensor, x: Tensor) -> Tensor:
+        phi = feature_map(x)
+        if phi.dim() == 2:
+            return (phi @ w.flatten(1)).unflatten(-1, w.shape[1:])
+        return (phi @ w.movedim(1, 0)).movedim(0, 1)  # rows x s x m
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        rows = X.flatten(1, -2).to(self.weights[0])
+        values = sum(
+            feature_map(rows) @ w.movedim(1, 0)
+            for feature_map, w in zip(self.maps, self.weights, strict=True)
+        )
+        return values.reshape(*X.shape[:-1], -1).to(X.dtype)
+
+    def take(self, samples: Tensor) -> PriorDraw:
+        """Some of the functions, by number."""
+        maps = [_take(feature_map, samples) for feature_map in self.maps]
+        weights = [w[:, samples] for w in self.weights]
+        return PriorDraw(maps[0].kernel, maps, weights)
+
+
+def draw_prior(
+    kernel: Kernel,
+    num_inputs: int,
+    num_samples: int = 1,
+    *,
+    num_outputs: int = 1,
+    num_features: int = NUM_FEATURES,
+    generator: Generator | None = None,
+    follow: bool = False,
+) -> PriorDraw:
+    r"""Draw functions from a Gaussian process with mean zero.
+
+    .. math:: f_s(x) = \phi(x) w_s, \qquad w_s \sim N(0, I)
+
+    Exact for kernels with finitely many features, so for networks:
+    :math:`\phi(x) w = J(x) w_0` with :math:`w_0 \sim N(0, S)`. Stationary parts are
+    replaced by Fourier features. Draws of ``own_features`` have frequencies of their
+    own, so that the covariance of a draw is the kernel's, without bias, for any number
+    of features; with the same frequencies for all, it errs by :math:`f^{-1/2}`, and a
+    small posterior variance by much more, however many draws there are. Memory f s m;
+    a call on n points costs n f s m.
+
+    Args:
+        kernel: A gpytorch kernel without batch; copied, unless ``follow``.
+        num_inputs: The number d of input columns.
+        num_samples: The number s of functions.
+        num_outputs: Independent outputs m of each function.
+        num_features: Fourier features of each draw and of each part that needs them, an
+            even number.
+        generator: Source of all randomness. Without one, draws are fresh on each call;
+            the global random state is left alone in either case.
+        follow: Whether the functions change with the hyperparameters of ``kernel``:
+            the same base draws, at other lengthscales.
+
+    Returns:
+        A function of X, ``... x n x d`` to ``s x ... x n x m``.
+
+    Raises:
+        NotImplementedError: If the kernel has no feature map.
+        ShapeError: If the kernel has a batch shape.
+
+    Example:
+        >>> from gpytorch.kernels import MaternKernel
+        >>> draw = draw_prior(MaternKernel(1.5), 2, 5)
+        >>> draw(torch.rand(3, 4, 2)).shape
+        torch.Size([5, 3, 4, 1])
+    """
+    check_positive(
+        num_inputs=num_inputs, num_samples=num_samples, num_outputs=num_outputs
+    )
+    if len(kernel.batch_shape):
+        raise ShapeError(
+            "kernel must have no batch, but has batch_shape "
+            f"{tuple(kernel.batch_shape)}. Draw from kernel[0], kernel[1] and so on."
+        )
+    if generator is None:
+        generator = Generator()
+        generator.seed()
+    if not follow:
+        kernel = copy.deepcopy(kernel).requires_grad_(False)
+    feature_map = draw_feature_map(
+        kernel, num_inputs, num_samples * num_features, generator
+    )
+    maps = list(feature_map.maps) if _is_plain_sum(feature_map) else [feature_map]
+    like = next(kernel.parameters(), torch.ones(())).detach()
+    weights = []
+    for part in maps:
+        _separate(part, num_samples)
+        size = (part.num_outputs, num_samples, num_outputs)
+        weights.append(normals(size, generator).to(like))
+    return PriorDraw(kernel, maps, weights)
+
+
+def own_features(feature_map: FeatureMap) -> bool:
+    """Whether each draw has features of its own."""
+    parts = [m for m in feature_map.modules() if isinstance(m, KernelFeatureMap)]
+    return any(part.weight.dim() == 3 for part in parts)
+
+
+def _is_plain_sum(feature_map: FeatureMap) -> bool:
+    if not isinstance(feature_map, SumFeatureMap):
+        return False
+    around = (feature_map.input_transform, feature_map.output_transform)
+    return all(isinstance(transform, nn.Identity) for transform in around)
+
+
+def _separate(feature_map: FeatureMap, num_samples: int) -> None:
+    """Deal the frequencies of a map, and of the terms of a sum, to the draws."""
+    if isinstance(feature_map, SumFeatureMap):
+        for part in feature_map.maps:
+            _separate(part, num_samples)
+    elif is_fourier(feature_map):
+        feature_map.weight = feature_map.weight.unflatten(0, (num_samples, -1))
+        sines = sine_cosine(feature_map)
+        sines.scale = sines.scale * num_samples**0.5
+
+
+def _take(feature_map: FeatureMap, samples: Tensor) -> FeatureMap:
+    chosen = copy.deepcopy(feature_map)
+    for part in chosen.modules():
+        if isinstance(part, KernelFeatureMap) and part.weight.dim() == 3:
+            part.weight = part.weight[samples]
+    return chosen
+
+
+def row_normals(num_rows: int, num_columns: int, seed: int) -> Tensor:
+    """Standard normals ``n x c`` whose first rows do not depend on the number of rows.
+
+    Data that grow keep the noise that was drawn for the old points.
+
+    Args:
+        num_rows: The number n of rows.
+        num_columns: The number c of columns.
+        seed: Two seeds have independent rows.
+
+    Returns:
+        The normals, float64 on the CPU.
+    """
+    generator = Generator().manual_seed(seed)
+    blocks = []
+    for start in range(0, num_rows, _BLOCK):
+        # Drawn whole: the last numbers of a call depend on how many there are.
+        block = torch.randn(
+            _BLOCK, num_columns, generator=generator, dtype=torch.float64
+        )
+        blocks.append(block[: num_rows - start])
+    return torch.cat(blocks) if blocks else torch.zeros(0, num_columns).double()
+
+
+_BLOCK = 256
