@@ -8,6 +8,7 @@ learns its hyperparameters by marginal likelihood, and the result is a BoTorch m
 from gpbridge import data, dnn, kernels, likelihoods, linearized, metrics, selection
 from gpbridge._version import __version__
 from gpbridge.linearized import Exact, LinearizedGP
+from gpbridge.sampled_gp import SampledGP
 from gpbridge.types import Evidence, FitResult
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Exact",
     "FitResult",
     "LinearizedGP",
+    "SampledGP",
     "__version__",
     "data",
     "dnn",

@@ -90,7 +90,12 @@ class PriorDraw(nn.Module):
         """Some of the functions, by number."""
         maps = [_take(feature_map, samples) for feature_map in self.maps]
         weights = [w[:, samples] for w in self.weights]
-        return PriorDraw(maps[0].kernel, maps, weights)
+        return PriorDraw(self.kernel, maps, weights)
+
+    def take_outputs(self, outputs: Sequence[int]) -> PriorDraw:
+        """Some of the outputs of all functions."""
+        weights = [w[..., list(outputs)] for w in self.weights]
+        return PriorDraw(self.kernel, self.maps, weights)
 
 
 def draw_prior(
@@ -191,6 +196,7 @@ def _separate(feature_map: FeatureMap, num_samples: int) -> None:
 
 
 def _take(feature_map: FeatureMap, samples: Tensor) -> FeatureMap:
+    # The kernel inside belongs to the draw, and frequencies are replaced, not changed.
     chosen = copy.deepcopy(feature_map)
     for part in chosen.modules():
         if isinstance(part, KernelFeatureMap) and part.weight.dim() == 3:
