@@ -266,7 +266,7 @@ def dense(kernel: Kernel, X_new: Tensor, X: Tensor) -> Tensor:
         return kernel(X_new, X).to_dense()
     # Upstream's kernels round differently if inputs carry gradients: always as if.
     with torch.no_grad():
-        return kernel(X_new.detach().requires_grad_(), X).to_dense()
+        return kernel(X_new.detach().clone().requires_grad_(), X).to_dense()
 
 
 def mean_values(mean: Mean | None, X: Tensor, num_outputs: int) -> Tensor:
