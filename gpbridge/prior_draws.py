@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from gpbridge.checks import ShapeError, check_positive
 from gpbridge.kernels.compositions import (
     SumFeatureMap,
+    amplitude,
     draw_feature_map,
     is_fourier,
     normals,
@@ -26,6 +27,7 @@ from gpbridge.kernels.compositions import (
 )
 
 TILE_BYTES = 2**26  # of features or covariances at a time
+WAVES = 2**17  # numbers at a time, which stay in the cache
 NUM_FEATURES = 512
 
 
@@ -61,30 +63,27 @@ class PriorDraw(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
         rows = X.reshape(-1, X.shape[-1]).to(self.weights[0])
-        values = 0.0
-        for feature_map, w in zip(self.maps, self.weights, strict=True):
-            per_row = len(w) * (self.num_samples if own_features(feature_map) else 1)
-            tiles = rows.split(max(1, TILE_BYTES // (8 * per_row)))
-            values = values + torch.cat([self._some(feature_map, w, x) for x in tiles])
+        values = sum(
+            _in_tiles(feature_map, w, rows)
+            for feature_map, w in zip(self.maps, self.weights, strict=True)
+        )
         values = values.to(X.dtype).reshape(
             *X.shape[:-1], self.num_samples, self.num_outputs
         )
         return values.movedim(-2, 0)
 
-    def _some(self, feature_map: FeatureMap, w: Tensor, x: Tensor) -> Tensor:
-        phi = feature_map(x)
-        if phi.dim() == 2:
-            return (phi @ w.flatten(1)).unflatten(-1, w.shape[1:])
-        return (phi @ w.movedim(1, 0)).movedim(0, 1)  # rows x s x m
-
     def each(self, X: Tensor) -> Tensor:
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
         rows = X.flatten(1, -2).to(self.weights[0])
-        values = sum(
-            feature_map(rows) @ w.movedim(1, 0)
-            for feature_map, w in zip(self.maps, self.weights, strict=True)
-        )
-        return values.reshape(*X.shape[:-1], -1).to(X.dtype)
+        values = 0.0
+        for feature_map, w in zip(self.maps, self.weights, strict=True):
+            if _own_frequencies(feature_map):
+                phase = feature_map.forward(feature_map.input_transform(rows))
+                values = values + _waves(feature_map, w, phase.transpose(0, 1))
+            else:
+                phi = feature_map(rows)  # s x rows x f
+                values = values + (phi @ w.movedim(1, 0)).transpose(0, 1)
+        return values.transpose(0, 1).reshape(*X.shape[:-1], -1).to(X.dtype)
 
     def take(self, samples: Tensor) -> PriorDraw:
         """Some of the functions, by number."""
@@ -171,10 +170,43 @@ def draw_prior(
     return PriorDraw(kernel, maps, weights)
 
 
-def own_features(feature_map: FeatureMap) -> bool:
-    """Whether each draw has features of its own."""
-    parts = [m for m in feature_map.modules() if isinstance(m, KernelFeatureMap)]
-    return any(part.weight.dim() == 3 for part in parts)
+def _own_frequencies(feature_map: FeatureMap) -> bool:
+    return is_fourier(feature_map) and feature_map.weight.dim() == 3
+
+
+def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
+    """Values of all draws, ``n x d`` to ``n x s x m``."""
+    if _own_frequencies(feature_map):
+        W = feature_map.weight  # s x l x d
+        step = max(1, WAVES // W[..., 0].numel())
+        parts = []
+        for x in rows.split(step):
+            phase = feature_map.input_transform(x) @ W.flatten(0, 1).mT
+            parts.append(_waves(feature_map, w, phase.unflatten(-1, W.shape[:2])))
+        return torch.cat(parts)
+    f, s = w.shape[:2]
+    step = max(1, TILE_BYTES // (8 * f * s))
+    parts = []
+    for x in rows.split(step):
+        phi = feature_map(x)
+        if phi.dim() == 2:
+            parts.append((phi @ w.flatten(1)).unflatten(-1, w.shape[1:]))
+        else:
+            parts.append((phi @ w.movedim(1, 0)).movedim(0, 1))
+    return torch.cat(parts)
+
+
+def _waves(feature_map: FeatureMap, w: Tensor, phase: Tensor) -> Tensor:
+    """Sums over frequencies, phases ``n x s x l`` to ``n x s x m``."""
+    # With frequencies of its own, a sin t + b cos t is one cosine: half the work.
+    a, b = w.movedim(0, -1).tensor_split(2, dim=-1)  # s x m x l
+    shift, size = torch.atan2(a, b), torch.hypot(a, b)
+    sums = [
+        torch.einsum("nsl,sl->ns", (phase - shift[:, o]).cos(), size[:, o])
+        for o in range(w.shape[2])
+    ]
+    scale = amplitude(feature_map) / phase.shape[-1] ** 0.5
+    return torch.stack(sums, -1) * scale.squeeze()
 
 
 def _is_plain_sum(feature_map: FeatureMap) -> bool:

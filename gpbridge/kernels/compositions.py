@@ -163,12 +163,12 @@ class ProductFeatureMap(FeatureMap):
             product = (product[..., :, None] * block[..., None, :]).flatten(-2)
         if not self.fourier:
             return product
-        phase, amplitude = 0, 1
+        phase, scale = 0, 1
         for feature_map in self.fourier:
             phase = phase + feature_map.forward(feature_map.input_transform(x))
-            amplitude = amplitude * _amplitude(feature_map)
+            scale = scale * amplitude(feature_map)
         repeats = phase.shape[-1] // product.shape[-1]
-        product = product.repeat_interleave(repeats, -1) * amplitude / repeats**0.5
+        product = product.repeat_interleave(repeats, -1) * scale / repeats**0.5
         return torch.cat([product * phase.sin(), product * phase.cos()], dim=-1)
 
     @property
@@ -303,8 +303,9 @@ for _composition in (AdditiveKernel, ProductKernel):
         register_with_botorch(_composition)
 
 
-def _amplitude(feature_map: KernelFeatureMap) -> Tensor:
-    # Prior standard deviation: at phase zero the cosines are one and the sines vanish.
+def amplitude(feature_map: KernelFeatureMap) -> Tensor:
+    """Prior standard deviation of a Fourier map, ``batch x 1 x 1``."""
+    # At phase zero the cosines are one and the sines vanish.
     zeros = feature_map.weight.new_zeros(1, feature_map.weight.shape[-2])
     return feature_map.output_transform(zeros).norm(dim=-1, keepdim=True)
 
