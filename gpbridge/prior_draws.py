@@ -113,11 +113,12 @@ def draw_prior(
 
     Exact for kernels with finitely many features, so for networks:
     :math:`\phi(x) w = J(x) w_0` with :math:`w_0 \sim N(0, S)`. Stationary parts are
-    replaced by Fourier features. Draws of ``own_features`` have frequencies of their
-    own, so that the covariance of a draw is the kernel's, without bias, for any number
-    of features; with the same frequencies for all, it errs by :math:`f^{-1/2}`, and a
-    small posterior variance by much more, however many draws there are. Memory f s m;
-    a call on n points costs n f s m.
+    replaced by Fourier features. Each draw has frequencies of its own, so that the
+    covariance of a draw is the kernel's, without bias, for any number of features. With
+    the same frequencies for all it would err by :math:`f^{-1/2}`, and a small posterior
+    variance by much more, however many draws there are. (The factors of a product of
+    kernels do share theirs; there are s times as many.) Memory f s m; a call on n
+    points costs n f s m.
 
     Args:
         kernel: A gpytorch kernel without batch; copied, unless ``follow``.
@@ -174,6 +175,11 @@ def _own_frequencies(feature_map: FeatureMap) -> bool:
     return is_fourier(feature_map) and feature_map.weight.dim() == 3
 
 
+def _own_features(feature_map: FeatureMap) -> bool:
+    maps = (m for m in feature_map.modules() if isinstance(m, KernelFeatureMap))
+    return any(part.weight.dim() == 3 for part in maps)
+
+
 def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
     """Values of all draws, ``n x d`` to ``n x s x m``."""
     if _own_frequencies(feature_map):
@@ -184,8 +190,8 @@ def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
             phase = feature_map.input_transform(x) @ W.flatten(0, 1).mT
             parts.append(_waves(feature_map, w, phase.unflatten(-1, W.shape[:2])))
         return torch.cat(parts)
-    f, s = w.shape[:2]
-    step = max(1, TILE_BYTES // (8 * f * s))
+    copies = w.shape[1] if _own_features(feature_map) else 1
+    step = max(1, TILE_BYTES // (8 * len(w) * copies))
     parts = []
     for x in rows.split(step):
         phi = feature_map(x)
