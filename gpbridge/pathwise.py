@@ -188,6 +188,7 @@ def draw_path_model(
     *,
     num_features: int = 1024,
     generator: Generator | None = None,
+    solver: Solver | None = None,
 ) -> GenericDeterministicModel:
     """One posterior function as a botorch model, for Thompson sampling.
 
@@ -199,11 +200,15 @@ def draw_path_model(
         num_features: Fourier features of each part that needs them, an even number.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
+        solver: Of the linear system with the covariance of the data; by default it is
+            factorised.
 
     Returns:
         A deterministic model: ``batch_shape x n x d`` to ``batch_shape x n x m``.
     """
-    path = draw_posterior_paths(model, num_features=num_features, generator=generator)
+    path = draw_posterior_paths(
+        model, num_features=num_features, generator=generator, solver=solver
+    )
 
     def evaluate(X: Tensor) -> Tensor:
         if isinstance(model, ModelList):

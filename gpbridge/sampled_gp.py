@@ -604,7 +604,7 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         grown._train_X = torch.cat([self._train_X, X.detach()])
         grown._targets = torch.cat([self._targets, Y.detach()])
         if noise is not None:
-            both = torch.cat([self.likelihood.noise, noise.reshape(-1).detach()])
+            both = torch.cat([self.likelihood.noise, _shared_noise(noise, X)])
             grown.likelihood = FixedNoiseGaussianLikelihood(both)
         grown._forget()
         grown._initial = warm
@@ -667,16 +667,23 @@ def _same(kept: list[Tensor], key: list[Tensor]) -> bool:
 
 
 def _shared_noise(noise: Tensor, X: Tensor) -> Tensor:
-    if noise.shape[-1] != 1 and noise.dim() >= X.dim():
-        if not bool((noise == noise[..., :1]).all()):
-            raise ValueError(
-                "noise must be the same for all outputs, which share one linear "
-                f"system, but has shape {tuple(noise.shape)} and differs. Put one "
-                "model per output in a ModelList."
-            )
-    variance = noise[..., 0] if noise.dim() >= X.dim() else noise
-    check_positive(noise=variance)
-    return variance.detach().expand(*variance.shape[:-1], X.shape[-2])
+    """One variance per point, of ``... x n' x m`` or ``... x 1 x m``."""
+    check_tensor(noise=noise)
+    check_positive(noise=noise)
+    wanted = tuple(X.shape[:-1])
+    broadcast = noise.dim() > 1 and noise.dim() <= X.dim()
+    if not broadcast or noise.shape[-2] not in (1, X.shape[-2]):
+        raise ShapeError(
+            f"noise must be ``{' x '.join(map(str, wanted))} x m`` for X of shape "
+            f"{tuple(X.shape)}, but has shape {tuple(noise.shape)}."
+        )
+    if not bool((noise == noise[..., :1]).all()):
+        raise ValueError(
+            "noise must be the same for all outputs, which share one linear system, "
+            f"but has shape {tuple(noise.shape)} and differs. Put one model per output "
+            "in a ModelList."
+        )
+    return noise[..., 0].detach().expand(X.shape[:-1])
 
 
 def _appended(old: NewData, new: NewData) -> NewData:
@@ -758,7 +765,8 @@ def _update_by_solver(
     X = model.transform_inputs(model._train_X)
     solver = default_solver(len(X)) if model.solver is None else model.solver
     if target_values is None:
-        target_values = model.train_targets.mT
+        Y = model.train_targets
+        target_values = Y if model.num_outputs == 1 else Y.mT
     return iterative_update(
         model,
         sample_values,
