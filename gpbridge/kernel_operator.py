@@ -205,8 +205,10 @@ def quadratic_form(
     r"""The sum :math:`\mathrm{tr}(L^\top H R)`, differentiable in hyperparameters.
 
     Gradients reach the kernel's hyperparameters and the noise; ``left`` and ``right``
-    are constants. Tiles are recomputed in the backward pass, so that memory stays that
-    of n k numbers and a few tiles.
+    are constants. With :math:`G = L R^\top` the form is a sum of entries of
+    :math:`G \circ H`, which is differentiated tile by tile as it is summed: a tile and
+    its mirror image in one, nothing is kept or computed twice, and memory is that of a
+    few tiles. Derivatives are of first order.
 
     Args:
         kernel: One output per input, no batch shape.
@@ -218,17 +220,31 @@ def quadratic_form(
     Returns:
         A scalar.
     """
-    left, right = left.detach(), right.detach()
+    L, R = left.detach(), right.detach()
+    learnt = [p for p in kernel.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled():
+        learnt = []
+    gradients = [torch.zeros_like(p) for p in learnt]
     step = _points_per_tile(X)
-
-    def tile(x: Tensor, z: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        return (u * (kernel(x, z).to_dense() @ v)).sum()
-
+    total = torch.zeros((), dtype=X.dtype, device=X.device)
+    parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
+    for i, (x, l_x, r_x) in enumerate(parts):
+        for z, l_z, r_z in parts[i:]:
+            G = l_x @ r_z.mT
+            if z is not x:
+                G += r_x @ l_z.mT
+            # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
+            with torch.set_grad_enabled(bool(learnt)):
+                tile = (kernel(x, z).to_dense() * G).sum()
+            if learnt:
+                found = torch.autograd.grad(tile, learnt, allow_unused=True)
+                for gradient, new in zip(gradients, found, strict=True):
+                    gradient += 0 if new is None else new
+            total += tile.detach()
     noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
-    total = (noise.reshape(-1, 1) * left * right).sum()
-    for x, u in zip(X.split(step), left.split(step), strict=True):
-        for z, v in zip(X.split(step), right.split(step), strict=True):
-            total = total + _forgetful(tile, x, z, u, v)
+    total = total + (noise.reshape(-1, 1) * L * R).sum()
+    for p, gradient in zip(learnt, gradients, strict=True):
+        total = total + ((p - p.detach()) * gradient).sum()
     return total
 
 

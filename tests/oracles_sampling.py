@@ -7,7 +7,8 @@ import torch
 
 def matern(X, Z, lengthscale, nu, variance=1.0):
     """Rasmussen and Williams (2006), eqs. (4.14), (4.17) and (4.9) for infinite nu."""
-    r = ((X[:, None] - Z[None]) / lengthscale).square().sum(-1).sqrt()
+    # Clamped for its derivative, which at equal points is zero for all nu but 1/2.
+    r = ((X[:, None] - Z[None]) / lengthscale).square().sum(-1).clamp_min(1e-30).sqrt()
     if nu == math.inf:
         return variance * torch.exp(-0.5 * r**2)
     a = math.sqrt(2 * nu) * r
