@@ -78,8 +78,8 @@ class PriorDraw(nn.Module):
         values = 0.0
         for feature_map, w in zip(self.maps, self.weights, strict=True):
             if _own_frequencies(feature_map):
-                phase = feature_map.forward(feature_map.input_transform(rows))
-                values = values + _waves(feature_map, w, phase.transpose(0, 1))
+                x = feature_map.input_transform(rows)
+                values = values + _waves(feature_map, w, x, feature_map.weight)
             else:
                 phi = feature_map(rows)  # s x rows x f
                 values = values + (phi @ w.movedim(1, 0)).transpose(0, 1)
@@ -183,13 +183,13 @@ def _own_features(feature_map: FeatureMap) -> bool:
 def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
     """Values of all draws, ``n x d`` to ``n x s x m``."""
     if _own_frequencies(feature_map):
-        W = feature_map.weight  # s x l x d
-        step = max(1, WAVES // W[..., 0].numel())
-        parts = []
-        for x in rows.split(step):
-            phase = feature_map.input_transform(x) @ W.flatten(0, 1).mT
-            parts.append(_waves(feature_map, w, phase.unflatten(-1, W.shape[:2])))
-        return torch.cat(parts)
+        W, x = feature_map.weight, feature_map.input_transform(rows)
+        few = max(1, WAVES // (_ROWS * W.shape[1]))  # draws at a time
+        parts = [
+            torch.cat([_waves(feature_map, v, z, V) for z in x.split(_ROWS)])
+            for V, v in zip(W.split(few), w.split(few, 1), strict=True)
+        ]
+        return torch.cat(parts, 1)
     copies = w.shape[1] if _own_features(feature_map) else 1
     step = max(1, TILE_BYTES // (8 * len(w) * copies))
     parts = []
@@ -202,16 +202,22 @@ def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _waves(feature_map: FeatureMap, w: Tensor, phase: Tensor) -> Tensor:
-    """Sums over frequencies, phases ``n x s x l`` to ``n x s x m``."""
+def _waves(feature_map: FeatureMap, w: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """Sums over frequencies ``s x l x d`` at scaled inputs, ``n x s x m``.
+
+    The inputs are ``n x d``, or ``s x n x d`` of each draw's own.
+    """
+    if x.dim() == 2:
+        phase = (x @ W.flatten(0, 1).mT).unflatten(-1, W.shape[:2])
+    else:
+        phase = (x @ W.mT).transpose(0, 1)  # n x s x l
     # With frequencies of its own, a sin t + b cos t is one cosine: half the work.
     a, b = w.movedim(0, -1).tensor_split(2, dim=-1)  # s x m x l
     shift, size = torch.atan2(a, b), torch.hypot(a, b)
     sums = [
-        torch.einsum("nsl,sl->ns", (phase - shift[:, o]).cos(), size[:, o])
-        for o in range(w.shape[2])
+        ((phase - shift[:, o]).cos() * size[:, o]).sum(-1) for o in range(w.shape[2])
     ]
-    scale = amplitude(feature_map) / phase.shape[-1] ** 0.5
+    scale = amplitude(feature_map) / W.shape[1] ** 0.5
     return torch.stack(sums, -1) * scale.squeeze()
 
 
@@ -266,4 +272,5 @@ def row_normals(num_rows: int, num_columns: int, seed: int) -> Tensor:
     return torch.cat(blocks) if blocks else torch.zeros(0, num_columns).double()
 
 
-_BLOCK = 256
+_BLOCK = 256  # rows whose noise is drawn together
+_ROWS = 64  # enough for a matrix product to be fast
