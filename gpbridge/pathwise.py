@@ -155,7 +155,10 @@ def draw_posterior_paths(
     .. math:: f(x) + K_{xX} (K + \Sigma)^{-1} (y - f(X) - \epsilon)
 
     Prior and noise are drawn once, so a path is a function: deterministic,
-    differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness.
+    differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness: all
+    paths share their Fourier features, whose error shows in small variances. For
+    variances of many draws :func:`condition` a :func:`draw_prior`, or take a
+    :class:`~gpbridge.SampledGP`: each draw has its own features there.
 
     Args:
         model: An exact GP with Gaussian noise, or a list of them.

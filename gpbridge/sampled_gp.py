@@ -22,7 +22,7 @@ from botorch.sampling.pathwise.paths import GeneralizedLinearPath
 from botorch.sampling.pathwise.posterior_samplers import DrawMatheronPaths
 from botorch.sampling.pathwise.update_strategies import GaussianUpdate
 from gpytorch.constraints import GreaterThan
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
@@ -31,9 +31,9 @@ from gpytorch.likelihoods import (
 )
 from gpytorch.means import ConstantMean, Mean
 from gpytorch.models import GP
-from linear_operator import to_linear_operator
 from linear_operator.operators import RootLinearOperator
 from torch import Generator, Size, Tensor, nn
+from torch.distributions import Distribution
 
 from gpbridge.checks import (
     ShapeError,
@@ -46,6 +46,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
+from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.pathwise import DrawnPath, iterative_update
 from gpbridge.posterior_draws import PosteriorDraw, default_solver, mean_values
 from gpbridge.prior_draws import NUM_FEATURES, PriorDraw, draw_prior
@@ -60,6 +61,7 @@ from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Solution, Solver
 
 NOISE_FLOOR = 1e-6
+_ROWS = 1024  # points at a time where only marginals are asked for
 GAUSSIAN = (GaussianLikelihood, FixedNoiseGaussianLikelihood)
 
 
@@ -274,7 +276,7 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         mean = self._columns(mean)
         K = self.covar_module(Z).to_dense().unsqueeze(-3)
         K = K.expand(*K.shape[:-3], self.num_outputs, *K.shape[-2:])
-        return _joint(mean, _interleaved(K), X.dtype)
+        return latent_distribution(mean, _interleaved(K), X.dtype)
 
     @ordinary_tensors()
     def posterior(
@@ -395,6 +397,50 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         if hasattr(self, "outcome_transform"):
             subset.outcome_transform = self.outcome_transform.subset_output(idcs)
         return subset
+
+    @ordinary_tensors()
+    @torch.no_grad()
+    def marginals(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent moments of each point in transformed units, float64.
+
+        For many points: the joint covariance is not formed, and memory is constant but
+        for the result.
+
+        Args:
+            X: Inputs ``... x n x d``.
+
+        Returns:
+            Mean and variance, ``... x n x m``.
+        """
+        self.eval()
+        self._check_new_inputs(X)
+        if len(self.batch_shape):
+            raise NotImplementedError(
+                "Marginals of a model with a batch of fantasies are not supported. Ask "
+                "posterior(X) for joint moments."
+            )
+        rows = self.transform_inputs(X).reshape(-1, X.shape[-1])
+        means, variances = [], []
+        for tile in rows.split(_ROWS):
+            mean, deviations = self._moments(tile)
+            means.append(mean)
+            variances.append(deviations.square().mean(0))
+        shape = (*X.shape[:-1], self.num_outputs)
+        return torch.cat(means).reshape(shape), torch.cat(variances).reshape(shape)
+
+    def predict(self, X: Tensor) -> Distribution:
+        """Predictive distribution of y at each point, noise included.
+
+        Args:
+            X: Inputs ``... x n x d``.
+
+        Returns:
+            Normal ``... x n x 1``, or independent Normals over m outputs.
+        """
+        mean, variance = self.marginals(X)
+        variance = variance + self._noise_at(True, mean)
+        transform = getattr(self, "outcome_transform", None)
+        return target_distribution(mean, variance, transform, X)
 
     @ordinary_tensors()
     @torch.no_grad()
@@ -582,11 +628,11 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
             padding = root.new_zeros(*root.shape[:-1], q - s)
             root = torch.cat([root, padding], -1)
             factor = _interleaved(root).to(dtype)
-            return _joint(mean, RootLinearOperator(factor), dtype)
+            return latent_distribution(mean, RootLinearOperator(factor), dtype)
         covariance = root @ root.mT
         if noise is not None:
             covariance = covariance + torch.diag_embed(noise.mT)
-        return _joint(mean, _interleaved(covariance), dtype)
+        return latent_distribution(mean, _interleaved(covariance), dtype)
 
     def _noise_at(self, asked: bool | Tensor, mean: Tensor) -> Tensor:
         if isinstance(asked, Tensor):
@@ -649,14 +695,6 @@ def _interleaved(blocks: Tensor) -> Tensor:
         return blocks.squeeze(-3)
     full = torch.diag_embed(blocks.movedim(-3, -1))  # ... x q x r x m x m
     return full.transpose(-3, -2).flatten(-4, -3).flatten(-2)
-
-
-def _joint(mean: Tensor, covariance: Any, dtype: torch.dtype) -> MultivariateNormal:
-    # Wrapped: a dense covariance would be factorised by the distribution when built.
-    operator = to_linear_operator(covariance).to(dtype)
-    if mean.shape[-1] == 1:
-        return MultivariateNormal(mean.squeeze(-1).to(dtype), operator)
-    return MultitaskMultivariateNormal(mean.to(dtype), operator)
 
 
 def _same(kept: list[Tensor], key: list[Tensor]) -> bool:

@@ -25,8 +25,8 @@ operators partial_products kernel_tiles kernel_operator features layer_gram spec
 solvers: refinement factors preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project dual_descent stochastic_gradient
 matrix_free
 kernels: compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
-prior_draws posterior_draws pathwise models representers sampled_gp
-linearized: curvature kronecker low_rank sampling links predictive inference construction noise mean outcomes conditioning problem mode evidence posterior calibration gp paths
+prior_draws posterior_draws pathwise models outcomes representers sampled_gp
+linearized: curvature kronecker low_rank sampling links predictive inference construction noise mean conditioning problem mode evidence posterior calibration gp paths
 dnn: fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel iterative_mll em online invariance hypergradient training_speed compare
 acquisition surrogates testing doctor

@@ -175,6 +175,23 @@ def test_more_points_than_samples_have_a_singular_posterior_to_sample_from():
         torch.testing.assert_close(joint, some, **EXACT)
 
 
+def test_marginals_and_predictions_of_many_points(monkeypatch):
+    monkeypatch.setattr("gpbridge.sampled_gp._ROWS", 5)
+    options = {"outcome_transform": Standardize(2), "input_transform": Normalize(2)}
+    for m, given in ((1, {}), (2, options)):
+        model, Z = build(m=m, num_samples=16, **given), points(3, 4, seed=2)
+        noisy = model.posterior(Z, observation_noise=True)
+        predicted = model.predict(Z)
+        torch.testing.assert_close(predicted.mean, noisy.mean, **EXACT)
+        torch.testing.assert_close(predicted.variance, noisy.variance, **EXACT)
+        mean, variance = model.marginals(Z)
+        if not given:
+            latent = model.posterior(Z)
+            torch.testing.assert_close(mean, latent.mean, **EXACT)
+            torch.testing.assert_close(variance, latent.variance, **EXACT)
+        assert variance.shape == (3, 4, m)
+
+
 def test_networks_are_sampled_in_weight_space():
     with torch.random.fork_rng():
         net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
@@ -409,6 +426,8 @@ class TestRefusals:
         fantasies = build().condition_on_observations(X, targets(X))
         with pytest.raises(NotImplementedError, match="Draw from the model that was"):
             fantasies.draw(2)
+        with pytest.raises(NotImplementedError, match="posterior.X. for joint moments"):
+            fantasies.marginals(points(1))
         with pytest.raises(NotImplementedError, match="Subset the outputs before"):
             fantasies.subset_output([0])
         with pytest.raises(ValueError, match=r"idcs must name outputs in 0 .. 0"):

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
 from gpbridge.checks import (
     NotConvergedWarning,
@@ -107,6 +108,7 @@ def fit_iterative(
     subset_start: SubsetStart | None = None,
     generator: Generator | None = None,
     callback: Callable[[int, Solution], None] | None = None,
+    progress: bool = False,
 ) -> IterativeFit:
     r"""Learn the hyperparameters of a sampled GP by stochastic gradients, with Adam.
 
@@ -133,6 +135,7 @@ def fit_iterative(
         generator: Source of standard probes and of subsets; default a fixed seed.
             Pathwise probes are the model's own base draws.
         callback: Called after each solve with the number of the step and the solution.
+        progress: Show a progress bar, if there is a terminal.
 
     Returns:
         Hyperparameters, passes and residuals by step.
@@ -185,7 +188,8 @@ def fit_iterative(
     value, own = None, estimator == "pathwise" and num_probes == model.num_samples
     if own and warm_start:
         value = model._warm_start()
-    for step in range(steps):
+    bar = tqdm(range(steps), desc="evidence", disable=None if progress else True)
+    for step in bar:
         _record(fit.hyperparameters, _values(work))
         data = data._replace(noise=work.noise_variance.detach())
         with torch.no_grad():
@@ -202,6 +206,7 @@ def fit_iterative(
         fit.passes.append(float(solution.passes))
         fit.residuals.append(solution.residual_norm)
         fit.converged.append(solution.converged)
+        bar.set_postfix(residual=solution.residual_norm, refresh=False)
         if callback is not None:
             callback(step, solution)
         optimizer.zero_grad()

@@ -81,7 +81,7 @@ def test_gradients_are_unbiased(estimator, m):
 
 
 def test_gradients_of_one_point():
-    model = build(1)
+    model = build(1, num_features=8)
     exact = exact_gradients(model, points(1), targets(points(1)))
     fit = fit_iterative(model, steps=1, num_probes=20000)
     for name, value in exact.items():

@@ -1,6 +1,7 @@
 """Distributions of latent values and of targets, in the caller's dtype and units.
 
-In: float64 moments. Out: gpytorch and torch distributions. Next: ``gp``.
+In: float64 moments. Out: gpytorch and torch distributions. Next: ``sampled_gp`` and
+``linearized.gp`` return them.
 """
 
 from __future__ import annotations
