@@ -346,6 +346,10 @@ def _(operator: KernelMatrixOperator) -> Tensor:
 @exact_products.register
 def _(operator: KernelMatrixOperator, V: Tensor) -> Tensor:
     with torch.no_grad():
+        if operator.batch_shape:
+            kernel = operator.kernel
+            operator = KernelMatrixOperator(operator.X, operator.noise, kernel=kernel)
+            return operator._matmul(V)
         return operator._product(V, None)
 
 

@@ -8,18 +8,26 @@ remedy. A run that was interrupted goes on from ``initial=solution.value``, or f
 last :class:`Progress` that its ``callback`` saw.
 """
 
+from gpbridge.solvers.alternating_projections import AlternatingProjections
 from gpbridge.solvers.cholesky import Cholesky
 from gpbridge.solvers.conjugate_gradients import ConjugateGradients
+from gpbridge.solvers.dual_descent import StochasticDualDescent
 from gpbridge.solvers.preconditioners import (
     nystrom_preconditioner,
     pivoted_cholesky_preconditioner,
 )
 from gpbridge.solvers.refinement import Progress
+from gpbridge.solvers.sketch_and_project import SketchAndProject
+from gpbridge.solvers.stochastic_gradient import StochasticGradientDescent
 
 __all__ = [
+    "AlternatingProjections",
     "Cholesky",
     "ConjugateGradients",
     "Progress",
+    "SketchAndProject",
+    "StochasticDualDescent",
+    "StochasticGradientDescent",
     "nystrom_preconditioner",
     "pivoted_cholesky_preconditioner",
 ]

@@ -18,6 +18,7 @@ from gpbridge.partial_products import (
     diagonal,
     smallest_eigenvalue,
 )
+from gpbridge.solvers.factors import raise_indefinite
 
 Preconditioner = Callable[[Tensor], Tensor]
 
@@ -112,7 +113,9 @@ def pivoted_cholesky_preconditioner(
     with torch.no_grad():
         shift = smallest_eigenvalue(operator)
         F = partial_cholesky(operator, rank, shift, seed)
-        mu = max(shift, 1e-9 * F.square().sum(-1).mean().item(), 1e-290)
+        if F.shape[-1] == 0:
+            return torch.clone
+        mu = max(shift, 1e-9 * F.square().sum(-1).mean().item())
         core = F.mT @ F
         core.diagonal().add_(mu)
         L = torch.linalg.cholesky(core)
@@ -130,7 +133,10 @@ def partial_cholesky(
     n = operator.shape[-1]
     rank = min(rank, n)
     generator = torch.Generator(operator.device).manual_seed(seed)
-    left = (diagonal(operator).double() - shift).clamp_min(0.0)
+    left = diagonal(operator).double() - shift
+    if bool(left.min() < -1e-6 * left.abs().max()):
+        raise_indefinite(f"a diagonal entry of {left.min().item() + shift:.1e}")
+    left = left.clamp_min(0.0)
     enough = 1e-6 * left.max()  # a pivot below this is round-off
     F = left.new_zeros(n, rank)
     used, width = 0, -(-rank // _ROUNDS)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from botorch.exceptions.errors import InputDataError
-from linear_operator import LinearOperator
+from linear_operator import LinearOperator, to_linear_operator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -112,6 +112,8 @@ def refine(
     Returns:
         The solution in the dtype of ``rhs``.
     """
+    if isinstance(operator, Tensor):
+        operator = to_linear_operator(operator)
     check_system(operator, rhs, initial)
     batch = torch.broadcast_shapes(operator.shape[:-2], rhs.shape[:-2])
     if batch and not batched:
