@@ -221,6 +221,10 @@ def quadratic_form(
         A scalar.
     """
     L, R = left.detach(), right.detach()
+    noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
+    of_noise = (noise.reshape(-1, 1) * L * R).sum()
+    if kernel_tiles.stationary_part(kernel) is not None:
+        return of_noise + _stationary_form(kernel, X.detach(), L, R)
     learnt = [p for p in kernel.parameters() if p.requires_grad]
     if not torch.is_grad_enabled():
         learnt = []
@@ -241,11 +245,19 @@ def quadratic_form(
                 for gradient, new in zip(gradients, found, strict=True):
                     gradient += 0 if new is None else new
             total += tile.detach()
-    noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
-    total = total + (noise.reshape(-1, 1) * L * R).sum()
+    total = total + of_noise
     for p, gradient in zip(learnt, gradients, strict=True):
         total = total + ((p - p.detach()) * gradient).sum()
     return total
+
+
+def _stationary_form(kernel: Kernel, X: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """The sum of L R' times the kernel matrix, by formulas for its derivatives."""
+    base, amplitude = kernel_tiles.stationary_part(kernel)
+    total, slopes = kernel_tiles.weighted_sum(kernel, X, L, R)
+    # A shared lengthscale is broadcast, so that its derivatives add up.
+    logs = base.lengthscale.log().reshape(-1)
+    return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
 
 
 def _forgetful(function, *args: Tensor) -> Tensor:

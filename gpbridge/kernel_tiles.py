@@ -63,7 +63,7 @@ def prepare(
         The prepared kernel; hyperparameters are copied where there is a fast form.
     """
     dtype = left.dtype if dtype is None else dtype
-    found = _stationary(kernel)
+    found = stationary_part(kernel)
     if found is None:
         right = left if right is None else right
         return Tiles(left, right, _upstream(kernel, dtype), 1.0, dtype)
@@ -94,14 +94,14 @@ def prepare(
             tile[equal] = 0.0
         return profile(tile)
 
-    return Tiles(a, b, evaluate, amplitude, dtype)
+    return Tiles(a, b, evaluate, float(amplitude), dtype)
 
 
-def _stationary(kernel: Kernel) -> tuple[Kernel, float] | None:
+def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
     """The base kernel and its amplitude, where there is a fast form."""
     amplitude = 1.0
     while type(kernel) is ScaleKernel and not kernel.batch_shape:
-        amplitude *= kernel.outputscale.item()
+        amplitude = kernel.outputscale * amplitude
         kernel = kernel.base_kernel
     fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
     return (kernel, amplitude) if fast else None
@@ -124,6 +124,20 @@ def _matern52(squared: Tensor) -> Tensor:
     decay = squared.sqrt()
     squared.mul_(1 / 3).add_(decay).add_(1.0)
     return squared.mul_(decay.neg_().exp_())
+
+
+def _with_slope(squared: Tensor, nu: float) -> tuple[Tensor, Tensor]:
+    """The kernel as a function of the squared scaled distance, and its derivative."""
+    if nu == math.inf:
+        value = torch.exp(-squared)
+        return value, -value
+    r = squared.sqrt()
+    decay = torch.exp(-r)
+    if nu == 0.5:  # the slope will meet a squared distance: zero at zero
+        return decay, torch.where(r > 0, -0.5 * decay / r, 0.0)
+    if nu == 1.5:
+        return decay * (1 + r), -0.5 * decay
+    return decay * (1 + r + squared / 3), decay * (1 + r) / -6
 
 
 # By smoothness: the factor of the inputs, and the kernel of the squared distance.
@@ -274,3 +288,46 @@ def dense_block(tiles: Tiles, rows: Tensor | slice) -> Tensor:
     left, right = tiles.left[rows], tiles.right[rows]
     own = torch.arange(len(left), device=left.device)
     return tiles.amplitude * tiles.evaluate(left, right, (own, own))
+
+
+@torch.no_grad()
+def weighted_sum(
+    kernel: Kernel, X: Tensor, L: Tensor, R: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""The sum of :math:`G \circ K` with :math:`G = L R^\top`, and its derivatives.
+
+    For kernels with a fast form, at unit amplitude; each tile serves twice.
+
+    Args:
+        kernel: Of which :func:`stationary_part` is known.
+        X: Points ``n x d``.
+        L: Left factor ``n x k``.
+        R: Right factor ``n x k``.
+
+    Returns:
+        The sum, and its derivative in the logarithm of each lengthscale, ``d``.
+    """
+    base, _ = stationary_part(kernel)
+    tiles = prepare(kernel, X)
+    points = tiles.right[:, :-2].to(X.dtype)  # scaled and centred
+    squares = points.square()
+    nu = getattr(base, "nu", math.inf)
+    total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
+    width = min(_shape(tiles, len(X)))
+    for top, bottom in _spans(len(X), width):
+        for start, stop in _spans(bottom, width):
+            G = L[top:bottom] @ R[start:stop].mT
+            squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
+            squared = squared.to(X.dtype).clamp_(min=0.0)
+            if start == top:
+                squared.fill_diagonal_(0.0)
+            else:
+                G.addmm_(R[top:bottom], L[start:stop].mT)
+            value, slope = _with_slope(squared, nu)
+            total += (G * value).sum()
+            # sum_ij E_ij (a_id - b_jd)^2, by three products
+            E = G.mul_(slope)
+            a, b = points[top:bottom], points[start:stop]
+            slopes += E.sum(1) @ squares[top:bottom] + E.sum(0) @ squares[start:stop]
+            slopes -= 2 * (a * (E @ b)).sum(0)
+    return total, -2 * slopes
