@@ -191,6 +191,11 @@ def _meetings(rows: Tensor, width: int, n: int) -> list[tuple[Tensor, Tensor] | 
     return found
 
 
+def _columns_first(V: Tensor, tiles: Tiles) -> Tensor:
+    """``n x k`` as ``k x n`` in the dtype of the tiles, in one copy."""
+    return V.mT.to(tiles.dtype, memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
 def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
     """Product of some rows of the kernel matrix with ``t x k``, in float64.
@@ -206,7 +211,7 @@ def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
     """
     n = len(tiles.right)
     left = tiles.left if rows is None else tiles.left[rows]
-    Vt = (V.mT * tiles.amplitude).to(tiles.dtype).contiguous()  # k x t
+    Vt = _columns_first(V, tiles)  # k x t
     total = Vt.new_zeros(len(Vt), len(left), dtype=torch.float64)
     height, width = _shape(tiles, len(left))
     if isinstance(rows, slice):
@@ -219,7 +224,7 @@ def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
             meets = None if equal is None else equal[i]
             tile = tiles.evaluate(some, tiles.right[start:stop], meets)
             _accumulate(part, Vt[:, start:stop], tile.mT)
-    return total.mT
+    return total.mul_(tiles.amplitude).mT
 
 
 @torch.no_grad()
@@ -229,7 +234,7 @@ def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor
     left = tiles.left[columns]
     if isinstance(columns, slice):
         columns = torch.arange(n, device=U.device)[columns]
-    Ut = (U.mT * tiles.amplitude).to(tiles.dtype).contiguous()  # k x b
+    Ut = _columns_first(U, tiles)  # k x b
     total = Ut.new_zeros(len(Ut), n, dtype=torch.float64)
     height, width = _shape(tiles, len(left))
     for top, bottom in _spans(len(left), height):
@@ -237,14 +242,14 @@ def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor
         for i, (start, stop) in enumerate(_spans(n, width)):
             tile = tiles.evaluate(left[top:bottom], tiles.right[start:stop], equal[i])
             _accumulate(total[:, start:stop], Ut[:, top:bottom], tile)
-    return total.mT
+    return total.mul_(tiles.amplitude).mT
 
 
 @torch.no_grad()
 def multiply_all(tiles: Tiles, V: Tensor) -> Tensor:
     """Product of a symmetric kernel matrix with ``n x k``: each tile is used twice."""
     n = len(tiles.left)
-    Vt = (V.mT * tiles.amplitude).to(tiles.dtype).contiguous()
+    Vt = _columns_first(V, tiles)
     total = Vt.new_zeros(len(Vt), n, dtype=torch.float64)
     width = min(_shape(tiles, n))
     for top, bottom in _spans(n, width):
@@ -257,7 +262,7 @@ def multiply_all(tiles: Tiles, V: Tensor) -> Tensor:
             _accumulate(total[:, top:bottom], Vt[:, start:stop], tile.mT)
             if start != top:
                 _accumulate(total[:, start:stop], Vt[:, top:bottom], tile)
-    return total.mT
+    return total.mul_(tiles.amplitude).mT
 
 
 def _accumulate(total: Tensor, some: Tensor, tile: Tensor) -> None:

@@ -98,7 +98,7 @@ class SketchAndProject:
         beta = 1 - (mu / blocks) ** 0.5
         gamma = 1 / (mu * blocks) ** 0.5
         alpha = 1 / (1 + gamma * blocks)
-        W, V, Y = (torch.zeros_like(rhs) for _ in range(3))
+        V, Y = torch.zeros_like(rhs), torch.zeros_like(rhs)
         seen = rhs.clone()  # the latest residual of each row
         while True:
             order = torch.randperm(n, generator=system.generator, device=rhs.device)
@@ -111,20 +111,17 @@ class SketchAndProject:
                 r = row_products(operator, rows, Y).double() - rhs[rows]
                 seen[rows] = r
                 move = step * inverse(r)
+                V.lerp_(Y, 1 - beta)
+                V[rows] -= gamma * move
+                Y[rows] -= move
+                W = Y  # the iterate; Y becomes the look-ahead
                 if self.accelerated:
-                    W = Y.clone()
-                    W[rows] -= move
-                    V.mul_(beta).add_(Y, alpha=1 - beta)
-                    V[rows] -= gamma * move
                     Y = torch.lerp(W, V, alpha)
-                else:
-                    Y[rows] -= move
-                    W = Y
                 system.passes += len(rows) / n
                 system.iterations += 1
             keep = yield W, seen.norm(dim=0)
             if keep is not None:
-                rhs, W, V, Y, seen = (t[:, keep] for t in (rhs, W, V, Y, seen))
+                rhs, V, Y, seen = (t[:, keep] for t in (rhs, V, Y, seen))
 
     def _projection(
         self, A: Tensor, shift: float, generator: torch.Generator
