@@ -103,7 +103,7 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         covar_module: A kernel without batch, with a feature map.
         likelihood: ``GaussianLikelihood`` (the default) or, for one output,
             ``FixedNoiseGaussianLikelihood``; shared, not copied.
-        solver: Default Cholesky up to a few thousand points, then conjugate gradients.
+        solver: Default Cholesky up to 4000 points, then SketchAndProject.
         num_samples: The number s of samples.
         train_Yvar: Known noise variances ``n x 1``, in place of a likelihood.
         mean_module: Prior mean function; default a constant per output.
@@ -681,6 +681,13 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
     ):
         """Load data, hyperparameters and seed; transforms are part of the state."""
         return nn.Module.load_state_dict(self, state_dict, strict=strict)
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles carry the solution, and no graph of a gradient."""
+        new = self._new
+        if new is not None:
+            new = NewData(*(tensor.detach() for tensor in new))
+        return {**self.__dict__, "_new": new, "_correction": None}
 
     def _set_transformed_inputs(self) -> None:
         """Nothing to swap: inputs are kept as given and transformed where used."""

@@ -13,7 +13,7 @@ from gpbridge.checks import NotConvergedWarning, ShapeError
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.posterior_draws import condition, default_solver, kernel_products
 from gpbridge.prior_draws import draw_prior
-from gpbridge.solvers import Cholesky, ConjugateGradients
+from gpbridge.solvers import Cholesky, ConjugateGradients, SketchAndProject
 from gpbridge.testing import assert_gradients_match_finite_differences
 from gpbridge.types import FunctionDraws
 from tests import oracles
@@ -191,7 +191,7 @@ def test_the_solution_and_its_warm_start():
 
 def test_the_default_solver_factorises_small_systems():
     assert isinstance(default_solver(100), Cholesky)
-    assert isinstance(default_solver(100_000), ConjugateGradients)
+    assert isinstance(default_solver(100_000), SketchAndProject)
 
 
 def test_noise_comes_from_the_generator():

@@ -21,7 +21,10 @@ from torch import nn
 from gpbridge import SampledGP
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import NeuralTangentKernel
-from gpbridge.solvers import ConjugateGradients
+from gpbridge.solvers import (
+    ConjugateGradients,
+    SketchAndProject,
+)
 from gpbridge.testing import (
     ModelContractTestCase,
     assert_gradients_match_finite_differences,
@@ -109,6 +112,22 @@ def test_the_moments_are_those_of_the_exact_gp(n, solver):
         error = (joint[:, i, :, i] - covariance) / spread
         assert error.abs().max() < 5
     assert not joint[:, 0, :, 1].any()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        SketchAndProject(tolerance=1e-6, block_size=16),
+        ConjugateGradients(tolerance=1e-6),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_any_solver_does(solver):
+    model, exact_model, Z = build(50, solver=solver), build(50), points(5, seed=2)
+    got, expected = model.posterior(Z), exact_model.posterior(Z)
+    assert model.solution.converged and model.solution.passes > 1
+    torch.testing.assert_close(got.mean, expected.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.variance, expected.variance, rtol=1e-3, atol=0)
 
 
 def test_draws_are_the_samples_of_the_model():
@@ -294,6 +313,8 @@ def test_fantasies_have_gradients_in_their_inputs():
     torch.testing.assert_close(got.mean, expected.mean, **EXACT)
     torch.testing.assert_close(got.variance, expected.variance, **EXACT)
     torch.testing.assert_close(tracked.draw()(Z), grown.draw()(Z), **EXACT)
+    twin = copy.deepcopy(tracked)
+    torch.testing.assert_close(twin.posterior(Z).mean, expected.mean, **EXACT)
 
 
 def test_an_inexact_solver_leaves_a_positive_correction():
