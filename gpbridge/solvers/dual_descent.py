@@ -6,18 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from linear_operator import LinearOperator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gpbridge.checks import check_positive
-from gpbridge.partial_products import diagonal, principal_block, row_products
-from gpbridge.solvers.factors import raise_indefinite
+from gpbridge.partial_products import diagonal
+from gpbridge.solvers.descent import (
+    check_momentum,
+    descend,
+    draw_rows,
+    largest_eigenvalue,
+)
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
-
-_DIVERGED = 10.0  # growth of the residual of a batch at which the step is halved
-_HALVINGS = 40
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,10 @@ class StochasticDualDescent:
             tolerance=self.tolerance,
             max_passes=self.max_passes,
             batch_size=self.batch_size,
+            step_size=1.0 if self.step_size is None else self.step_size,
+            averaging=self.averaging,
         )
-        if self.step_size is not None:
-            check_positive(step_size=self.step_size)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"momentum must be at least 0 and below 1, but is {self.momentum}."
-            )
+        check_momentum(self.momentum)
 
     def __call__(
         self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
@@ -90,60 +88,32 @@ class StochasticDualDescent:
 
     def steps(self, system: System) -> Steps:
         """Descend on random coordinates, from zero."""
-        operator, rhs = system.operator, system.rhs
-        n = len(rhs)
-        b = min(self.batch_size, n)
-        rho = self.momentum
-        if "step_size" not in system.cache:
-            given = self.step_size
-            system.cache["step_size"] = (
-                automatic_step_size(operator, b, rho, system.generator)
-                if given is None
-                else given
-            )
-        weight = min(1.0, b / n / self.averaging) if self.averaging > 0 else 1.0
-        a, v, average = (torch.zeros_like(rhs) for _ in range(3))
-        good = average.clone()  # the last average at the end of a pass
-        seen = rhs.clone()  # the latest residual of each row
-        start = rhs.norm()
-        halvings = 0
-        while True:
-            grown = False
-            for _ in range(-(-n // b)):
-                rows = draw_rows(n, b, system.generator, rhs.device)
-                q = torch.add(a, v, alpha=rho)
-                r = row_products(operator, rows, q).double() - rhs[rows]
-                seen[rows] = r
-                v.mul_(rho)
-                v[rows] -= system.cache["step_size"] / b * r
-                a += v
-                average.lerp_(a, weight)
-                system.passes += b / n
-                system.iterations += 1
-                size = r.norm() * (n / b) ** 0.5
-                grown = not bool(size <= _DIVERGED * start)
-                if grown:
-                    break
-            norms = seen.norm(dim=0)
-            if grown and halvings < _HALVINGS:
-                halvings += 1
-                system.cache["step_size"] /= 2
-                average.copy_(good)
-                a, v = good.clone(), torch.zeros_like(v)
-                seen.copy_(rhs)
-                norms = rhs.norm(dim=0)
-            else:
-                good.copy_(average)
-            keep = yield average, norms
-            if keep is not None:
-                rhs, a, v, average, good, seen = (
-                    t[:, keep] for t in (rhs, a, v, average, good, seen)
+        b = min(self.batch_size, len(system.rhs))
+        if "step" not in system.cache:
+            step = self.step_size
+            if step is None:
+                step = automatic_step_size(
+                    system.operator, b, self.momentum, system.generator
                 )
-                start = rhs.norm()
+            system.cache["step"] = step
+
+        def push(v: Tensor, rows: Tensor, r: Tensor, step: float) -> None:
+            v[rows] -= step / b * r
+
+        return descend(
+            system,
+            push,
+            batch_size=b,
+            momentum=self.momentum,
+            averaging=self.averaging,
+        )
 
 
 def automatic_step_size(
-    operator: LinearOperator, batch_size: int, momentum: float, generator=None
+    operator: LinearOperator,
+    batch_size: int,
+    momentum: float,
+    generator: Generator | None = None,
 ) -> float:
     r"""A step in units :math:`\beta n` below the threshold of divergence.
 
@@ -167,17 +137,3 @@ def automatic_step_size(
     stability = (2 + 2 * momentum) / (1 + 2 * momentum) / largest
     revisits = 2 * (1 - momentum) * len(rows) / top
     return 0.5 * min(stability, revisits)
-
-
-def largest_eigenvalue(operator: LinearOperator, rows: Tensor) -> float:
-    """That of a block; refuses a block that is not positive semi-definite."""
-    values = torch.linalg.eigvalsh(principal_block(operator, rows).double())
-    small, large = values[0].item(), values[-1].item()
-    if not (large > 0 and small >= -1e-6 * large):
-        raise_indefinite(f"a block of rows with an eigenvalue of {small:.1e}")
-    return large
-
-
-def draw_rows(n: int, b: int, generator, device) -> Tensor:
-    """Distinct random rows; ``torch.multinomial`` ends at 2^24 of them."""
-    return torch.randperm(n, generator=generator, device=device)[:b]

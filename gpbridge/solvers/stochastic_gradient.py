@@ -6,21 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.checks import check_positive
-from gpbridge.partial_products import column_products, row_products
-from gpbridge.solvers.dual_descent import (
+from gpbridge.partial_products import column_products
+from gpbridge.solvers.descent import (
+    check_momentum,
+    descend,
     draw_rows,
     largest_eigenvalue,
 )
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
-
-_DIVERGED = 10.0
-_HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,7 @@ class StochasticGradientDescent:
             step_size=1.0 if self.step_size is None else self.step_size,
             averaging=self.averaging,
         )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"momentum must be at least 0 and below 1, but is {self.momentum}."
-            )
+        check_momentum(self.momentum)
 
     def __call__(
         self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
@@ -89,49 +84,23 @@ class StochasticGradientDescent:
 
     def steps(self, system: System) -> Steps:
         """Descend on batches of rows, from zero."""
-        operator, rhs = system.operator, system.rhs
-        n = len(rhs)
+        operator, n = system.operator, len(system.rhs)
         b = min(self.batch_size, n)
         if "step" not in system.cache:
-            rows = draw_rows(n, b, system.generator, rhs.device)
+            rows = draw_rows(n, b, system.generator, system.rhs.device)
             # The eigenvalue of a block, scaled up, is that of H or more.
             largest = n / b * largest_eigenvalue(operator, rows)
             given = 0.5 if self.step_size is None else self.step_size
             system.cache["step"] = given / largest**2
-        weight = min(1.0, b / n / self.averaging)
-        a, v, average = (torch.zeros_like(rhs) for _ in range(3))
-        good, seen = average.clone(), rhs.clone()
-        start, halvings = rhs.norm(), 0
-        while True:
-            grown = False
-            for _ in range(-(-n // b)):
-                rows = draw_rows(n, b, system.generator, rhs.device)
-                q = torch.add(a, v, alpha=self.momentum)
-                r = row_products(operator, rows, q).double() - rhs[rows]
-                seen[rows] = r
-                step = system.cache["step"] * n / b
-                v.mul_(self.momentum)
-                v -= step * column_products(operator, rows, r)
-                a += v
-                average.lerp_(a, weight)
-                system.passes += 2 * b / n
-                system.iterations += 1
-                grown = not bool(r.norm() * (n / b) ** 0.5 <= _DIVERGED * start)
-                if grown:
-                    break
-            norms = seen.norm(dim=0)
-            if grown and halvings < _HALVINGS:
-                halvings += 1
-                system.cache["step"] /= 2
-                average.copy_(good)
-                a, v = good.clone(), torch.zeros_like(v)
-                seen.copy_(rhs)
-                norms = rhs.norm(dim=0)
-            else:
-                good.copy_(average)
-            keep = yield average, norms
-            if keep is not None:
-                rhs, a, v, average, good, seen = (
-                    t[:, keep] for t in (rhs, a, v, average, good, seen)
-                )
-                start = rhs.norm()
+
+        def push(v: Tensor, rows: Tensor, r: Tensor, step: float) -> None:
+            v -= step * n / b * column_products(operator, rows, r)
+
+        return descend(
+            system,
+            push,
+            batch_size=b,
+            momentum=self.momentum,
+            averaging=self.averaging,
+            visits=2,
+        )
