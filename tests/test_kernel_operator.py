@@ -11,20 +11,17 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 from linear_operator import settings
-from linear_operator.operators import to_linear_operator
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
-from torch import nn
 
 from gpbridge import kernel_tiles, partial_products
 from gpbridge.checks import ShapeError
-from gpbridge.functional import FunctionalNet
 from gpbridge.kernel_operator import (
     KernelMatrixOperator,
     covariance_operator,
     cross_products,
     quadratic_form,
 )
-from gpbridge.operators import WhitenedKernelOperator
+from tests.test_partial_products import INDICES, check_partial_products
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -100,9 +97,6 @@ def _small_tiles(monkeypatch):
     monkeypatch.setitem(kernel_tiles.TILE_BYTES, "cpu", 8 * 20 * 20)
 
 
-INDICES = {"some": torch.tensor([3, 41, 0, 69, 20, 19]), "range": slice(18, 43)}
-
-
 @every_kernel
 def test_products_equal_those_of_the_dense_matrix(kernel):
     H, dense = problem(kernel)
@@ -113,57 +107,10 @@ def test_products_equal_those_of_the_dense_matrix(kernel):
     torch.testing.assert_close(H.to_dense(), dense, **EXACT)
 
 
-def check_partial_products(operator, dense, index):
-    n = len(dense)
-    own = torch.arange(n)[index]
-    for k in (1, 40):
-        V, U = random(n, k, seed=5), random(len(own), k, seed=6)
-        got = partial_products.row_products(operator, index, V)
-        torch.testing.assert_close(got, dense[own] @ V, **EXACT)
-        got = partial_products.column_products(operator, index, U)
-        torch.testing.assert_close(got, dense[:, own] @ U, **EXACT)
-    got = partial_products.principal_block(operator, index)
-    torch.testing.assert_close(got, dense[own][:, own], **EXACT)
-    got = partial_products.dense_columns(operator, index)
-    torch.testing.assert_close(got, dense[:, own], **EXACT)
-    torch.testing.assert_close(
-        partial_products.diagonal(operator), dense.diagonal(), **EXACT
-    )
-    exact = partial_products.exact_products(operator, V)
-    torch.testing.assert_close(exact, dense @ V, **EXACT)
-    bound = partial_products.smallest_eigenvalue(operator)
-    assert bound <= torch.linalg.eigvalsh(dense)[0] + 1e-10
-
-
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
 @every_kernel
 def test_rows_columns_and_blocks_of_a_kernel_matrix(kernel, index):
     check_partial_products(*problem(kernel), index)
-
-
-@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
-def test_rows_columns_and_blocks_of_any_operator(index):
-    _, dense = problem(KERNELS["gaussian"])
-    check_partial_products(dense, dense, index)
-    operator = to_linear_operator(dense)
-    check_partial_products(operator, dense, index)
-    check_partial_products(
-        operator.add_diagonal(torch.tensor(0.5)), dense + 0.5 * torch.eye(70), index
-    )
-
-
-@pytest.mark.parametrize("index", [torch.tensor([7, 0, 3]), slice(2, 9)])
-def test_rows_columns_and_blocks_of_a_whitened_kernel(index):
-    net = FunctionalNet(
-        nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    )
-    X = random(6, 2)
-    net.probe(X)
-    operator = WhitenedKernelOperator(X, random(6, 2, 2, seed=1), net=net)
-    with torch.no_grad():
-        dense = operator.to_dense()
-        check_partial_products(operator, dense, index)
-    assert partial_products.smallest_eigenvalue(operator) == 1.0
 
 
 @every_kernel
