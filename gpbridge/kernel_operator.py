@@ -99,17 +99,14 @@ class KernelMatrixOperator(LinearOperator):
         return self
 
     def _tiles(self, dtype: torch.dtype | None) -> kernel_tiles.Tiles:
-        # In-place changes of hyperparameters, those of an optimiser, are seen.
-        state = [*self.kernel.parameters(), *self.kernel.buffers()]
-        key = dtype, tuple((id(p), p._version) for p in state)
+        # By value: setters of upstream change data behind the version counter.
+        values = kernel_tiles.hyperparameters(self.kernel)
+        key = dtype, values
         if key not in self._prepared:
-            self._prepared = {
-                other: tiles
-                for other, tiles in self._prepared.items()
-                if other[1] == key[1]
-            }
+            current = {k: t for k, t in self._prepared.items() if k[1] == values}
             X = self.X.detach()
-            self._prepared[key] = kernel_tiles.prepare(self.kernel, X, dtype=dtype)
+            current[key] = kernel_tiles.prepare(self.kernel, X, dtype=dtype)
+            self._prepared = current
         return self._prepared[key]
 
     def _matmul(self, rhs):

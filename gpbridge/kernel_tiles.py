@@ -107,6 +107,16 @@ def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
     return (kernel, amplitude) if fast else None
 
 
+@torch.no_grad()
+def hyperparameters(kernel: Kernel) -> tuple[float, ...]:
+    """The numbers that :func:`prepare` copies; none where it calls the kernel."""
+    found = stationary_part(kernel)
+    if found is None:
+        return ()
+    base, amplitude = found
+    return float(amplitude), *base.lengthscale.reshape(-1).tolist()
+
+
 def _gaussian(squared: Tensor) -> Tensor:
     return squared.neg_().exp_()
 
