@@ -235,7 +235,7 @@ def iterative_update(
     sample_values: Tensor,
     target_values: Tensor | None = None,
     *,
-    solver: Solver,
+    solver: Solver | None = None,
     generator: Generator | None = None,
     points: Tensor | None = None,
     noise: Tensor | None = None,
@@ -250,7 +250,7 @@ def iterative_update(
         model: An exact GP with Gaussian noise and one output.
         sample_values: Prior functions at the data, ``... x n``.
         target_values: What is observed, default the model's targets.
-        solver: Any solver.
+        solver: Default :func:`~gpbridge.solvers.choose_solver`.
         generator: Source of the noise. Without one, draws are fresh on each call.
         points: The data ``n x d``, transformed; default the model's.
         noise: Noise variances ``n``; default those of the model's likelihood.

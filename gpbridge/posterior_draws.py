@@ -28,20 +28,8 @@ from gpbridge.checks import ShapeError, check_finite, check_inputs
 from gpbridge.kernel_operator import covariance_operator, cross_products
 from gpbridge.kernels.compositions import normals
 from gpbridge.prior_draws import TILE_BYTES, PriorDraw
-from gpbridge.solvers import Cholesky, SketchAndProject
+from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
-
-DENSE_ROWS = 4000  # a factor of this size is one second and 128 MB
-
-
-def default_solver(num_rows: int) -> Solver:
-    """A factorisation where that is fast, else blocks of equations at a time.
-
-    Measured at 4500 points of noise-to-signal 1:120, 26 inputs: 11 passes to a relative
-    residual of 1e-2, at which the mean errs by a hundredth of the test error and the
-    variances by half a percent; conjugate gradients took ten times as many.
-    """
-    return Cholesky() if num_rows <= DENSE_ROWS else SketchAndProject()
 
 
 class PosteriorDraw(nn.Module):
@@ -158,7 +146,7 @@ def condition(
         X: Inputs ``n x d``.
         Y: Targets ``n`` or ``n x m``.
         noise: Noise variance, one number or ``n``.
-        solver: Default Cholesky up to ``DENSE_ROWS`` points, then SketchAndProject.
+        solver: Default :func:`~gpbridge.solvers.choose_solver`.
         mean: Prior mean function; copied.
         initial: A first guess of the weights, ``n x s x m``.
         generator: Source of the noise. Without one, draws are fresh on each call; the
@@ -229,11 +217,10 @@ def solve_columns(
     """
     if not len(X):
         return Solution(rhs.clone(), 0.0, 0, True)
-    if solver is None:
-        solver = default_solver(len(X))
     if initial is not None:
         initial = initial.to(rhs).reshape(len(X), -1)
     operator = covariance_operator(kernel, X, noise)
+    solver = choose_solver(operator) if solver is None else solver
     with torch.no_grad():
         solution = solver(operator, rhs.reshape(len(X), -1), initial)
     return solution._replace(value=solution.value.reshape(rhs.shape))

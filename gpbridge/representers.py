@@ -26,13 +26,13 @@ from torch import Size, Tensor
 from gpbridge.kernel_operator import covariance_operator
 from gpbridge.posterior_draws import (
     MeanColumns,
-    default_solver,
     dense,
     kernel_products,
     mean_values,
     solve_columns,
 )
 from gpbridge.prior_draws import PriorDraw, row_normals
+from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
 
 
@@ -200,12 +200,12 @@ def correct(base: Representers, data: Data, solver: Solver | None = None) -> Cor
     Returns:
         The correction.
     """
-    kernel, n = base.prior.kernel, len(base.data.X)
+    kernel = base.prior.kernel
     Z, size = data.X, data.X.shape[-2]
     rows = Z.reshape(-1, Z.shape[-1])
     K = dense(kernel, base.data.X, rows)  # n x (batch n')
     H = covariance_operator(kernel, base.data.X, base.data.noise)
-    solver = default_solver(n) if solver is None else solver
+    solver = choose_solver(H) if solver is None else solver
 
     def solve(rhs: Tensor) -> Tensor:
         if not rhs.numel():

@@ -48,7 +48,7 @@ from gpbridge.checks import (
 )
 from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.pathwise import DrawnPath, iterative_update
-from gpbridge.posterior_draws import PosteriorDraw, default_solver, mean_values
+from gpbridge.posterior_draws import PosteriorDraw, mean_values
 from gpbridge.prior_draws import NUM_FEATURES, PriorDraw, draw_prior
 from gpbridge.representers import (
     Correction,
@@ -103,7 +103,8 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         covar_module: A kernel without batch, with a feature map.
         likelihood: ``GaussianLikelihood`` (the default) or, for one output,
             ``FixedNoiseGaussianLikelihood``; shared, not copied.
-        solver: Default Cholesky up to 4000 points, then SketchAndProject.
+        solver: Default :func:`~gpbridge.solvers.choose_solver`: Cholesky up to 4000
+            points, then SketchAndProject to a relative residual of 0.01.
         num_samples: The number s of samples.
         train_Yvar: Known noise variances ``n x 1``, in place of a likelihood.
         mean_module: Prior mean function; default a constant per output.
@@ -249,7 +250,7 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
     def __repr__(self) -> str:
         """Sizes, and how well the system is solved."""
         n, facts = len(self._train_X), self.solution
-        solver = default_solver(n) if self.solver is None else self.solver
+        solver = "default" if self.solver is None else type(self.solver).__name__
         how = "not solved yet"
         if facts is not None:
             passes = getattr(facts, "passes", facts.iterations)
@@ -261,7 +262,7 @@ class SampledGP(GPyTorchModel, GP, FantasizeMixin):
         return (
             f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, "
             f"{type(self.covar_module).__name__}, {type(self.likelihood).__name__}, "
-            f"num_samples={self.num_samples}, {type(solver).__name__}: {how})"
+            f"num_samples={self.num_samples}, {solver} solver: {how})"
         )
 
     # -- BoTorch ---------------------------------------------------------------------
@@ -808,7 +809,6 @@ def _update_by_solver(
     **kwargs: Any,
 ) -> GeneralizedLinearPath:
     X = model.transform_inputs(model._train_X)
-    solver = default_solver(len(X)) if model.solver is None else model.solver
     if target_values is None:
         Y = model.train_targets
         target_values = Y if model.num_outputs == 1 else Y.mT
@@ -816,7 +816,7 @@ def _update_by_solver(
         model,
         sample_values,
         target_values,
-        solver=solver,
+        solver=model.solver,
         points=X,
         noise=model.noise_variance,
     )

@@ -11,9 +11,9 @@ from torch import nn
 
 from gpbridge.checks import NotConvergedWarning, ShapeError
 from gpbridge.kernels import NeuralTangentKernel
-from gpbridge.posterior_draws import condition, default_solver, kernel_products
+from gpbridge.posterior_draws import condition, kernel_products
 from gpbridge.prior_draws import draw_prior
-from gpbridge.solvers import Cholesky, ConjugateGradients, SketchAndProject
+from gpbridge.solvers import ConjugateGradients
 from gpbridge.testing import assert_gradients_match_finite_differences
 from gpbridge.types import FunctionDraws
 from tests import oracles
@@ -187,11 +187,6 @@ def test_the_solution_and_its_warm_start():
     with pytest.warns(NotConvergedWarning):
         stopped = condition(prior, X, targets(X), 0.01, short)
     assert not stopped.solution.converged
-
-
-def test_the_default_solver_factorises_small_systems():
-    assert isinstance(default_solver(100), Cholesky)
-    assert isinstance(default_solver(100_000), SketchAndProject)
 
 
 def test_noise_comes_from_the_generator():

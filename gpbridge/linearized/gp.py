@@ -72,10 +72,10 @@ from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import initial_noise, release_noise, set_noise
-from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.predictive import class_log_probabilities, temper_logs
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.targets import check_targets, default_likelihood, warn_if_logits
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Evidence, FitResult

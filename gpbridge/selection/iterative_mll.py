@@ -36,7 +36,7 @@ from gpbridge.checks import (
 )
 from gpbridge.kernel_operator import quadratic_form
 from gpbridge.kernels.compositions import normals
-from gpbridge.posterior_draws import default_solver, mean_values, solve_columns
+from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.representers import Data, right_hand_sides
 from gpbridge.sampled_gp import SampledGP
 from gpbridge.tracing import ordinary_tensors
@@ -174,8 +174,7 @@ def fit_iterative(
         raise ValueError("No parameter of the model requires a gradient.")
     if generator is None:
         generator = Generator().manual_seed(int(model._seed))
-    if solver is None:
-        solver = model.solver or default_solver(len(model._train_X))
+    solver = model.solver if solver is None else solver
     prior, data = work._problem(work.covar_module, work.mean_module)
     if subset_start is not None:
         _fit_subsets(work, data, subset_start, learning_rate, generator)
