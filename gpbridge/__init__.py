@@ -20,6 +20,7 @@ from gpbridge import (
 )
 from gpbridge._version import __version__
 from gpbridge.linearized import Exact, LinearizedGP
+from gpbridge.sampled_gp import SampledGP
 from gpbridge.types import Evidence, FitResult
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Exact",
     "FitResult",
     "LinearizedGP",
+    "SampledGP",
     "__version__",
     "data",
     "dnn",

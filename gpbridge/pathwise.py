@@ -1,14 +1,16 @@
 r"""Functions drawn from Gaussian processes, with explicit randomness.
 
-In: a botorch model. Out: sample paths, functions that can be evaluated and
-differentiated anywhere, exact where the kernel has finitely many features. botorch's
-pathwise package does the work; its weights, frequencies and noise come from a generator
-here instead of the global state. Next: ``acquisition`` maximises such draws.
+In: a botorch model, or a kernel and data. Out: sample paths, functions that can be
+evaluated and differentiated anywhere, exact where the kernel has finitely many
+features. For models botorch's pathwise package does the work; its weights, frequencies
+and noise come from a generator here instead of the global state, and its dense
+factorisation gives way to any solver. Next: ``acquisition`` maximises such draws.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from botorch.models.deterministic import GenericDeterministicModel
@@ -18,17 +20,89 @@ from botorch.sampling.pathwise import (
     draw_matheron_paths,
     gaussian_update,
 )
-from botorch.sampling.pathwise.features.maps import FeatureMap
-from botorch.sampling.pathwise.paths import SamplePath
-from botorch.sampling.pathwise.utils import get_train_inputs, get_train_targets
+from botorch.sampling.pathwise.features.maps import FeatureMap, KernelEvaluationMap
+from botorch.sampling.pathwise.paths import GeneralizedLinearPath, SamplePath
+from botorch.sampling.pathwise.utils import (
+    get_input_transform,
+    get_train_inputs,
+    get_train_targets,
+)
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from gpytorch.models import ExactGP
 from linear_operator.operators import ZeroLinearOperator
 from torch import Generator, Size, Tensor
 
+from gpbridge.checks import ShapeError
 from gpbridge.kernels.compositions import draw_feature_map
+from gpbridge.posterior_draws import PosteriorDraw, condition, solve_columns
+from gpbridge.prior_draws import PriorDraw, draw_prior
 from gpbridge.randomness import fresh, standard_normal
+from gpbridge.types import Solver
+
+__all__ = [
+    "DrawnPath",
+    "PosteriorDraw",
+    "PriorDraw",
+    "condition",
+    "draw_path_model",
+    "draw_posterior_paths",
+    "draw_prior",
+    "draw_prior_paths",
+    "iterative_update",
+]
+
+
+class SeparateDraws(Protocol):
+    """Draws that can each be evaluated at inputs of its own."""
+
+    def each(self, X: Tensor) -> Tensor:
+        """``s x ... x n x d`` to ``s x ... x n x m``."""
+        ...
+
+
+class DrawnPath(SamplePath):
+    """Draws of a model of ours in the shapes of botorch's paths.
+
+    Args:
+        draws: As many functions as the sample shape counts.
+        sample_shape: Sizes of the sample dimensions.
+        num_outputs: The number m of outputs.
+    """
+
+    def __init__(
+        self, draws: SeparateDraws, sample_shape: Size, num_outputs: int
+    ) -> None:
+        super().__init__()
+        self.draws, self.num_outputs = draws, num_outputs
+        self.sample_shape = Size(sample_shape)
+
+    def set_ensemble_as_batch(self, ensemble_as_batch: bool) -> None:
+        """Nothing to set: the model is not an ensemble."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Evaluate the draws, each at its own inputs where ``x`` has a sample batch.
+
+        Args:
+            x: Inputs ``... x n x d`` whose batch broadcasts with ``sample_shape``; with
+                several outputs ``... x 1 x n x d``, as botorch evaluates batches of
+                independent outputs.
+            **kwargs: None are used.
+
+        Returns:
+            ``... x n``, or ``... x m x n`` with several outputs.
+        """
+        if self.num_outputs > 1:
+            x = x.squeeze(-3)
+        sample = self.sample_shape
+        batch = torch.broadcast_shapes(x.shape[:-2], sample)
+        rest = batch[: len(batch) - len(sample)]
+        rows = x.expand(*batch, *x.shape[-2:]).reshape(
+            *rest, sample.numel(), *x.shape[-2:]
+        )
+        values = self.draws.each(rows.movedim(-3, 0)).movedim(0, -3)
+        values = values.reshape(*batch, *values.shape[-2:])
+        return values.squeeze(-1) if self.num_outputs == 1 else values.mT
 
 
 def draw_prior_paths(
@@ -77,13 +151,17 @@ def draw_posterior_paths(
     *,
     num_features: int = 1024,
     generator: Generator | None = None,
+    solver: Solver | None = None,
 ) -> SamplePath:
     r"""Functions from a posterior by Matheron's rule.
 
     .. math:: f(x) + K_{xX} (K + \Sigma)^{-1} (y - f(X) - \epsilon)
 
     Prior and noise are drawn once, so a path is a function: deterministic,
-    differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness.
+    differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness: all
+    paths share their Fourier features, whose error shows in small variances. For
+    variances of many draws :func:`condition` a :func:`draw_prior`, or take a
+    :class:`~gpbridge.SampledGP`: each draw has its own features there.
 
     Args:
         model: An exact GP with Gaussian noise, or a list of them.
@@ -91,6 +169,8 @@ def draw_posterior_paths(
         num_features: Fourier features of each part that needs them, an even number.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
+        solver: Of the linear system with the covariance of the data; by default it is
+            factorised.
 
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
@@ -105,7 +185,7 @@ def draw_posterior_paths(
         prior_sampler=partial(
             draw_prior_paths, num_features=num_features, generator=generator
         ),
-        update_strategy=partial(_noisy_update, generator=generator),
+        update_strategy=partial(_noisy_update, generator=generator, solver=solver),
     )
 
 
@@ -114,6 +194,7 @@ def draw_path_model(
     *,
     num_features: int = 1024,
     generator: Generator | None = None,
+    solver: Solver | None = None,
 ) -> GenericDeterministicModel:
     """One posterior function as a botorch model, for Thompson sampling.
 
@@ -125,11 +206,15 @@ def draw_path_model(
         num_features: Fourier features of each part that needs them, an even number.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
+        solver: Of the linear system with the covariance of the data; by default it is
+            factorised.
 
     Returns:
         A deterministic model: ``batch_shape x n x d`` to ``batch_shape x n x m``.
     """
-    path = draw_posterior_paths(model, num_features=num_features, generator=generator)
+    path = draw_posterior_paths(
+        model, num_features=num_features, generator=generator, solver=solver
+    )
 
     def evaluate(X: Tensor) -> Tensor:
         if isinstance(model, ModelList):
@@ -141,15 +226,68 @@ def draw_path_model(
     return GenericDeterministicModel(evaluate, num_outputs=model.num_outputs)
 
 
-def _noisy_update(
+def iterative_update(
     model: Model,
     sample_values: Tensor,
     target_values: Tensor | None = None,
     *,
-    generator: Generator | None,
-) -> SamplePath:
-    # Upstream draws the noise from the global state. It draws none if the noise is said
-    # to be zero, and takes the factor of the covariance as given.
+    solver: Solver | None = None,
+    generator: Generator | None = None,
+    points: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> GeneralizedLinearPath:
+    r"""The update of Matheron's rule by a solver that never factorises.
+
+    :math:`k(\cdot, X) v` with :math:`(K + \Sigma) v = y - f(X) - \epsilon`, in place
+    of upstream's dense Cholesky factor: pass it to botorch's ``draw_matheron_paths`` as
+    ``functools.partial(iterative_update, solver=...)``.
+
+    Args:
+        model: An exact GP with Gaussian noise and one output.
+        sample_values: Prior functions at the data, ``... x n``.
+        target_values: What is observed, default the model's targets.
+        solver: Default :func:`~gpbridge.solvers.choose_solver`.
+        generator: Source of the noise. Without one, draws are fresh on each call.
+        points: The data ``n x d``, transformed; default the model's.
+        noise: Noise variances ``n``; default those of the model's likelihood.
+
+    Returns:
+        The path of the update alone.
+
+    Raises:
+        ShapeError: If the model has a batch or several outputs.
+    """
+    X = points
+    if X is None:
+        (X,) = get_train_inputs(model, transformed=True)
+    if target_values is None:
+        target_values = get_train_targets(model, transformed=True)
+    if X.dim() > 2 or len(model.covar_module.batch_shape):
+        raise ShapeError(
+            "An iterative update takes one data set and one output, but the training "
+            f"inputs have shape {tuple(X.shape)} and the kernel batch_shape "
+            f"{tuple(model.covar_module.batch_shape)}. Put one model per output in a "
+            "ModelListGP."
+        )
+    if noise is None:
+        noise = _noise_of(model, X).diagonal(dim1=-1, dim2=-2)
+    noise = noise.detach()
+    epsilon = standard_normal(sample_values.shape, generator, sample_values)
+    misfit = target_values - sample_values - noise.sqrt() * epsilon
+    columns = misfit.detach().reshape(-1, len(X)).mT.double()
+    solution = solve_columns(
+        model.covar_module, X.detach(), noise, columns.to(X), solver
+    )
+    feature_map = KernelEvaluationMap(
+        kernel=model.covar_module,
+        points=X,
+        input_transform=get_input_transform(model),
+    )
+    weight = solution.value.mT.reshape(sample_values.shape).to(sample_values)
+    return GeneralizedLinearPath(feature_map=feature_map, weight=weight)
+
+
+def _noise_of(model: Model, X: Tensor):
     likelihood = getattr(model, "likelihood", None)
     gaussian = (GaussianLikelihood, FixedNoiseGaussianLikelihood)
     if not isinstance(model, ExactGP) or not isinstance(likelihood, gaussian):
@@ -158,8 +296,25 @@ def _noisy_update(
             f"noise, but this is {type(model).__name__} with "
             f"{type(likelihood).__name__}. Try botorch's draw_matheron_paths."
         )
+    return likelihood.noise_covar(shape=X.shape[:-1])
+
+
+def _noisy_update(
+    model: Model,
+    sample_values: Tensor,
+    target_values: Tensor | None = None,
+    *,
+    generator: Generator | None,
+    solver: Solver | None = None,
+) -> SamplePath:
+    # Upstream draws the noise from the global state. It draws none if the noise is said
+    # to be zero, and takes the factor of the covariance as given.
+    if solver is not None:
+        return iterative_update(
+            model, sample_values, target_values, solver=solver, generator=generator
+        )
     (X,) = get_train_inputs(model, transformed=True)
-    noise = likelihood.noise_covar(shape=X.shape[:-1])
+    noise = _noise_of(model, X)
     draws = standard_normal(sample_values.shape, generator, sample_values)
     noise_std = noise.diagonal(dim1=-1, dim2=-2).sqrt()
     covariance = model.covar_module(X) + noise

@@ -1,6 +1,7 @@
 """Operations whose derivatives torch.func lacks or gets wrong, spelled out.
 
-In: nothing. Out: a context in which a network is evaluated. Fused attention has no
+In: nothing. Out: a context in which a network is evaluated, and one in which what is
+kept for later gradients is computed. Fused attention has no
 batching rule and no double backward. Under vmap and in forward mode the statistics that
 normalisation keeps for its backward pass are taken for constants, so that a Jacobian is
 right and its derivative in the inputs is not (pytorch/functorch issue 534, pytorch
@@ -9,6 +10,7 @@ issue 196700). Next: ``functional`` evaluates networks in this context.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +30,19 @@ def traceable():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Compute outside of inference mode, whose tensors no later gradient may meet.
+
+    What is computed here is kept: a prediction must not spoil the next acquisition.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class _Elementary(TorchFunctionMode):

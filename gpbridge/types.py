@@ -25,13 +25,17 @@ Apply = Callable[[Params, Tensor], Tensor]
 class Solution(NamedTuple):
     """The result of a linear solve, with the evidence of its quality.
 
-    ``residual_norm`` is the largest relative residual over the right-hand sides.
+    ``residual_norm`` is the largest relative residual over the right-hand sides,
+    ``residual_norms`` has all of them, ``... x k``; both are of exact products.
+    ``passes`` counts visits to all n^2 entries of the matrix, the exact check included.
     """
 
     value: Tensor
     residual_norm: float
     iterations: int
     converged: bool
+    passes: float = 0.0
+    residual_norms: Tensor | None = None
 
 
 class Evidence(NamedTuple):

@@ -6,7 +6,8 @@ of kernels, ours and gpytorch's mixed. Out: botorch feature maps with
 botorch's pathwise generators. Also here is what every kernel of ours needs from
 upstream's base class: telling whether two inputs are one, and indexing a batch of
 kernels that select input columns.
-Next: ``feature`` is the first kernel that uses all of it; ``pathwise`` draws functions.
+Next: ``feature`` is the first kernel that uses all of it; ``random_features`` has the
+stationary kernels.
 """
 
 from __future__ import annotations
@@ -17,30 +18,25 @@ from contextlib import contextmanager
 from functools import singledispatch
 
 import torch
-from botorch.exceptions.errors import UnsupportedError
 from botorch.sampling.pathwise.features import gen_kernel_features
 from botorch.sampling.pathwise.features.generators import GenKernelFeatures
 from botorch.sampling.pathwise.features.maps import FeatureMap, KernelFeatureMap
 from botorch.sampling.pathwise.utils import (
     ChainedTransform,
     FeatureSelector,
-    InverseLengthscaleTransform,
     OutputscaleTransform,
     SineCosineTransform,
 )
-from botorch.utils.sampling import draw_sobol_normal_samples
 from gpytorch.kernels import (
     AdditiveKernel,
     Kernel,
-    MaternKernel,
     ProductKernel,
-    RBFKernel,
     ScaleKernel,
 )
 from torch import Generator, Size, Tensor, nn
 
 from gpbridge.checks import check_memory
-from gpbridge.randomness import fresh, standard_normal
+from gpbridge.randomness import fresh
 
 PRODUCT_FEATURES = 2**18  # columns; at 1000 points in float64 this is 2 GiB
 
@@ -168,12 +164,12 @@ class ProductFeatureMap(FeatureMap):
             product = (product[..., :, None] * block[..., None, :]).flatten(-2)
         if not self.fourier:
             return product
-        phase, amplitude = 0, 1
+        phase, scale = 0, 1
         for feature_map in self.fourier:
             phase = phase + feature_map.forward(feature_map.input_transform(x))
-            amplitude = amplitude * _amplitude(feature_map)
+            scale = scale * amplitude(feature_map)
         repeats = phase.shape[-1] // product.shape[-1]
-        product = product.repeat_interleave(repeats, -1) * amplitude / repeats**0.5
+        product = product.repeat_interleave(repeats, -1) * scale / repeats**0.5
         return torch.cat([product * phase.sin(), product * phase.cos()], dim=-1)
 
     @property
@@ -199,11 +195,14 @@ def draw_feature_map(
 ) -> FeatureMap:
     r"""Features with :math:`\phi(x) \phi(x')^\top \approx k(x, x')`, by kernel type.
 
-    Exact for kernels with finitely many features, random Fourier features for RBF and
-    Matérn kernels, and recursive through scales, sums and products. As botorch's
-    ``gen_kernel_features``, with an explicit source of randomness; a kernel that is
-    registered only there draws as it does there. Register further types with
-    ``draw_feature_map.register``.
+    Exact for kernels with finitely many features, random Fourier features for
+    stationary ones (:mod:`~gpbridge.kernels.random_features`), and recursive through
+    scales, sums and products. As botorch's ``gen_kernel_features``, with an explicit
+    source of randomness; a kernel that is registered only there draws as it does there.
+    Register further types with ``draw_feature_map.register``.
+
+    What is drawn does not depend on the hyperparameters: the map reads them from the
+    kernel at each call, so that the same base draws serve all their values.
 
     Args:
         kernel: The kernel; the map follows its hyperparameters.
@@ -213,25 +212,22 @@ def draw_feature_map(
 
     Returns:
         A map from ``... x n x d`` to ``... x n x f``.
+
+    Raises:
+        NotImplementedError: If the kernel has no feature map; says which ones have.
     """
+    if GenKernelFeatures.dispatch(type(kernel)) is None:
+        known = {
+            *draw_feature_map.registry,
+            *(kind for (kind,) in GenKernelFeatures.funcs),
+        }
+        names = sorted(kind.__name__ for kind in known - {object, Kernel})
+        raise NotImplementedError(
+            f"{type(kernel).__name__} has no feature map; {', '.join(names)} have one. "
+            "Register yours: @draw_feature_map.register on a function of (kernel, "
+            "num_inputs, num_features, generator) that returns a botorch FeatureMap."
+        )
     return gen_kernel_features(kernel, num_inputs=num_inputs, num_outputs=num_features)
-
-
-@draw_feature_map.register
-def _draw_rbf(
-    kernel: RBFKernel, num_inputs: int, num_features: int, generator=None
-) -> KernelFeatureMap:
-    return _fourier_map(kernel, num_inputs, num_features, generator, None)
-
-
-@draw_feature_map.register
-def _draw_matern(
-    kernel: MaternKernel, num_inputs: int, num_features: int, generator=None
-) -> KernelFeatureMap:
-    # The spectral measure is a Student distribution with 2 nu degrees of freedom.
-    return _fourier_map(
-        kernel, num_inputs, num_features, generator, round(2 * kernel.nu)
-    )
 
 
 @draw_feature_map.register
@@ -272,7 +268,7 @@ def _draw_product(
     exact, stationary, columns = [], [], 1
     for part in kernel.kernels:
         feature_map = draw_feature_map(part, num_inputs, num_features, generator)
-        if _is_fourier(feature_map):
+        if is_fourier(feature_map):
             stationary.append(part)
         else:
             exact.append(feature_map)
@@ -312,58 +308,26 @@ for _composition in (AdditiveKernel, ProductKernel):
         register_with_botorch(_composition)
 
 
-def _amplitude(feature_map: KernelFeatureMap) -> Tensor:
-    # Prior standard deviation: at phase zero the cosines are one and the sines vanish.
+def amplitude(feature_map: KernelFeatureMap) -> Tensor:
+    """Prior standard deviation of a Fourier map, ``batch x 1 x 1``."""
+    # At phase zero the cosines are one and the sines vanish.
     zeros = feature_map.weight.new_zeros(1, feature_map.weight.shape[-2])
     return feature_map.output_transform(zeros).norm(dim=-1, keepdim=True)
 
 
-def _is_fourier(feature_map: FeatureMap) -> bool:
+def is_fourier(feature_map: FeatureMap) -> bool:
+    """Whether the features are sines and cosines, of one frequency per pair."""
     if not isinstance(feature_map, KernelFeatureMap) or feature_map.bias is not None:
         return False
+    return isinstance(sine_cosine(feature_map), SineCosineTransform)
+
+
+def sine_cosine(feature_map: KernelFeatureMap) -> nn.Module | None:
+    """The innermost transform of the outputs, sines and cosines for Fourier maps."""
     innermost = feature_map.output_transform
     while isinstance(innermost, ChainedTransform):
         innermost = innermost.transforms[-1]
-    return isinstance(innermost, SineCosineTransform)
-
-
-def _fourier_map(
-    kernel: Kernel,
-    num_inputs: int,
-    num_features: int,
-    generator: Generator | None,
-    degrees: int | None,
-) -> KernelFeatureMap:
-    # Sutherland and Schneider 2015: pairs of sine and cosine of the same frequency.
-    if num_features % 2:
-        raise UnsupportedError(
-            "num_features must be even, a sine and a cosine per frequency, but is "
-            f"{num_features}."
-        )
-    input_transform = InverseLengthscaleTransform(kernel)
-    if kernel.active_dims is not None:
-        num_inputs = len(kernel.active_dims)
-        input_transform = ChainedTransform(
-            input_transform, FeatureSelector(indices=kernel.active_dims)
-        )
-    frequencies, batch = num_features // 2, kernel.batch_shape
-    generator = fresh(generator)
-    seed = torch.randint(2**31 - 1, (), generator=generator, device=generator.device)
-    weight = draw_sobol_normal_samples(
-        d=num_inputs, n=batch.numel() * frequencies, seed=int(seed)
-    )
-    if degrees is not None:
-        normal = standard_normal((len(weight), degrees), generator, weight)
-        weight = weight * (normal.square().sum(-1) / degrees).rsqrt()[:, None]
-    lengthscale = kernel.lengthscale
-    return KernelFeatureMap(
-        kernel=kernel,
-        weight=weight.reshape(*batch, frequencies, num_inputs).to(lengthscale),
-        input_transform=input_transform,
-        output_transform=SineCosineTransform(
-            lengthscale.new_tensor((2 / num_features) ** 0.5)
-        ),
-    )
+    return innermost
 
 
 def _check_columns(columns: int) -> None:

@@ -65,22 +65,23 @@ from gpbridge.linearized.construction import (
 )
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.labels import label_distribution
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
-from gpbridge.linearized.outcomes import (
-    label_distribution,
-    latent_distribution,
-    target_distribution,
-)
 from gpbridge.linearized.persistence import Persistence
-from gpbridge.linearized.state import TangentState, ordinary_tensors
+from gpbridge.linearized.state import TangentState
 from gpbridge.linearized.training_run import (
     check_training_run,
     data_after_training,
     defaults_after_training,
 )
+from gpbridge.outcomes import (
+    latent_distribution,
+    target_distribution,
+)
 from gpbridge.randomness import fresh
 from gpbridge.targets import check_targets, warn_if_logits
+from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Evidence, FitResult
 
 

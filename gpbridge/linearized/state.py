@@ -7,9 +7,6 @@ changes. Next: ``persistence`` copies and loads it, ``gp`` answers from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.means import Mean
@@ -37,6 +34,7 @@ from gpbridge.linearized.noise import (
 )
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import FitResult
 
 # Every attribute that is no module, parameter or buffer, by what becomes of it.
@@ -48,19 +46,6 @@ FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
 SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
 MOVED = ("_new",)  # and saved, as tensors
 CACHES = ("_problem", "_built_from", "_posterior", "_update", "_mode", "_gap")
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Compute outside of inference mode, whose tensors no later gradient may meet.
-
-    What is computed here is kept: a prediction must not spoil the next acquisition.
-    """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
 
 
 class TangentState:

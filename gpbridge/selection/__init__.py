@@ -3,16 +3,24 @@
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.evidence import fit_evidence, log_evidence
+from gpbridge.selection.iterative_mll import (
+    IterativeFit,
+    SubsetStart,
+    fit_iterative,
+)
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
     "Diagnostics",
+    "IterativeFit",
     "LaplaceEvidence",
     "MatchedWeightDecay",
+    "SubsetStart",
     "fit_deep_kernel",
     "fit_evidence",
+    "fit_iterative",
     "fit_matern_plus_kernel",
     "log_evidence",
     "multi_start",

@@ -1,6 +1,7 @@
-"""Distributions of latent values, targets and labels, in the caller's dtype and units.
+"""Distributions of latent values and targets, in the caller's dtype and units.
 
-In: float64 moments. Out: gpytorch and torch distributions. Next: ``gp``.
+In: float64 moments. Out: gpytorch and torch distributions. Next: ``sampled_gp`` and
+``linearized.gp`` return them.
 """
 
 from __future__ import annotations
@@ -9,21 +10,16 @@ import torch
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.likelihoods import Likelihood
 from linear_operator import to_linear_operator
 from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 from torch.distributions import (
-    Bernoulli,
-    Categorical,
     Distribution,
     Independent,
     Normal,
 )
 
 from gpbridge.checks import ShapeError
-from gpbridge.linearized.predictive import class_log_probabilities
-from gpbridge.metrics import apply_temperature
 
 
 def latent_distribution(
@@ -76,32 +72,3 @@ def target_distribution(
         mean, variance = posterior.mean, posterior.variance
     normal = Normal(mean.to(dtype), variance.sqrt().to(dtype))
     return normal if mean.shape[-1] == 1 else Independent(normal, 1)
-
-
-def label_distribution(
-    likelihood: Likelihood,
-    mean: Tensor,
-    blocks: Tensor,
-    link: str,
-    temperature: float,
-    dtype: torch.dtype,
-) -> Distribution:
-    """Distribution of the label at each point.
-
-    Args:
-        likelihood: A softmax, logistic or probit likelihood.
-        mean: Of the network's outputs, ``... x n x m``.
-        blocks: Their covariance at each point, ``... x n x m x m``.
-        link: One of the names in ``LINKS``.
-        temperature: Divides the log probabilities.
-        dtype: Of the result.
-
-    Returns:
-        Bernoulli ``... x n x 1`` for one output, else categorical ``... x n``.
-    """
-    logs = class_log_probabilities(likelihood, mean, blocks, link)
-    logs = apply_temperature(logs, temperature).to(dtype)
-    if mean.shape[-1] == 1:
-        return Bernoulli(logits=logs[..., 1:] - logs[..., :1])
-    # The check of its arguments fails for no points at all.
-    return Categorical(logits=logs, validate_args=logs.numel() > 0)

@@ -1,0 +1,367 @@
+r"""The covariance matrix :math:`H = K + \Sigma` of noisy observations, never held.
+
+In: a kernel, inputs and noise variances. Out: a linear operator whose products evaluate
+the kernel in tiles, products with cross-covariances, and a quadratic form that carries
+gradients to hyperparameters. Next: ``solvers`` solve with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from gpytorch.kernels import Kernel
+from linear_operator import LinearOperator
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gpbridge import kernel_tiles
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_inputs,
+    check_tensor,
+)
+from gpbridge.partial_products import (
+    Index,
+    column_products,
+    dense_columns,
+    diagonal,
+    exact_products,
+    has_cheap_columns,
+    precision,
+    principal_block,
+    row_products,
+    smallest_eigenvalue,
+)
+
+
+class _Held(NamedTuple):
+    # LinearOperator.to(...) calls .to on whatever has one, which would convert the
+    # caller's kernel in place.
+    kernel: Kernel
+
+
+class KernelMatrixOperator(LinearOperator):
+    r"""The matrix :math:`H = k(X, X) + \mathrm{diag}(\sigma^2)` of any kernel.
+
+    Use it where H does not fit into memory: a product with k columns evaluates
+    :math:`n^2/2` kernel entries (each tile serves twice) and holds n k numbers and one
+    tile. Products are accumulated in float64. Gradients reach the inputs and the noise;
+    kernel hyperparameters are constants here, and :func:`quadratic_form` differentiates
+    in them.
+
+    Args:
+        X: Inputs ``batch_shape x n x d``.
+        noise: Noise variances, ``batch_shape x n`` or one number; zero is allowed.
+        kernel: One output per input, no batch shape; its hyperparameters are read at
+            each product.
+        compute_dtype: Of the tiles; ``torch.float32`` is two to three times as fast,
+            with an error of about 1e-6 outputscale per entry. Then
+            :func:`~gpbridge.partial_products.exact_products` still are in X's dtype.
+
+    Example:
+        >>> from gpytorch.kernels import RBFKernel
+        >>> H = KernelMatrixOperator(torch.zeros(2, 1), 0.5, kernel=RBFKernel())
+        >>> H.to_dense()
+        tensor([[1.5000, 1.0000],
+                [1.0000, 1.5000]])
+    """
+
+    def __init__(
+        self,
+        X: Tensor,
+        noise: Tensor | float,
+        *,
+        kernel: Kernel | _Held,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        held = kernel if isinstance(kernel, _Held) else _Held(kernel)
+        noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
+        if noise.dim() == 0:
+            noise = noise.expand(X.shape[:-1])
+        _check(held.kernel, X, noise, compute_dtype)
+        batch = torch.broadcast_shapes(X.shape[:-2], noise.shape[:-1])
+        if X.shape[:-2] != batch:
+            X = X.expand(*batch, *X.shape[-2:])
+        if noise.shape[:-1] != batch:
+            noise = noise.expand(*batch, noise.shape[-1])
+        super().__init__(X, noise, kernel=held, compute_dtype=compute_dtype)
+        self.X, self.noise = X, noise
+        self.kernel, self.compute_dtype = held.kernel, compute_dtype
+        self._prepared: dict = {}
+
+    def _size(self):
+        return torch.Size((*self.X.shape[:-1], self.X.shape[-2]))
+
+    def _transpose_nonbatch(self):
+        return self
+
+    def _tiles(self, dtype: torch.dtype | None) -> kernel_tiles.Tiles:
+        # By value: setters of upstream change data behind the version counter.
+        values = kernel_tiles.hyperparameters(self.kernel)
+        key = dtype, values
+        if key not in self._prepared:
+            current = {k: t for k, t in self._prepared.items() if k[1] == values}
+            X = self.X.detach()
+            current[key] = kernel_tiles.prepare(self.kernel, X, dtype=dtype)
+            self._prepared = current
+        return self._prepared[key]
+
+    def _matmul(self, rhs):
+        if rhs.dim() == 1:
+            return self._matmul(rhs[:, None])[:, 0]
+        batch = torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2])
+        if batch:
+            each = self.expand(*batch, *self.matrix_shape)
+            parts = zip(
+                each.X.reshape(-1, *self.X.shape[-2:]),
+                each.noise.reshape(-1, self.noise.shape[-1]),
+                rhs.expand(*batch, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:]),
+                strict=True,
+            )
+            results = [self._alone(x, noise)._matmul(v) for x, noise, v in parts]
+            if not results:
+                return rhs.new_zeros(*batch, *rhs.shape[-2:])
+            return torch.stack(results).reshape(*batch, *rhs.shape[-2:])
+        asked = (self.X, self.noise, rhs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in asked):
+            return self._differentiable_product(rhs)
+        return self._product(rhs, self.compute_dtype)
+
+    def _alone(self, X: Tensor, noise: Tensor) -> KernelMatrixOperator:
+        return self.__class__(X, noise, **self._kwargs)
+
+    def _product(self, rhs: Tensor, dtype: torch.dtype | None) -> Tensor:
+        product = kernel_tiles.multiply_all(self._tiles(dtype), rhs)
+        return (product + self.noise[:, None] * rhs).to(rhs.dtype)
+
+    def _differentiable_product(self, rhs: Tensor) -> Tensor:
+        def rows(x: Tensor) -> Tensor:
+            return self.kernel(x, self.X).to_dense() @ rhs
+
+        step = _points_per_tile(self.X)
+        parts = [_forgetful(rows, x) for x in self.X.split(step)]
+        return torch.cat(parts) + self.noise[:, None] * rhs
+
+    def _diagonal(self):
+        return self.kernel(self.X, diag=True).to(self.X) + self.noise
+
+    def to_dense(self):
+        """Evaluate the matrix, by tiles where no gradient is asked for."""
+        asked = torch.is_grad_enabled() and (
+            self.X.requires_grad or self.noise.requires_grad
+        )
+        if asked or self.batch_shape:
+            return self.kernel(self.X).to_dense() + torch.diag_embed(self.noise)
+        return dense_columns(self, slice(0, len(self.X)))
+
+    def _expand_batch(self, batch_shape):
+        X = self.X.expand(*batch_shape, *self.X.shape[-2:])
+        return self._alone(X, self.noise.expand(*batch_shape, self.noise.shape[-1]))
+
+
+def covariance_operator(
+    kernel: Kernel,
+    X: Tensor,
+    noise: Tensor | float,
+    compute_dtype: torch.dtype | None = None,
+) -> KernelMatrixOperator:
+    """:class:`KernelMatrixOperator` of a kernel, in the usual order of arguments."""
+    return KernelMatrixOperator(X, noise, kernel=kernel, compute_dtype=compute_dtype)
+
+
+def cross_products(
+    kernel: Kernel,
+    X_test: Tensor,
+    X: Tensor,
+    V: Tensor,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Product :math:`k(X_*, X) V` with a cross-covariance, without gradients.
+
+    Args:
+        kernel: One output per input, no batch shape.
+        X_test: Test points ``t x d``.
+        X: Points ``n x d``.
+        V: Columns ``n x k``.
+        compute_dtype: Of the tiles; default that of the points.
+
+    Returns:
+        The product ``t x k`` in the dtype of V; memory (t + n) k and one tile.
+    """
+    check_inputs(X_test, "X_test", X.shape[-1])
+    tiles = kernel_tiles.prepare(kernel, X_test.detach(), X.detach(), compute_dtype)
+    return kernel_tiles.multiply_rows(tiles, V.detach()).to(V.dtype)
+
+
+def quadratic_form(
+    kernel: Kernel, X: Tensor, noise: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    r"""The sum :math:`\mathrm{tr}(L^\top H R)`, differentiable in hyperparameters.
+
+    Gradients reach the kernel's hyperparameters and the noise; ``left`` and ``right``
+    are constants. With :math:`G = L R^\top` the form is a sum of entries of
+    :math:`G \circ H`, which is differentiated tile by tile as it is summed: a tile and
+    its mirror image in one, nothing is kept or computed twice, and memory is that of a
+    few tiles. Derivatives are of first order.
+
+    Args:
+        kernel: One output per input, no batch shape.
+        X: Inputs ``n x d``.
+        noise: Noise variances ``n``, or one number.
+        left: L, ``n x k``.
+        right: R, ``n x k``.
+
+    Returns:
+        A scalar.
+    """
+    L, R = left.detach(), right.detach()
+    noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
+    of_noise = (noise.reshape(-1, 1) * L * R).sum()
+    if kernel_tiles.stationary_part(kernel) is not None:
+        return of_noise + _stationary_form(kernel, X.detach(), L, R)
+    learnt = [p for p in kernel.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled():
+        learnt = []
+    gradients = [torch.zeros_like(p) for p in learnt]
+    step = _points_per_tile(X)
+    total = torch.zeros((), dtype=X.dtype, device=X.device)
+    parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
+    for i, (x, l_x, r_x) in enumerate(parts):
+        for z, l_z, r_z in parts[i:]:
+            G = l_x @ r_z.mT
+            if z is not x:
+                G += r_x @ l_z.mT
+            # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
+            with torch.set_grad_enabled(bool(learnt)):
+                tile = (kernel(x, z).to_dense() * G).sum()
+            if learnt:
+                found = torch.autograd.grad(tile, learnt, allow_unused=True)
+                for gradient, new in zip(gradients, found, strict=True):
+                    gradient += 0 if new is None else new
+            total += tile.detach()
+    total = total + of_noise
+    for p, gradient in zip(learnt, gradients, strict=True):
+        total = total + ((p - p.detach()) * gradient).sum()
+    return total
+
+
+def _stationary_form(kernel: Kernel, X: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """The sum of L R' times the kernel matrix, by formulas for its derivatives."""
+    base, amplitude = kernel_tiles.stationary_part(kernel)
+    total, slopes = kernel_tiles.weighted_sum(kernel, X, L, R)
+    # A shared lengthscale is broadcast, so that its derivatives add up.
+    logs = base.lengthscale.log().reshape(-1)
+    return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
+
+
+def _forgetful(function, *args: Tensor) -> Tensor:
+    """Call, keeping nothing for the backward pass but the arguments."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _points_per_tile(X: Tensor) -> int:
+    budget = kernel_tiles.TILE_BYTES.get(X.device.type, 2**28)
+    return max(1, int((budget / X.element_size()) ** 0.5))
+
+
+def _check(kernel: Kernel, X: Tensor, noise: Tensor, dtype: object) -> None:
+    check_tensor(X=X)
+    check_finite(X=X)
+    if X.dim() < 2:
+        raise ShapeError(
+            f"X must be ``... x n x d``, but has shape {tuple(X.shape)}. "
+            "For one input dimension try X[:, None]."
+        )
+    if noise.shape[-1] != X.shape[-2]:
+        raise ShapeError(
+            f"noise must be one number or one variance per row of X, but its shape is "
+            f"{tuple(noise.shape)} and that of X {tuple(X.shape)}."
+        )
+    if not bool((noise >= 0).all()):
+        raise ValueError(
+            f"noise is a variance and must be at least zero, but is as low as "
+            f"{noise.min().item()}."
+        )
+    check_choice("compute_dtype", dtype, (None, torch.float32, torch.float64))
+    if kernel.batch_shape:
+        raise ShapeError(
+            f"kernel must have no batch shape, but has {tuple(kernel.batch_shape)}. "
+            "Build one operator for each member of the batch."
+        )
+    point = X.detach().reshape(-1, X.shape[-1])[:1]
+    outputs = kernel.num_outputs_per_input(point, point)
+    if outputs != 1:
+        raise ShapeError(
+            f"kernel must have one output per input, but has {outputs}. Pass a linear "
+            "operator of the joint covariance instead; solvers take any."
+        )
+
+
+# --- what block-coordinate solvers ask for
+
+
+@row_products.register
+def _(operator: KernelMatrixOperator, index: Index, V: Tensor) -> Tensor:
+    tiles = operator._tiles(operator.compute_dtype)
+    product = kernel_tiles.multiply_rows(tiles, V, index)
+    return (product + operator.noise.detach()[index, None] * V[index]).to(V.dtype)
+
+
+@column_products.register
+def _(operator: KernelMatrixOperator, index: Index, U: Tensor) -> Tensor:
+    tiles = operator._tiles(operator.compute_dtype)
+    product = kernel_tiles.multiply_columns(tiles, U, index)
+    product[index] += operator.noise.detach()[index, None] * U
+    return product.to(U.dtype)
+
+
+@principal_block.register
+def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
+    # In the full dtype: blocks are factorised.
+    block = kernel_tiles.dense_block(operator._tiles(None), index)
+    block.diagonal().add_(operator.noise.detach()[index])
+    return block
+
+
+@dense_columns.register
+def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
+    tiles = operator._tiles(operator.compute_dtype)
+    columns = kernel_tiles.dense_rows(tiles, index).to(operator.dtype)  # b x n
+    noise = operator.noise.detach()
+    rows = torch.arange(len(noise), device=noise.device)[index]
+    columns[torch.arange(len(rows), device=rows.device), rows] += noise[index]
+    return columns.mT
+
+
+@has_cheap_columns.register
+def _(operator: KernelMatrixOperator) -> bool:
+    return True
+
+
+@smallest_eigenvalue.register
+def _(operator: KernelMatrixOperator) -> float:
+    return operator.noise.min().item() if operator.noise.numel() else 0.0
+
+
+@diagonal.register
+def _(operator: KernelMatrixOperator) -> Tensor:
+    with torch.no_grad():
+        return operator._diagonal()
+
+
+@exact_products.register
+def _(operator: KernelMatrixOperator, V: Tensor) -> Tensor:
+    with torch.no_grad():
+        if operator.batch_shape:
+            kernel = operator.kernel
+            operator = KernelMatrixOperator(operator.X, operator.noise, kernel=kernel)
+            return operator._matmul(V)
+        return operator._product(V, None)
+
+
+@precision.register
+def _(operator: KernelMatrixOperator) -> float:
+    return torch.finfo(operator.compute_dtype or operator.dtype).eps

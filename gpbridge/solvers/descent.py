@@ -1,0 +1,110 @@
+r"""Descent on batches of rows, with momentum, averaging and a guard of the step.
+
+In: a system of equations and what one batch does to the velocity. Out: steps. Next:
+``dual_descent`` and ``stochastic_gradient`` differ in that one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from linear_operator import LinearOperator
+from torch import Generator, Tensor
+
+from gpbridge.partial_products import principal_block, row_products
+from gpbridge.solvers.factors import raise_indefinite
+from gpbridge.solvers.refinement import Steps, System
+
+_DIVERGED = 10.0  # growth of the residual of a batch at which the step is halved
+_HALVINGS = 60
+
+Push = Callable[[Tensor, Tensor, Tensor, float], None]
+"""``push(velocity, rows, residual, step)`` changes the velocity in place."""
+
+
+def descend(
+    system: System,
+    push: Push,
+    *,
+    batch_size: int,
+    momentum: float,
+    averaging: float,
+    visits: int = 1,
+) -> Steps:
+    """Look ahead, push, move, average; halve a step that makes residuals grow.
+
+    Args:
+        system: The equations; ``system.cache["step"]`` is the first step.
+        push: What the residual of a batch does to the velocity.
+        batch_size: Rows of a step, b.
+        momentum: Share of the velocity that stays.
+        averaging: Window of the geometric average, in passes.
+        visits: How often a step evaluates the entries of its rows.
+
+    Yields:
+        The average, and the norms of the latest residual of each row.
+    """
+    operator, rhs = system.operator, system.rhs
+    n = len(rhs)
+    b = min(batch_size, n)
+    weight = min(1.0, b / n / averaging)
+    a, v, average = (torch.zeros_like(rhs) for _ in range(3))
+    good = average.clone()  # the last average at the end of a pass
+    seen = rhs.clone()
+    start, halvings = rhs.norm(), 0
+    while True:
+        grown = False
+        for _ in range(-(-n // b)):
+            rows = draw_rows(n, b, system.generator, rhs.device)
+            ahead = torch.add(a, v, alpha=momentum)
+            r = row_products(operator, rows, ahead).double() - rhs[rows]
+            seen[rows] = r
+            v.mul_(momentum)
+            push(v, rows, r, system.cache["step"])
+            a += v
+            average.lerp_(a, weight)
+            system.passes += visits * b / n
+            system.iterations += 1
+            # Written so that NaN counts as growth.
+            grown = not bool(r.norm() * (n / b) ** 0.5 <= _DIVERGED * start)
+            if grown:
+                break
+        norms = seen.norm(dim=0)
+        if grown and halvings < _HALVINGS:
+            halvings += 1
+            system.cache["step"] /= 2
+            average.copy_(good)
+            a, v = good.clone(), torch.zeros_like(v)
+            seen.copy_(rhs)
+            norms = rhs.norm(dim=0)
+        else:
+            good.copy_(average)
+        keep = yield average, norms
+        if keep is not None:
+            rhs, a, v, average, good, seen = (
+                t[:, keep] for t in (rhs, a, v, average, good, seen)
+            )
+            start = rhs.norm()
+
+
+def draw_rows(
+    n: int, b: int, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """Distinct random rows; ``torch.multinomial`` ends at 2^24 of them."""
+    return torch.randperm(n, generator=generator, device=device)[:b]
+
+
+def largest_eigenvalue(operator: LinearOperator, rows: Tensor) -> float:
+    """That of a block; refuses a block that is not positive semi-definite."""
+    values = torch.linalg.eigvalsh(principal_block(operator, rows).double())
+    small, large = values[0].item(), values[-1].item()
+    if not (large > 0 and small >= -1e-6 * large):
+        raise_indefinite(f"a block of rows with an eigenvalue of {small:.1e}")
+    return large
+
+
+def check_momentum(momentum: float) -> None:
+    """Require a share in [0, 1)."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, but is {momentum}.")

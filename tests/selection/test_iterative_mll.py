@@ -1,0 +1,254 @@
+"""Gradients by linear solves are those of the evidence, and their fit ends near it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from gpytorch.constraints import Interval
+from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.priors import GammaPrior
+from torch import nn
+
+from gpbridge import SampledGP
+from gpbridge.checks import NotConvergedWarning
+from gpbridge.kernels import NeuralTangentKernel
+from gpbridge.models import NetworkKernelGP
+from gpbridge.selection import SubsetStart, fit_iterative
+from gpbridge.solvers import Cholesky, ConjugateGradients
+from tests import oracles_sampling as oracles
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(n, seed=1):
+    return torch.rand(n, 2, dtype=torch.float64, generator=seeded(seed))
+
+
+def targets(X, m=1):
+    noise = torch.randn(len(X), m, dtype=torch.float64, generator=seeded(9))
+    return torch.sin(5 * X.sum(-1, keepdim=True) + torch.arange(m).to(X)) + 0.1 * noise
+
+
+def build(n=40, m=1, num_samples=64, **options):
+    kernel = ScaleKernel(MaternKernel(1.5)).double()
+    kernel.outputscale, kernel.base_kernel.lengthscale = 0.75, 0.5
+    likelihood = GaussianLikelihood().double()
+    likelihood.noise = 0.125
+    options = {"covar_module": kernel, "likelihood": likelihood} | options
+    X = points(n)
+    model = SampledGP(X, targets(X, m), num_samples=num_samples, **options)
+    nn.init.constant_(model.mean_module.raw_constant, 0.25)
+    return model
+
+
+def evidence(model, X, Y):
+    """By the formulas of the textbook, differentiable in hyperparameters."""
+    kernel = model.covar_module
+    K = oracles.matern(X, X, kernel.base_kernel.lengthscale, 1.5, kernel.outputscale)
+    mean = model.mean_module.constant
+    return oracles.log_evidence(K, model.likelihood.noise, Y - mean)
+
+
+def exact_gradients(model, X, Y):
+    named = dict(model.named_parameters())
+    value = evidence(model, X, Y)
+    gradients = torch.autograd.grad(value, list(named.values()))
+    return dict(zip(named, gradients, strict=True))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("estimator", ["pathwise", "standard"])
+def test_gradients_are_unbiased(estimator, m):
+    X = points(40)
+    exact = exact_gradients(build(m=m), X, targets(X, m))
+    samples = {name: [] for name in exact}
+    for seed in range(24):
+        model = build(m=m, num_samples=64, generator=seeded(seed))
+        fit = fit_iterative(
+            model, estimator=estimator, steps=1, generator=seeded(seed + 1)
+        )
+        for name, values in fit.gradients.items():
+            samples[name].append(values[0])
+    for name, values in samples.items():
+        values = torch.stack(values)
+        error = (values.mean(0) - exact[name]).abs()
+        # The mean function meets no probes: its gradient is exact.
+        assert (error < 4 * values.std(0) / 24**0.5 + 1e-7).all(), name
+
+
+def test_gradients_of_one_point():
+    model = build(1, num_features=8)
+    exact = exact_gradients(model, points(1), targets(points(1)))
+    fit = fit_iterative(model, steps=1, num_probes=20000)
+    for name, value in exact.items():
+        assert (fit.gradients[name][0] - value).abs().max() < 0.02 * (1 + abs(value))
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "standard"])
+def test_the_fit_ends_near_the_optimum_of_the_evidence(estimator):
+    X, Y = points(60), targets(points(60))
+    model, exact = build(60), build(60)
+    optimizer = torch.optim.Adam(exact.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (-evidence(exact, X, Y)).backward()
+        optimizer.step()
+    fit = fit_iterative(model, estimator=estimator, steps=60)
+    start, best = evidence(build(60), X, Y), evidence(exact, X, Y)
+    assert best - evidence(model, X, Y) < 0.02 * (best - start)
+    lengthscales = fit.hyperparameters["covar_module.base_kernel.lengthscale"]
+    assert len(lengthscales) == 61 and len(fit.passes) == len(fit.residuals) == 60
+    torch.testing.assert_close(
+        lengthscales[-1], model.covar_module.base_kernel.lengthscale
+    )
+    assert lengthscales[0] == 0.5
+
+
+def test_warm_starts_and_fixed_probes_save_passes():
+    solver = ConjugateGradients(tolerance=1e-2, preconditioner_rank=0)
+    passes = {}
+    for warm in (True, False):
+        fit = fit_iterative(
+            build(80), steps=15, learning_rate=0.005, solver=solver, warm_start=warm
+        )
+        passes[warm] = fit.passes
+        assert all(fit.converged)
+    assert passes[True][0] == passes[False][0]
+    assert sum(passes[True][1:]) < 0.8 * sum(passes[False][1:])
+
+
+def test_unfinished_solves_make_progress_over_the_steps():
+    solver = ConjugateGradients(1e-8, max_iterations=12, preconditioner_rank=0)
+    residuals = {}
+    for warm in (True, False):
+        with pytest.warns(NotConvergedWarning, match="solve of the last step ended at"):
+            fit = fit_iterative(
+                build(80), steps=15, learning_rate=0.005, solver=solver, warm_start=warm
+            )
+        residuals[warm] = fit.residuals
+    assert residuals[True][0] == residuals[False][0]
+    assert residuals[True][-1] < 0.3 * residuals[False][-1]
+
+
+def test_the_last_solution_is_where_the_posterior_starts():
+    model = build(60)
+    fit_iterative(model, steps=10, learning_rate=0.01)
+    calls = []
+
+    def solve(operator, rhs, initial=None):
+        calls.append((initial is not None, (operator @ initial - rhs).norm()))
+        return Cholesky()(operator, rhs)
+
+    model.solver = solve
+    model.posterior(points(1))
+    warm, residual = calls[0]
+    assert warm and residual < 0.05 * 64**0.5 * 60**0.5
+    other = build(60)
+    fit_iterative(other, steps=1, num_probes=7)
+    assert other._initial is None
+
+
+def test_hyperparameters_stay_within_their_constraints_and_see_their_priors():
+    kernel = ScaleKernel(
+        MaternKernel(1.5, lengthscale_constraint=Interval(0.4, 0.6))
+    ).double()
+    kernel.base_kernel.lengthscale = 0.5
+    model = build(covar_module=kernel)
+    fit_iterative(model, steps=30, learning_rate=0.5)
+    assert 0.4 < kernel.base_kernel.lengthscale < 0.6
+    plain, prior = build(), build()
+    prior.covar_module.register_prior(
+        "outputscale_prior", GammaPrior(2.0, 0.15), "outputscale"
+    )
+    prior.double()
+    name = "covar_module.raw_outputscale"
+    gradients = [fit_iterative(m, steps=1).gradients[name][0] for m in (plain, prior)]
+    raw = build().covar_module.raw_outputscale.detach().requires_grad_()
+    log_prior = GammaPrior(2.0, 0.15).double().log_prob(nn.functional.softplus(raw))
+    (expected,) = torch.autograd.grad(log_prior, raw)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected)
+
+
+def test_a_subset_start_finds_the_lengthscale_of_the_whole():
+    X = points(400)
+    model = build(400)
+    start = SubsetStart(size=80, repeats=2, steps=40)
+    fit = fit_iterative(model, steps=1, subset_start=start, num_probes=4)
+    first = fit.hyperparameters["covar_module.base_kernel.lengthscale"][0]
+    assert first != 0.5
+    values = [evidence(m, X, targets(X)) for m in (build(400), model)]
+    assert values[1] > values[0]
+    again = fit_iterative(build(400), steps=1, subset_start=start, num_probes=4)
+    assert (
+        again.hyperparameters["likelihood.noise_covar.noise"][0]
+        == (fit.hyperparameters["likelihood.noise_covar.noise"][0])
+    )
+
+
+def test_networks_and_frozen_parameters():
+    with torch.random.fork_rng():
+        net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    kernel = NeuralTangentKernel(net).double()
+    weights = copy.deepcopy(net.state_dict())
+    model = build(covar_module=kernel, num_samples=4000)
+    model.mean_module.raw_constant.requires_grad_(False)
+    X, Y = points(40), targets(points(40))
+    dense = NetworkKernelGP(X, Y, covar_module=copy.deepcopy(kernel))
+    K = dense.covar_module(X).to_dense()
+    value = oracles.log_evidence(K, 0.125, Y - 0.25)
+    (exact,) = torch.autograd.grad(value, dense.covar_module.raw_prior_variance)
+    fit = fit_iterative(model, steps=1)
+    (found,) = fit.gradients["covar_module.raw_prior_variance"]
+    assert (found - exact).abs() < 4 * (
+        2 / 4000
+    ) ** 0.5 * 21  # at most p probes' spread
+    assert set(fit.gradients) == {
+        "covar_module.raw_prior_variance",
+        "likelihood.noise_covar.raw_noise",
+    }
+    assert all(
+        torch.equal(value, net.state_dict()[name]) for name, value in weights.items()
+    )
+
+
+def test_callbacks_see_each_solution_and_float32_models_are_fitted_in_float64():
+    seen = []
+    X = points(20).float()
+    model = SampledGP(X, targets(X.double()).float(), RBFKernel(), num_samples=4)
+    fit = fit_iterative(
+        model, steps=2, callback=lambda step, s: seen.append((step, s.value.dtype))
+    )
+    assert seen == [(0, torch.float64), (1, torch.float64)]
+    assert model.covar_module.raw_lengthscale.dtype == torch.float32
+    assert fit.total_passes == 2.0 and math.isfinite(fit.residuals[0])
+
+
+class TestRefusals:
+    def test_other_models(self):
+        model = NetworkKernelGP(points(9), targets(points(9)))
+        with pytest.raises(TypeError, match="but model is NetworkKernelGP. Build one"):
+            fit_iterative(model)
+
+    def test_options(self):
+        with pytest.raises(ValueError, match="estimator must be one of 'pathwise', 's"):
+            fit_iterative(build(), estimator="exact")
+        with pytest.raises(ValueError, match="steps must be positive"):
+            fit_iterative(build(), steps=0)
+        with pytest.raises(ValueError, match="size must be positive"):
+            SubsetStart(size=0)
+
+    def test_nothing_to_learn(self):
+        model = build()
+        model.requires_grad_(False)
+        with pytest.raises(ValueError, match="No parameter of the model requires a gr"):
+            fit_iterative(model)
+
+    def test_fantasies(self):
+        X = points(6).reshape(3, 2, 2)
+        model = build().condition_on_observations(X, X.sum(-1, keepdim=True))
+        with pytest.raises(ValueError, match="Fit the model that they were added to"):
+            fit_iterative(model)

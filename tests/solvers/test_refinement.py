@@ -1,0 +1,98 @@
+import io
+import sys
+
+import pytest
+import torch
+from gpytorch.kernels import RBFKernel
+from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
+
+from gpbridge.checks import NotConvergedWarning
+from gpbridge.kernel_operator import KernelMatrixOperator
+from gpbridge.solvers import (
+    Cholesky,
+    ConjugateGradients,
+    SketchAndProject,
+    choose_solver,
+)
+from gpbridge.solvers.factors import factorise
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+class Failing(DenseLinearOperator):
+    """One product is NaN."""
+
+    calls = 0
+
+    def _matmul(self, rhs):
+        Failing.calls += 1
+        return super()._matmul(rhs) * (torch.nan if Failing.calls == 5 else 1.0)
+
+
+def test_a_product_that_is_nan_leaves_the_last_finite_iterate():
+    Failing.calls = 0
+    H = Failing(torch.diag(torch.arange(1.0, 41.0, dtype=torch.float64)))
+    with pytest.warns(NotConvergedWarning, match="diverged after"):
+        solution = ConjugateGradients(preconditioner_rank=0)(H, random(40, 2))
+    assert torch.isfinite(solution.value).all()
+    assert not solution.converged and solution.residual_norm < 1.0
+
+
+def test_columns_that_are_done_leave():
+    widths = []
+
+    class Counting(DenseLinearOperator):
+        def _matmul(self, rhs):
+            widths.append(rhs.shape[-1])
+            return super()._matmul(rhs)
+
+    H = Counting(torch.diag(torch.arange(1.0, 41.0, dtype=torch.float64)))
+    b = random(40, 4)
+    b[:, :3] = torch.eye(40, dtype=torch.float64)[:, :3]  # one step each
+    solution = ConjugateGradients(preconditioner_rank=0, tolerance=1e-8)(H, b)
+    assert solution.converged
+    assert widths[0] == 4 and 1 in widths and widths[-1] == 4  # the last one is exact
+
+
+def test_a_progress_bar_is_silent_without_a_terminal(monkeypatch):
+    H, b = DiagLinearOperator(torch.arange(1.0, 9.0)), torch.ones(8, 1)
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    ConjugateGradients(progress=True)(H, b)
+    assert written.getvalue() == ""
+    written.isatty = lambda: True
+    ConjugateGradients(progress=False)(H, b)
+    assert written.getvalue() == ""
+    ConjugateGradients(progress=True)(H, b)
+    assert "Conjugate gradients" in written.getvalue()
+
+
+def test_the_choice_of_a_solver():
+    small, large = torch.zeros(10, 1), torch.zeros(5000, 1)
+    kernel = RBFKernel()
+    assert choose_solver(KernelMatrixOperator(small, 0.1, kernel=kernel)) == Cholesky(
+        tolerance=1e-2
+    )
+    operator = KernelMatrixOperator(large, 0.1, kernel=kernel)
+    assert choose_solver(operator, 0.1) == SketchAndProject(tolerance=0.1)
+    products = DiagLinearOperator(torch.ones(5000))
+    assert choose_solver(products) == ConjugateGradients(tolerance=1e-2)
+
+
+def test_a_singular_block_has_a_pseudo_inverse():
+    A = random(6, 3)
+    block = A @ A.T
+    expected = torch.linalg.pinv(block, hermitian=True, rtol=1e-10)
+    got = factorise(block)(torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+    with pytest.raises(ValueError, match="eigenvalue of -"):
+        factorise(block - 0.1 * torch.eye(6))
+
+
+def test_a_factor_beyond_the_budget_is_refused():
+    H = DiagLinearOperator(torch.ones(2000))
+    with pytest.raises(MemoryError, match="2000 equations needs about 0.06 GiB"):
+        Cholesky(memory_budget=1e6)(H, torch.ones(2000, 1))

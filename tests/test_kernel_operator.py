@@ -1,0 +1,229 @@
+import pickle
+import unittest
+
+import pytest
+import torch
+from gpytorch.kernels import (
+    MaternKernel,
+    PeriodicKernel,
+    PolynomialKernel,
+    RBFKernel,
+    ScaleKernel,
+)
+from linear_operator import settings
+from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
+
+from gpbridge import kernel_tiles, partial_products
+from gpbridge.checks import ShapeError
+from gpbridge.kernel_operator import (
+    KernelMatrixOperator,
+    covariance_operator,
+    cross_products,
+    quadratic_form,
+)
+from tests.test_partial_products import INDICES, check_partial_products
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class TestKernelMatrixOperator(LinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+    batch = ()
+
+    def setUp(self):
+        super().setUp()
+        # Importing botorch switches CG and Lanczos off, which the suite looks for.
+        self.enterContext(
+            settings.fast_computations(
+                covar_root_decomposition=True, log_prob=True, solves=True
+            )
+        )
+
+    def create_linear_op(self):
+        generator = torch.Generator().manual_seed(0)
+        X = torch.randn(*self.batch, 5, 2, generator=generator).requires_grad_()
+        noise = torch.rand(*self.batch, 5, generator=generator) + 0.5
+        kernel = RBFKernel().requires_grad_(False)
+        return KernelMatrixOperator(X, noise.requires_grad_(), kernel=kernel)
+
+    def evaluate_linear_op(self, linear_op):
+        K = linear_op.kernel(linear_op.X).to_dense()
+        return K + torch.diag_embed(linear_op.noise)
+
+
+class TestKernelMatrixOperatorBatch(TestKernelMatrixOperator):
+    batch = (2,)
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def scaled(base):
+    kernel = ScaleKernel(base).double()
+    kernel.outputscale = 2.3
+    if base.ard_num_dims:
+        base.lengthscale = torch.linspace(0.4, 3.0, base.ard_num_dims)
+    return kernel
+
+
+KERNELS = {
+    "gaussian": scaled(RBFKernel(ard_num_dims=3)),
+    "no amplitude": RBFKernel().double(),
+    "matern12": scaled(MaternKernel(0.5, ard_num_dims=3)),
+    "matern32": scaled(MaternKernel(1.5)),
+    "matern52": scaled(MaternKernel(2.5, ard_num_dims=3)),
+    "two amplitudes": ScaleKernel(scaled(MaternKernel(1.5))).double(),
+    "two of the inputs": scaled(MaternKernel(2.5, active_dims=[0, 2])),
+    "upstream": scaled(PeriodicKernel()),
+    "varying diagonal": scaled(PolynomialKernel(2)),
+    "sum": (RBFKernel() + ScaleKernel(MaternKernel(0.5))).double(),
+}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+
+
+def problem(kernel, n=70, seed=0):
+    """An operator, and the dense matrix by gpytorch."""
+    X = 5 + random(n, 3, seed=seed)  # far from the origin
+    noise = random(n, seed=seed + 1).abs()
+    with torch.no_grad():
+        dense = kernel(X).to_dense() + noise.diag()
+    return KernelMatrixOperator(X, noise, kernel=kernel), dense
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setitem(kernel_tiles.TILE_BYTES, "cpu", 8 * 20 * 20)
+
+
+@every_kernel
+def test_products_equal_those_of_the_dense_matrix(kernel):
+    H, dense = problem(kernel)
+    V = random(70, 4, seed=5)
+    torch.testing.assert_close(H._matmul(V), dense @ V, **EXACT)
+    torch.testing.assert_close(H._matmul(V[:, 0]), dense @ V[:, 0], **EXACT)
+    torch.testing.assert_close(H.diagonal(), dense.diagonal(), **EXACT)
+    torch.testing.assert_close(H.to_dense(), dense, **EXACT)
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+@every_kernel
+def test_rows_columns_and_blocks_of_a_kernel_matrix(kernel, index):
+    check_partial_products(*problem(kernel), index)
+
+
+@every_kernel
+def test_products_with_a_cross_covariance(kernel):
+    X, Z, V = random(50, 3), random(30, 3, seed=1), random(50, 4, seed=2)
+    with torch.no_grad():
+        exact = kernel(Z, X).to_dense() @ V
+    torch.testing.assert_close(cross_products(kernel, Z, X, V), exact, **EXACT)
+
+
+def test_repeated_points_have_distance_zero_in_single_precision():
+    kernel = scaled(MaternKernel(0.5))
+    X = random(1, 3).expand(60, 3) * 100
+    H = KernelMatrixOperator(X, 0.0, kernel=kernel, compute_dtype=torch.float32)
+    V = random(60, 2)
+    exact = 2.3 * V.sum(0).expand(60, 2)
+    torch.testing.assert_close(H._matmul(V), exact, rtol=1e-5, atol=1e-5)
+
+
+@every_kernel
+def test_single_precision_tiles_and_exact_products(kernel):
+    H, dense = problem(kernel)
+    low = covariance_operator(kernel, H.X, H.noise, torch.float32)
+    V = random(70, 3)
+    got = low._matmul(V)
+    assert got.dtype == torch.float64
+    error = (got - dense @ V).norm() / (dense @ V).norm()
+    assert 0 < error < 1e-5
+    torch.testing.assert_close(partial_products.exact_products(low, V), dense @ V)
+    assert partial_products.precision(low) > 1e-8 > partial_products.precision(H)
+    cross = cross_products(kernel, H.X, H.X, V, torch.float32)
+    exact = dense @ V - H.noise[:, None] * V
+    assert (cross - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_float32_data():
+    kernel = ScaleKernel(RBFKernel())
+    X, V = random(40, 2).float(), random(40, 2).float()
+    H = KernelMatrixOperator(X, 0.1, kernel=kernel)
+    with torch.no_grad():
+        dense = kernel(X).to_dense() + 0.1 * torch.eye(40)
+    assert H._matmul(V).dtype == torch.float32
+    torch.testing.assert_close(H._matmul(V), dense @ V)
+
+
+def test_changed_hyperparameters_are_seen():
+    kernel = scaled(RBFKernel())
+    H, _ = problem(kernel)
+    V = random(70, 1)
+
+    def check():
+        with torch.no_grad():
+            exact = kernel(H.X).to_dense() @ V + H.noise[:, None] * V
+        torch.testing.assert_close(H._matmul(V), exact, **EXACT)
+
+    check()
+    with torch.no_grad():
+        kernel.base_kernel.raw_lengthscale.add_(1.0)
+    check()
+    kernel.outputscale = 0.3  # upstream's setter
+    check()
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "varying diagonal"])
+def test_the_quadratic_form_and_its_gradients(name):
+    kernel = pickle.loads(pickle.dumps(KERNELS[name]))
+    X, L, R = random(50, 3), random(50, 2, seed=1), random(50, 2, seed=2)
+    noise = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    leaves = [noise, *kernel.parameters()]
+    H = kernel(X).to_dense() + noise * torch.eye(50).double()
+    exact = (L * (H @ R)).sum()
+    expected = torch.autograd.grad(exact, leaves)
+    got = quadratic_form(kernel, X, noise, L, R)
+    torch.testing.assert_close(got, exact, **EXACT)
+    for a, b in zip(torch.autograd.grad(got, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_one_noise_variance_per_point_in_the_quadratic_form():
+    X, V = random(30, 3), random(30, 2, seed=1)
+    noise = random(30, seed=2).abs().requires_grad_()
+    form = quadratic_form(KERNELS["gaussian"], X, noise, V, V)
+    (grad,) = torch.autograd.grad(form, noise)
+    torch.testing.assert_close(grad, V.square().sum(-1), **EXACT)
+
+
+def test_the_operator_does_not_convert_the_kernel_of_the_caller():
+    kernel = scaled(RBFKernel())
+    H, _ = problem(kernel)
+    low = H.to(torch.float32)
+    assert low.dtype == torch.float32
+    assert kernel.raw_outputscale.dtype == torch.float64
+
+
+def test_one_point_and_no_points():
+    kernel = KERNELS["gaussian"]
+    H = KernelMatrixOperator(random(1, 3), 0.5, kernel=kernel)
+    torch.testing.assert_close(H.to_dense(), torch.tensor([[2.8]]).double())
+    H = KernelMatrixOperator(random(0, 3), 0.5, kernel=kernel)
+    assert H._matmul(random(0, 2)).shape == (0, 2)
+
+
+def test_what_is_refused():
+    X = random(4, 3)
+    kernel = RBFKernel().double()
+    with pytest.raises(ShapeError, match="one variance per row"):
+        KernelMatrixOperator(X, torch.ones(3), kernel=kernel)
+    with pytest.raises(ValueError, match="at least zero, but is as low as -0.5"):
+        KernelMatrixOperator(X, -0.5, kernel=kernel)
+    with pytest.raises(ValueError, match="compute_dtype must be one of"):
+        covariance_operator(kernel, X, 0.1, torch.float16)
+    with pytest.raises(ShapeError, match="no batch shape, but has"):
+        batched = RBFKernel(batch_shape=torch.Size([2]))
+        KernelMatrixOperator(X, 0.1, kernel=batched)
+    with pytest.raises(ShapeError, match="X_test must have 3 columns"):
+        cross_products(kernel, random(2, 2), X, random(4, 1))
