@@ -21,12 +21,12 @@ ORDER = """
 types
 _version checks randomness metrics data distributed
 tracing frozen jacobians probe functional likelihoods targets augmentation plots
-operators features layer_signals layer_features layer_gram spectral draws weights prediction solvers matrix_free descent
+operators features layer_signals layer_features layer_gram data_features spectral draws weights prediction solvers matrix_free descent
 kernels: matern compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 pathwise models
-linearized: curvature kronecker low_rank sampling links predictive inference construction training_run noise mean outcomes conditioning problem mode evidence posterior calibration state persistence gp paths
+linearized: curvature kronecker low_rank sampling sampled_mode links predictive inference construction training_run noise mean outcomes conditioning problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
-selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel iterative_mll em online invariance hypergradient training_speed compare
+selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em iterative_mll online invariance hypergradient training_speed compare
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model
 doctor

@@ -64,7 +64,7 @@ from gpbridge.linearized.construction import (
     prior_variance_bounds,
 )
 from gpbridge.linearized.evidence import evidence
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import known_noise
 from gpbridge.linearized.outcomes import (
@@ -159,7 +159,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         offset: bool = True,
         mean: str = "auto",
         noise: str | float = "learn",
-        inference: Exact = Exact(),
+        inference: Exact | Sampled = Exact(),
         input_shape: Sequence[int] | None = None,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
@@ -170,9 +170,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         check_data(train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
-        if not isinstance(inference, Exact):
+        if not isinstance(inference, Exact | Sampled):
             raise TypeError(
-                "inference must be gpbridge.linearized.Exact(...), but is "
+                "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but is "
                 f"{type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select

@@ -26,7 +26,7 @@ from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import (
     initial_noise,
@@ -58,7 +58,7 @@ class TangentState:
 
     likelihood: Likelihood
     covar_module: NeuralTangentKernel
-    inference: Exact
+    inference: Exact | Sampled
     mean: str
     offset: bool
     output_indices: list[int] | None  # of the outputs, those that are seen

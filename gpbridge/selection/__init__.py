@@ -2,6 +2,7 @@
 
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
+from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
@@ -9,8 +10,10 @@ from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
     "Diagnostics",
+    "EMStep",
     "LaplaceEvidence",
     "MatchedWeightDecay",
+    "SampleBasedEM",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_matern_plus_kernel",
