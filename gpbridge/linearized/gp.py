@@ -560,7 +560,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        self.calibration = find_calibration(self.problem, Z, labels)
+        self.calibration = find_calibration(
+            self.problem, Z, labels, self.prior_variance.detach()
+        )
         if self.calibration is not None:
             self.fitted = "calibrate"
             if self.calibration.prior_variance > 0:
