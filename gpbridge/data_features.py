@@ -1,10 +1,10 @@
 r"""Tangent features of a whole data set, for products with many vectors.
 
 An iterative solver multiplies with the same Jacobian J again and again. Layer signals
-(see ``layer_features``) hold it in n (width) numbers where the matrix has n m p, so that
-features of tens of thousands of images fit into memory, and a product with k vectors is
-a few matrix products instead of k passes through the network. What does not fit is
-computed again at every pass.
+(see ``layer_features``) hold it in n (width) numbers where the matrix has n m p, so
+that features of tens of thousands of images fit into memory, and a product with k
+vectors is a few matrix products instead of k passes through the network. What does not
+fit is computed again at every pass.
 
 In: a network and inputs. Out: :class:`DataFeatures`, and on top of them the two
 matrices of the linear model in weights and in outputs. Next: ``linearized/sampling``.
@@ -13,10 +13,8 @@ matrices of the linear model in weights and in outputs. Next: ``linearized/sampl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.features import TangentFeatures
@@ -129,29 +127,27 @@ class DataFeatures:
 def _bytes(features: TangentFeatures) -> int:
     tensors = [features.value]
     if isinstance(features, LayerFeatures):
-        tensors += [features.matrix, *(t for l in features.layers.values() for t in l)]
+        tensors += [features.matrix, *(t for s in features.layers.values() for t in s)]
     else:
         tensors.append(features.rows())
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class _Held(NamedTuple):
-    # LinearOperator.to(...) and its kin call .to on whatever has one.
-    data: DataFeatures
+class _LinearModelOperator:
+    """What the two matrices share: data, roots R ``n x m x m``, deviations ``p``.
 
+    Products, shape, dtype and device are all that an iterative solver asks for; nothing
+    here is differentiable, so that neither is a LinearOperator.
+    """
 
-class _LinearModelOperator(LinearOperator):
-    """What the two matrices share: data, roots R ``n x m x m``, deviations ``p``."""
+    batch_shape = torch.Size()
 
-    def __init__(
-        self, root: Tensor, std: Tensor, *, data: DataFeatures | _Held
-    ) -> None:
-        held = data if isinstance(data, _Held) else _Held(data)
-        super().__init__(root, std, data=held)
-        self.root, self.std, self.data = root, std, held.data
+    def __init__(self, root: Tensor, std: Tensor, data: DataFeatures) -> None:
+        self.root, self.std, self.data = root, std, data
+        self.dtype, self.device = std.dtype, std.device
 
-    def _transpose_nonbatch(self):
-        return self
+    def __matmul__(self, rhs: Tensor) -> Tensor:
+        return self._matmul(rhs)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:
@@ -180,7 +176,9 @@ class PrecisionOperator(_LinearModelOperator):
         data: Features of the data.
     """
 
-    def _size(self):
+    @property
+    def shape(self) -> torch.Size:
+        """``p x p``."""
         return torch.Size((self.std.numel(), self.std.numel()))
 
     def _curved(self, rhs: Tensor) -> Tensor:
@@ -206,7 +204,9 @@ class OutputOperator(_LinearModelOperator):
         data: Features of the data.
     """
 
-    def _size(self):
+    @property
+    def shape(self) -> torch.Size:
+        """``(n m) x (n m)``."""
         rows = self.root.shape[0] * self.root.shape[-1]
         return torch.Size((rows, rows))
 

@@ -45,9 +45,9 @@ class TangentFeatures(Protocol):
         ...
 
     def matmul(self, omega: Tensor) -> Tensor:
-        r"""Product :math:`\Phi \omega`, ``p`` to ``batch x n x m``, ``p x k`` to one more.
+        r"""Product :math:`\Phi \omega`, ``p`` to ``batch x n x m``.
 
-        The k columns are the last axis of the result, ``batch x n x m x k``.
+        Columns ``p x k`` become the last axis of the result, ``batch x n x m x k``.
         """
         ...
 

@@ -172,8 +172,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         check_choice("select", select, (None, "validation"))
         if not isinstance(inference, Exact | Sampled):
             raise TypeError(
-                "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but is "
-                f"{type(inference).__name__}."
+                "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but "
+                f"is {type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
         train_X, train_Y = train_X.detach(), train_Y.detach()

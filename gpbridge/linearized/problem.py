@@ -18,12 +18,12 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory
+from gpbridge.data_features import DataFeatures
 from gpbridge.features import DenseFeatures, TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
-from gpbridge.data_features import DataFeatures
 from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.sampled_mode import SampledMode, find_mode_by_products
 from gpbridge.linearized.sampling import (
@@ -320,7 +320,6 @@ class TangentProblem:
             precision = self.precision() * scale * scale[:, None]
             batches = self.batches(unit=False, std=std)
             return WeightSpaceStrategy(batches, self.num_params, precision)
-
 
     # -- sampled inference ----------------------------------------------------------
 

@@ -77,7 +77,7 @@ def find_mode_by_products(
 
     if is_gaussian(likelihood):
         root = hessian_root(likelihood, prior_mean)
-        operator = PrecisionOperator(root, std, data=data)
+        operator = PrecisionOperator(root, std, data)
         solution = solver(operator, gradient_of(prior_mean)[:, None], omega[:, None])
         omega = solution.value[:, 0]
         return SampledMode(prior_mean + outputs(omega), omega)
@@ -89,7 +89,7 @@ def find_mode_by_products(
     values = prior_mean + outputs(omega)
     value = objective(values, omega)
     for _ in range(_STEPS):
-        operator = PrecisionOperator(hessian_root(likelihood, values), std, data=data)
+        operator = PrecisionOperator(hessian_root(likelihood, values), std, data)
         gradient = gradient_of(values) - omega
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)  # inexact by design
@@ -106,8 +106,8 @@ def find_mode_by_products(
         if gain <= _TOLERANCE * (1 + abs(value)):
             return SampledMode(values, omega)
     warnings.warn(
-        f"The optimum of the linear model was not reached in {_STEPS} Newton steps: the "
-        f"last one gained {gain:.2g} nats of {value:.6g}. The prior variance may be "
+        f"The optimum of the linear model was not reached in {_STEPS} Newton steps: "
+        f"the last one gained {gain:.2g} nats of {value:.6g}. The prior variance may be "
         "extreme, or the labels separable without noise.",
         NotConvergedWarning,
         stacklevel=2,

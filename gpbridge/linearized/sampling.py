@@ -12,7 +12,7 @@ since the right-hand side has covariance H: the minimum of a least-squares probl
 noise enters once and exactly. The same draw by the system of size n m,
 
 .. math::
-    \omega = e - S^{1/2} J^\top R A^{-1} (R^\top J S^{1/2} e + \xi), \qquad
+    \omega = e - S^{1/2} J^\top R A^{-1} (R^\top J S^{1/2} e - \xi), \qquad
     A = I + R^\top J S J^\top R.
 
 The part :math:`J^\top R \xi` does not depend on the prior: with e and :math:`\xi` kept,
@@ -99,14 +99,14 @@ def solve_draws(
         The draws.
     """
     if in_outputs:
-        operator = OutputOperator(root, std, data=data)
-        rhs = (operator.to_outputs(base.prior) + base.noise).flatten(0, 1)
+        operator = OutputOperator(root, std, data)
+        rhs = (operator.to_outputs(base.prior) - base.noise).flatten(0, 1)
         solution = solver(operator, rhs)
         explained = solution.value.unflatten(0, base.noise.shape[:2])
         return SampledWeights(
             base.prior - operator.to_weights(explained), std, solution
         )
-    operator = PrecisionOperator(root, std, data=data)
+    operator = PrecisionOperator(root, std, data)
     rhs = base.prior + operator.to_weights(base.noise)
     initial = None if start is None else rescale(start, std)
     solution = solver(operator, rhs, initial)
@@ -170,7 +170,7 @@ class SampledStrategy:
 
     def mean_weights(self, whitened: Tensor) -> Tensor:
         r"""Posterior mean :math:`S J^\top R A^{-1} v` of the weights, ``p``."""
-        operator = PrecisionOperator(self.root, self.std, data=self.data)
+        operator = PrecisionOperator(self.root, self.std, self.data)
         rhs = operator.to_weights(whitened.reshape(*self.root.shape[:2], 1))
         with torch.no_grad():
             solution = self.solver(operator, rhs)

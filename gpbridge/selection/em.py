@@ -17,9 +17,9 @@ In: a :class:`~gpbridge.LinearizedGP` with ``Sampled`` inference. Out: the same 
 with hyperparameters learnt, and the history. Next: ``model.calibrate`` for labels.
 
 References:
-    MacKay, Bayesian interpolation, Neural Computation 1992, section 4.2. Antorán, Padhy,
-    Barbano, Nalisnick, Janz, Hernández-Lobato, Sampling-based inference for large linear
-    models, with application to linearised Laplace, ICLR 2023, section 4.
+    MacKay, Bayesian interpolation, Neural Computation 1992, section 4.2. Antorán,
+    Padhy, Barbano, Nalisnick, Janz, Hernández-Lobato, Sampling-based inference for
+    large linear models, with application to linearised Laplace, ICLR 2023, section 4.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class SampleBasedEM:
         return rescale(old, std)[:, 0]
 
     def _squares(self, omega: Tensor) -> Tensor:
-        """Squared norm of each group of the columns, ``p x ...`` to ``groups x ...``."""
+        """Squared norm of each group, ``p x ...`` to ``groups x ...``."""
         problem = self._problem
         one = torch.eye(len(problem.groups), dtype=torch.bool, device=omega.device)
         members = torch.stack([problem.expand(row) for row in one]).to(omega)
