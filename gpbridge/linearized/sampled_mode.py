@@ -107,8 +107,8 @@ def find_mode_by_products(
             return SampledMode(values, omega)
     warnings.warn(
         f"The optimum of the linear model was not reached in {_STEPS} Newton steps: "
-        f"the last one gained {gain:.2g} nats of {value:.6g}. The prior variance may be "
-        "extreme, or the labels separable without noise.",
+        f"the last one gained {gain:.2g} nats of {value:.6g}. The prior variance may "
+        "be extreme, or the labels separable without noise.",
         NotConvergedWarning,
         stacklevel=2,
     )

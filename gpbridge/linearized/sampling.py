@@ -108,7 +108,8 @@ def solve_draws(
         )
     operator = PrecisionOperator(root, std, data)
     rhs = base.prior + operator.to_weights(base.noise)
-    initial = None if start is None else rescale(start, std)
+    # From a prior draw, what the data say nothing about is right from the start.
+    initial = base.prior if start is None else rescale(start, std)
     solution = solver(operator, rhs, initial)
     return SampledWeights(solution.value, std, solution)
 
