@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpbridge.features import DenseFeatures, TangentFeatures
+from gpbridge.features import DenseFeatures, TangentFeatures, transposed_product
 from gpbridge.layer_signals import LayerSignal
 
 _CACHE_ROWS = 64  # rows of the Gram matrix per block, so that temporaries stay in cache
@@ -200,36 +200,44 @@ class LayerFeatures(NamedTuple):
         return result.flatten(-3, -2)
 
     def matmul(self, omega: Tensor) -> Tensor:
-        """Product with a vector of scaled weights."""
+        """Product with scaled weights, ``p`` or ``p x k``."""
+        if omega.dim() == 1:
+            return self.matmul(omega[:, None])[..., 0]
+        k = omega.shape[-1]
         widths: dict[str | None, int] = {
             name: layer.signal.shape[-1] * layer.inputs.shape[-1]
             for name, layer in self.layers.items()
         }
         widths[None] = self.matrix.shape[-1]
-        parts = {name: omega.new_zeros(width) for name, width in widths.items()}
+        parts = {name: omega.new_zeros(k, width) for name, width in widths.items()}
         start = 0
         for c in self.columns:
-            view = c.view(parts[c.source])
-            view.copy_(omega[start : start + view.numel()].view(view.shape))
-            start += view.numel()
-        total = (self.matrix @ parts[None]).reshape(self.value.shape)
+            view = c.view(parts[c.source])  # k x o x i
+            size = view[0].numel()
+            view.copy_(omega[start : start + size].mT.reshape(view.shape))
+            start += size
+        total = (self.matrix @ parts[None].mT).reshape(*self.value.shape, k)
         for name, layer in self.layers.items():
-            weight = parts[name].reshape(layer.signal.shape[-1], -1)  # o x i
-            moved = layer.inputs @ weight.mT  # batch x n x T x o
-            total = total + (layer.signal * moved[..., None, :, :]).sum((-2, -1))
+            outputs = layer.signal.shape[-1]
+            weight = parts[name].reshape(k, outputs, -1).transpose(0, 1)  # o x k x i
+            moved = layer.inputs @ weight.flatten(0, 1).mT  # batch x n x T x (o k)
+            moved = moved.unflatten(-1, (outputs, k)).flatten(-3, -2)
+            signal = layer.signal.flatten(-2)  # batch x n x m x (T o)
+            total = total + signal @ moved
         return total
 
     def t_matmul(self, outputs: Tensor) -> Tensor:
         """Transposed product, for an unbatched set of points."""
         k = outputs.shape[-1]
-        sources = {None: self.matrix.mT @ outputs.flatten(0, 1)}
+        parts = {None: transposed_product(self.matrix, outputs.flatten(0, 1)).mT}
         for name, layer in self.layers.items():
-            pulled = torch.einsum("nmto,nmk->ntok", layer.signal, outputs)
-            weight = pulled.flatten(0, 1).flatten(1).mT @ layer.inputs.flatten(0, 1)
-            weight = weight.unflatten(0, (-1, k))  # o x k x i
-            sources[name] = weight.transpose(1, 2).reshape(-1, k)
-        parts = [c.view(sources[c.source].mT) for c in self.columns]  # k x o x i
-        return torch.cat([part.flatten(1) for part in parts], dim=1).mT
+            T, o = layer.signal.shape[-2:]
+            pulled = layer.signal.flatten(-2).mT @ outputs  # n x (T o) x k
+            pulled = pulled.unflatten(1, (T, o)).flatten(0, 1)  # (n T) x o x k
+            weight = pulled.flatten(1).mT @ layer.inputs.flatten(0, 1)  # (o k) x i
+            parts[name] = weight.unflatten(0, (o, k)).transpose(0, 1).flatten(1)
+        views = [c.view(parts[c.source]).flatten(1) for c in self.columns]  # k x (o i)
+        return torch.cat(views, dim=1).mT
 
 
 def _contract_positions(mine: LayerSignal, theirs: LayerSignal) -> Tensor:

@@ -2,13 +2,14 @@
 
 from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.gp import LinearizedGP
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.paths import TangentPath
 
 __all__ = [
     "Calibration",
     "Exact",
+    "Sampled",
     "LinearizedGP",
     "TangentMean",
     "TangentPath",

@@ -20,12 +20,18 @@ from torch import Tensor
 from gpbridge.checks import warn_user
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.evidence import frozen_spectrum
-from gpbridge.linearized.predictive import choose_calibration, probabilities
+from gpbridge.linearized.inference import Sampled
+from gpbridge.linearized.predictive import (
+    PRIOR_VARIANCES,
+    choose_calibration,
+    probabilities,
+)
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import apply_root
 from gpbridge.spectral import Spectrum
 
 _SEEN_SHARE = 0.5  # of held-out rows that may be among the rows conditioned on
+_FACTORS = tuple(10 ** (k / 2) for k in range(-3, 4))  # of a sampled posterior's prior
 
 
 class Calibration(NamedTuple):
@@ -111,14 +117,19 @@ def _row_hashes(X: Tensor, Y: Tensor) -> Iterator[int]:
 
 @torch.no_grad()
 def find_calibration(
-    problem: TangentProblem, Z_val: Tensor, labels: Tensor
+    problem: TangentProblem, Z_val: Tensor, labels: Tensor, prior_variance: Tensor
 ) -> Calibration | None:
     """Choose prior variance and temperature around the network's output.
+
+    One eigendecomposition serves all candidates of an exact posterior. A sampled one is
+    solved again for each, started from the one before; its candidates surround the
+    model's own prior variance, three half decades to each side.
 
     Args:
         problem: A classifier with one prior group.
         Z_val: Held-out transformed inputs ``n' x d``.
         labels: Held-out labels in canonical form.
+        prior_variance: The model's own.
 
     Returns:
         The choice, or None if the network's own probabilities stay.
@@ -131,11 +142,18 @@ def find_calibration(
             "calibrate chooses one prior variance, but the model has "
             f"{len(problem.groups)} groups. Build it with groups='all'."
         )
-    problem.check_size("The eigendecomposition for calibration")
     Z = Z_val.to(problem.net.dtype)
-    covariance_of = _covariances(problem, frozen_spectrum(problem), Z)
-    logits = problem.net(Z).double()
-    best = choose_calibration(problem.likelihood, logits, labels, covariance_of)
+    logits = torch.cat([problem.net(z).double() for z in Z.split(256)])
+    if isinstance(problem.inference, Sampled):
+        candidates = tuple(float(prior_variance) * factor for factor in _FACTORS)
+        covariance_of = _sampled_covariances(problem, Z)
+    else:
+        problem.check_size("The eigendecomposition for calibration")
+        candidates = PRIOR_VARIANCES
+        covariance_of = _covariances(problem, frozen_spectrum(problem), Z)
+    best = choose_calibration(
+        problem.likelihood, logits, labels, covariance_of, candidates
+    )
     if not best.adopted:
         warn_user(
             "calibrate keeps the network's own probabilities: the best candidate saves "
@@ -192,6 +210,22 @@ def warn_about_gap(link: str, gap: TrainGap) -> None:
             f"contradicts the labels by {gap.posterior:.3f} on average, the network by "
             f"{gap.network:.3f}. Pass held-out data to calibrate()."
         )
+
+
+def _sampled_covariances(problem: TangentProblem, Z: Tensor):
+    """The same from draws, solved for each prior variance."""
+    one = problem.feature_std(Z.new_ones(()))
+
+    def covariance(prior_variance: float) -> Tensor:
+        draws = problem.draws(torch.tensor([prior_variance], device=Z.device))
+        weights = draws.std[:, None] * draws.omega / draws.omega.shape[-1] ** 0.5
+        blocks = []
+        for z in Z.split(256):
+            F = problem.features(z, one).matmul(weights.to(z)).double()
+            blocks.append(F @ F.mT)
+        return torch.cat(blocks)
+
+    return covariance
 
 
 def _covariances(problem: TangentProblem, spectrum: Spectrum, Z: Tensor):

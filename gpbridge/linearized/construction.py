@@ -28,7 +28,7 @@ from gpbridge.checks import (
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.prediction import apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
@@ -73,7 +73,7 @@ def freeze_network(
     parameters: Parameters,
     input_shape: Sequence[int] | None,
     X: Tensor,
-    inference: Exact,
+    inference: Exact | Sampled,
 ) -> FunctionalNet:
     """Copy the network to the working precision: float64 on the CPU.
 

@@ -64,7 +64,7 @@ from gpbridge.linearized.construction import (
     prior_variance_bounds,
 )
 from gpbridge.linearized.evidence import evidence
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.labels import label_distribution
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
@@ -161,7 +161,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         offset: bool = True,
         mean: str = "auto",
         noise: str | float = "learn",
-        inference: Exact = Exact(),
+        inference: Exact | Sampled = Exact(),
         input_shape: Sequence[int] | None = None,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
@@ -172,10 +172,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         check_data(network, train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
-        if not isinstance(inference, Exact):
+        if not isinstance(inference, Exact | Sampled):
             raise TypeError(
-                "inference must be gpbridge.linearized.Exact(...), but is "
-                f"{type(inference).__name__}."
+                "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but "
+                f"is {type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
         train_X, train_Y = train_X.detach(), train_Y.detach()
@@ -571,7 +571,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        found = find_calibration(self.problem, Z, labels)
+        found = find_calibration(
+            self.problem, Z, labels, self.prior_variance.detach()
+        )
         if found is not None:
             self.calibration, self.fitted = found, "calibrate"
             if found.prior_variance > 0:

@@ -21,6 +21,7 @@ from gpbridge.linearized.conditioning import (
     apply_update,
     make_update,
 )
+from gpbridge.linearized.inference import Sampled
 from gpbridge.linearized.mode import find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import Projection
@@ -46,7 +47,7 @@ class TangentPosterior:
         self.problem = problem
         self.adds_network = problem.offset or mean == "network"
         with torch.no_grad():
-            self.std = problem.scaled_std(prior_variance)
+            self.std = problem.feature_std(prior_variance)
             self.strategy = problem.strategy(prior_variance)
             self.weights = self._mean_weights(prior_variance.double(), mean)
 
@@ -56,6 +57,9 @@ class TangentPosterior:
         if mean == "network":
             return None
         if not is_gaussian(problem.likelihood):
+            if isinstance(problem.inference, Sampled):
+                mode = problem.mode_by_products(prior_variance)
+                return problem.flat_prior_std(prior_variance) * mode.omega
             mode = find_mode(problem, prior_variance)
             return mode.weights / problem.expand(prior_variance.sqrt())
         misfit = (problem.Y - problem.prior_mean)[..., None]
@@ -121,7 +125,9 @@ class TangentPosterior:
         """
         problem = self.problem
         width = max(problem.outputs.numel() * problem.outputs.shape[1], 1)
-        if problem.space == "weight":
+        if isinstance(problem.inference, Sampled):
+            width = problem.inference.num_samples * problem.outputs.shape[1]
+        elif problem.space == "weight":
             width = problem.num_params * problem.outputs.shape[1]
         step = max(16, _CHUNK_BYTES // (8 * width))
         means, blocks = [], []

@@ -18,12 +18,21 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory
+from gpbridge.data_features import DataFeatures
 from gpbridge.features import DenseFeatures, TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.sampled_mode import SampledMode, find_mode_by_products
+from gpbridge.linearized.sampling import (
+    BaseDraws,
+    SampledStrategy,
+    SampledWeights,
+    draw_base,
+    solve_draws,
+)
 from gpbridge.matrix_free import MatrixFreeStrategy
 from gpbridge.prediction import (
     FunctionSpaceStrategy,
@@ -35,6 +44,7 @@ from gpbridge.prediction import (
 )
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.spectral import GaussianSpectrum
+from gpbridge.types import Solver
 
 _CHUNK_BYTES = 64 * 2**20  # dense features held at a time while they are summed up
 
@@ -68,17 +78,18 @@ class TangentProblem:
         groups: list[list[str]],
         unit_std: dict[str, Tensor],
         offset: bool,
-        inference: Exact,
+        inference: Exact | Sampled,
     ) -> None:
         self.net, self.X, self.Y = net, X, Y
         self.likelihood, self.groups, self.unit_std = likelihood, groups, unit_std
         self.offset, self.inference = offset, inference
         with torch.no_grad():
-            self.outputs = net(X).double()
+            self.outputs = torch.cat([net(x).double() for x in self._chunks()])
             self.prior_mean = torch.zeros_like(self.outputs)
             if offset:
-                weights = net.flatten(net.params)
-                self.prior_mean = self.outputs - jvp(net, X, weights).double()
+                w = net.flatten(net.params)
+                moved = torch.cat([jvp(net, x, w).double() for x in self._chunks()])
+                self.prior_mean = self.outputs - moved
         n, m = self.outputs.shape
         self.num_params = sum(net.params[name].numel() for name in unit_std)
         space = inference.space
@@ -92,6 +103,10 @@ class TangentProblem:
         # Kept for ``evidence``: what an eigendecomposition left, and whether it pays.
         self.noise_spectrum: GaussianSpectrum | None = None
         self.evaluations = 0
+        # Kept by ``Sampled`` inference: products, randomness, and the last solution.
+        self._data: DataFeatures | None = None
+        self._base: BaseDraws | None = None
+        self._draws: SampledWeights | None = None
 
     @property
     def size(self) -> int:
@@ -275,9 +290,20 @@ class TangentProblem:
         by_name = {n: std[g] for g, names in enumerate(self.groups) for n in names}
         return {n: unit * by_name[n] for n, unit in self.unit_std.items()}
 
+    def feature_std(self, prior_variance: Tensor) -> dict[str, Tensor]:
+        """Deviations of the features that the strategy sees test points by."""
+        if isinstance(self.inference, Sampled):
+            one = prior_variance.new_ones((), dtype=self.net.dtype)
+            return {name: one for name in self.unit_std}
+        return self.scaled_std(prior_variance)
+
     def strategy(self, prior_variance: Tensor) -> PredictionStrategy:
         """Condition the linear model, at the roots R of the network's outputs."""
         inference = self.inference
+        if isinstance(inference, Sampled):
+            draws = self.draws(prior_variance)
+            root, solver = self.root().detach(), inference.solver
+            return SampledStrategy(self.data, root, draws.std, draws, solver)
         with torch.no_grad():
             std = self.scaled_std(prior_variance)
             too_large = self.bytes_needed > inference.memory_budget
@@ -294,6 +320,57 @@ class TangentProblem:
             precision = self.precision() * scale * scale[:, None]
             batches = self.batches(unit=False, std=std)
             return WeightSpaceStrategy(batches, self.num_params, precision)
+
+    # -- sampled inference ----------------------------------------------------------
+
+    @property
+    def data(self) -> DataFeatures:
+        """Products with the Jacobian at the data."""
+        if self._data is None:
+            budget = self.inference.memory_budget
+            self._data = DataFeatures(self.net, self.X, budget)
+        return self._data
+
+    @property
+    def base(self) -> BaseDraws:
+        """The standard normals of every draw."""
+        if self._base is None:
+            generator = torch.Generator().manual_seed(self.inference.seed)
+            self._base = draw_base(self.data, self.inference.num_samples, generator)
+        return self._base
+
+    def flat_prior_std(self, prior_variance: Tensor) -> Tensor:
+        """Prior standard deviation of each weight, ``p``, float64, detached."""
+        return self.unit_scale() * self.expand(prior_variance.detach().double().sqrt())
+
+    def draws(
+        self, prior_variance: Tensor, solver: Solver | None = None
+    ) -> SampledWeights:
+        """Posterior draws of the weights, started from those of the last call."""
+        self._draws = solve_draws(
+            self.data,
+            self.root().detach(),
+            self.flat_prior_std(prior_variance),
+            self.base,
+            self.inference.solver if solver is None else solver,
+            self._draws,
+            self.space == "function",
+        )
+        return self._draws
+
+    def mode_by_products(
+        self, prior_variance: Tensor, start: Tensor | None = None
+    ) -> SampledMode:
+        """The optimum of the linear model, without a matrix of the data."""
+        return find_mode_by_products(
+            self.data,
+            self.likelihood,
+            self.Y,
+            self.prior_mean,
+            self.flat_prior_std(prior_variance),
+            self.inference.solver,
+            start,
+        )
 
 
 class _Batches:

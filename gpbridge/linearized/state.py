@@ -24,7 +24,7 @@ from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import (
     initial_noise,

@@ -2,6 +2,7 @@
 
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
+from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.iterative_mll import (
     IterativeFit,
@@ -18,6 +19,10 @@ __all__ = [
     "LaplaceEvidence",
     "MatchedWeightDecay",
     "SubsetStart",
+    "EMStep",
+    "LaplaceEvidence",
+    "MatchedWeightDecay",
+    "SampleBasedEM",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",

@@ -1,0 +1,215 @@
+r"""Tangent features of a whole data set, for products with many vectors.
+
+An iterative solver multiplies with the same Jacobian J again and again. Layer signals
+(see ``layer_features``) hold it in n (width) numbers where the matrix has n m p, so
+that features of tens of thousands of images fit into memory, and a product with k
+vectors is a few matrix products instead of k passes through the network. What does not
+fit is computed again at every pass.
+
+In: a network and inputs. Out: :class:`DataFeatures`, and on top of them the two
+matrices of the linear model in weights and in outputs. Next: ``linearized/sampling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gpbridge.features import TangentFeatures
+from gpbridge.functional import FunctionalNet
+from gpbridge.layer_features import LayerFeatures
+from gpbridge.layer_gram import tangent_features
+from gpbridge.operators import JacobianOperator
+
+_CHUNK_BYTES = 64 * 2**20  # features of one chunk of points
+_FEW = 8  # points; where fewer fit into a chunk, products go through the network
+
+
+class DataFeatures:
+    r"""The Jacobian J of a network at a data set, as products with many vectors.
+
+    Rows are point-major, output fastest. Forming the features costs about m backward
+    passes per point, once while they fit into the budget. A product with k vectors
+    costs n (k + m) (width)^2 operations per layer.
+
+    Args:
+        net: The network, probed.
+        X: Inputs ``n x d`` of the network's dtype.
+        memory_budget: Bytes for features that stay.
+        points_per_chunk: Points per chunk; default by their size.
+    """
+
+    def __init__(
+        self,
+        net: FunctionalNet,
+        X: Tensor,
+        memory_budget: float = 2 * 2**30,
+        points_per_chunk: int | None = None,
+    ) -> None:
+        self.net, self.X = net, X.detach()
+        one = X.new_ones((), dtype=net.dtype)
+        self._unit = {name: one for name in net.params}
+        first = self._form(self.X[:2])
+        size = max(1, _bytes(first) // max(1, len(first.value)))  # per point
+        self._streams = size * _FEW > _CHUNK_BYTES
+        if points_per_chunk is None:
+            points_per_chunk = max(_FEW, min(_CHUNK_BYTES // size, 1024))
+        starts = range(0, len(X), points_per_chunk)
+        self._chunks = [slice(s, min(s + points_per_chunk, len(X))) for s in starts]
+        self._room = memory_budget
+        self._held: dict[int, TangentFeatures] = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows n m and weights p."""
+        return len(self.X) * self.net.num_outputs, self.net.num_params
+
+    @property
+    def num_chunks(self) -> int:
+        """The number of chunks that the points are divided into."""
+        return len(self._chunks)
+
+    def rows_of(self, chunk: int) -> slice:
+        """The points of a chunk."""
+        return self._chunks[chunk]
+
+    def matmul(self, weights: Tensor, chunk: int | None = None) -> Tensor:
+        """Product ``J W``, ``p x k`` to ``n x m x k``, of one chunk or of all."""
+        if chunk is None:
+            parts = [self.matmul(weights, c) for c in range(self.num_chunks)]
+            return torch.cat(parts)
+        features = self._features(chunk)
+        W = weights.to(self.net.dtype)
+        if isinstance(features, JacobianOperator):
+            product = features._matmul(W).unflatten(0, (-1, self.net.num_outputs))
+        else:
+            product = features.matmul(W)
+        return product.to(weights.dtype)
+
+    def t_matmul(self, outputs: Tensor, chunk: int | None = None) -> Tensor:
+        """Product ``J' U``, ``n x m x k`` to ``p x k``, of one chunk or of all."""
+        if chunk is None:
+            total = outputs.new_zeros(self.net.num_params, outputs.shape[-1])
+            for c, rows in enumerate(self._chunks):
+                total += self.t_matmul(outputs[rows], c)
+            return total
+        features, U = self._features(chunk), outputs.to(self.net.dtype)
+        if isinstance(features, JacobianOperator):
+            product = features._t_matmul(U.flatten(0, 1))
+        else:
+            product = features.t_matmul(U)
+        return product.to(outputs.dtype)
+
+    def __iter__(self) -> Iterator[TangentFeatures | JacobianOperator]:
+        """Features of one chunk after the other."""
+        return (self._features(c) for c in range(self.num_chunks))
+
+    @torch.no_grad()
+    def _form(self, X: Tensor) -> TangentFeatures:
+        return tangent_features(self.net, X, self._unit)
+
+    def _features(self, chunk: int) -> TangentFeatures | JacobianOperator:
+        if chunk in self._held:
+            return self._held[chunk]
+        X = self.X[self._chunks[chunk]]
+        if self._streams:
+            return JacobianOperator(X, net=self.net)
+        features = self._form(X)
+        size = _bytes(features)
+        if size <= self._room:
+            self._held[chunk] = features
+            self._room -= size
+        return features
+
+
+def _bytes(features: TangentFeatures) -> int:
+    tensors = [features.value]
+    if isinstance(features, LayerFeatures):
+        tensors += [features.matrix, *(t for s in features.layers.values() for t in s)]
+    else:
+        tensors.append(features.rows())
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _LinearModelOperator:
+    """What the two matrices share: data, roots R ``n x m x m``, deviations ``p``.
+
+    Products, shape, dtype and device are all that an iterative solver asks for; nothing
+    here is differentiable, so that neither is a LinearOperator.
+    """
+
+    batch_shape = torch.Size()
+
+    def __init__(self, root: Tensor, std: Tensor, data: DataFeatures) -> None:
+        self.root, self.std, self.data = root, std, data
+        self.dtype, self.device = std.dtype, std.device
+
+    def __matmul__(self, rhs: Tensor) -> Tensor:
+        return self._matmul(rhs)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs[:, None])[:, 0]
+        return rhs + self._curved(rhs)
+
+    def to_outputs(self, omega: Tensor) -> Tensor:
+        r"""Product :math:`R^\top J S^{1/2} \omega`, ``p x k`` to ``n x m x k``."""
+        return self.root.mT @ self.data.matmul(self.std[:, None] * omega)
+
+    def to_weights(self, outputs: Tensor) -> Tensor:
+        r"""Product :math:`S^{1/2} J^\top R u`, ``n x m x k`` to ``p x k``."""
+        return self.std[:, None] * self.data.t_matmul(self.root @ outputs)
+
+
+class PrecisionOperator(_LinearModelOperator):
+    r"""Posterior precision of the scaled weights, ``p x p``, positive definite.
+
+    .. math:: H = I + S^{1/2} J^\top R R^\top J S^{1/2}
+
+    One product with k columns is one pass over the data.
+
+    Args:
+        root: Roots R of the output Hessians, ``n x m x m``.
+        std: Prior standard deviations of the weights, ``p``.
+        data: Features of the data.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """``p x p``."""
+        return torch.Size((self.std.numel(), self.std.numel()))
+
+    def _curved(self, rhs: Tensor) -> Tensor:
+        total = torch.zeros_like(rhs)
+        for chunk in range(self.data.num_chunks):
+            total += self.chunk_product(rhs, chunk)
+        return total
+
+    def chunk_product(self, rhs: Tensor, chunk: int) -> Tensor:
+        """The part of one chunk in the product, without the identity."""
+        data, root = self.data, self.root[self.data.rows_of(chunk)]
+        seen = data.matmul(self.std[:, None] * rhs, chunk)
+        pulled = data.t_matmul(root @ (root.mT @ seen), chunk)
+        return self.std[:, None] * pulled
+
+
+class OutputOperator(_LinearModelOperator):
+    r"""The matrix :math:`A = I + R^\top J S J^\top R`, ``(n m) x (n m)``.
+
+    Args:
+        root: Roots R of the output Hessians, ``n x m x m``.
+        std: Prior standard deviations of the weights, ``p``.
+        data: Features of the data.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(n m) x (n m)``."""
+        rows = self.root.shape[0] * self.root.shape[-1]
+        return torch.Size((rows, rows))
+
+    def _curved(self, rhs: Tensor) -> Tensor:
+        outputs = rhs.unflatten(0, (self.root.shape[0], -1))
+        return self.to_outputs(self.to_weights(outputs)).flatten(0, 1)

@@ -1,0 +1,223 @@
+"""Draws by solving: their law without Monte Carlo error, warm starts, one posterior."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gpbridge import LinearizedGP
+from gpbridge.data_features import PrecisionOperator
+from gpbridge.linearized import Sampled
+from gpbridge.linearized.calibration import _covariances, _sampled_covariances
+from gpbridge.linearized.evidence import frozen_spectrum
+from gpbridge.linearized.sampling import BaseDraws, rescale, solve_draws
+from gpbridge.solvers import ConjugateGradients
+from tests.linearized.problems import (
+    PRIOR_VARIANCE,
+    both_spaces,
+    build,
+    every_likelihood,
+    inputs,
+    label_likelihoods,
+    targets,
+)
+
+TIGHT = ConjugateGradients(tolerance=1e-11, preconditioner_rank=0)
+CLOSE = {"rtol": 1e-6, "atol": 1e-8}
+
+
+def with_the_exact_law(model):
+    """Replace the randomness by all unit vectors, in which a draw is linear.
+
+    The mean of the outer products of these draws is the covariance of a draw.
+    """
+    problem = model.problem
+    (rows, p), n = problem.data.shape, len(problem.X)
+    both = (rows + p) ** 0.5 * torch.eye(rows + p, dtype=torch.float64)
+    noise = both[p:].reshape(n, -1, rows + p)
+    problem._base = BaseDraws(both[:p], noise)
+    return model
+
+
+@both_spaces
+@every_likelihood
+def test_draws_have_the_exact_posterior_covariance(name, space):
+    X = inputs(7, seed=5)
+    exact = build(name).posterior(X)
+    inference = Sampled(solver=TIGHT, space=space)
+    model = with_the_exact_law(build(name, inference=inference))
+    sampled = model.posterior(X)
+    torch.testing.assert_close(sampled.mean, exact.mean, **CLOSE)
+    torch.testing.assert_close(
+        sampled.distribution.covariance_matrix,
+        exact.distribution.covariance_matrix,
+        **CLOSE,
+    )
+
+
+@both_spaces
+def test_the_spread_of_a_few_draws_is_that_of_a_chi_square(space):
+    X = inputs(20, seed=5)
+    exact = build("gaussian").posterior(X).variance
+    s = 400
+    model = build("gaussian", inference=Sampled(s, TIGHT, space=space))
+    ratio = model.posterior(X).variance / exact
+    assert (ratio - 1).abs().max() < 5 * (2 / s) ** 0.5
+    assert (ratio - 1).abs().max() > 0.1 * (2 / s) ** 0.5
+
+
+@label_likelihoods
+def test_the_mean_of_the_linear_model_is_found_by_products(name):
+    X = inputs(7, seed=5)
+    exact = build(name, mean="linear_model").posterior(X).mean
+    inference = Sampled(4, TIGHT)
+    model = build(name, mean="linear_model", inference=inference)
+    torch.testing.assert_close(model.posterior(X).mean, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rescaled_right_hand_side_is_a_rebuilt_one():
+    model = build("softmax", inference=Sampled(5, TIGHT))
+    problem = model.problem
+    first = problem.draws(torch.tensor([0.3]))
+    warm = problem.draws(torch.tensor([2.0]))
+    problem._draws = None
+    cold = problem.draws(torch.tensor([2.0]))
+    torch.testing.assert_close(warm.omega, cold.omega, **CLOSE)
+    assert not torch.allclose(first.omega, cold.omega, rtol=1e-2)
+
+
+def test_a_start_from_the_last_prior_is_close():
+    problem = build("softmax", inference=Sampled(5, TIGHT)).problem
+    old = problem.draws(torch.tensor([10.0]))
+    std = problem.flat_prior_std(torch.tensor([10.5]))
+    operator = PrecisionOperator(problem.root().detach(), std, problem.data)
+    rhs = problem.base.prior + operator.to_weights(problem.base.noise)
+    left = rhs - operator @ rescale(old, std)
+    assert left.norm() < 0.05 * rhs.norm()
+    without = rhs - operator @ old.omega  # the weights in the old scale
+    assert left.norm() < 0.5 * without.norm()
+
+
+def test_dead_weights_stay_dead_in_another_scale():
+    model = build("gaussian", inference=Sampled(3, TIGHT))
+    draws = model.problem.draws(torch.tensor([1.0]))
+    std = 2 * draws.std
+    std[0] = 0.0
+    moved = rescale(draws, std)
+    torch.testing.assert_close(moved[1:], 0.5 * draws.omega[1:])
+    assert bool((moved[0] == 0).all())
+
+
+class Normalised(nn.Module):
+    """Weights whose scale a layer norm takes out again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 12), nn.LayerNorm(12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.norm(self.first(x))))
+
+
+def test_a_g_prior_makes_predictions_independent_of_a_scale_that_changes_nothing():
+    """Antoran et al. (2022), section 4: weights in front of a normalisation layer."""
+    torch.manual_seed(0)
+    net = Normalised().double()
+    scaled = copy.deepcopy(net)
+    with torch.no_grad():
+        scaled.first.weight *= 10
+        scaled.first.bias *= 10
+    net.norm.eps = scaled.norm.eps = 1e-14
+    X = torch.randn(30, 4, dtype=torch.float64)
+    labels = torch.arange(30) % 3
+    found = {}
+    for g_prior in (True, False):
+        found[g_prior] = [
+            with_the_exact_law(
+                LinearizedGP(
+                    one, X, labels, g_prior=g_prior, inference=Sampled(solver=TIGHT)
+                )
+            )
+            .posterior(X[:5])
+            .variance
+            for one in (net, scaled)
+        ]
+    torch.testing.assert_close(*found[True], rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(*found[False], rtol=0.1)
+
+
+def test_draws_are_functions_whose_covariance_is_the_posteriors():
+    model = build("gaussian", inference=Sampled(50, TIGHT))
+    X = inputs(6, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    values = model.draw(4000, generator)(X)[..., 0]
+    covariance = model.posterior(X).distribution.covariance_matrix
+    got = torch.cov(values.mT)
+    assert (got - covariance).norm() < 0.1 * covariance.norm()
+
+
+def test_further_observations_update_the_draws():
+    model = with_the_exact_law(build("gaussian", inference=Sampled(solver=TIGHT)))
+    exact = build("gaussian")
+    X, Y = inputs(2, seed=8), torch.tensor([[0.3], [-0.1]], dtype=torch.float64)
+    at = inputs(5, seed=9)
+    got = model.condition_on_observations(X, Y).posterior(at)
+    expected = exact.condition_on_observations(X, Y).posterior(at)
+    torch.testing.assert_close(got.mean, expected.mean, **CLOSE)
+    torch.testing.assert_close(got.variance, expected.variance, **CLOSE)
+
+
+def test_the_randomness_is_the_options_and_stays():
+    X = inputs(4, seed=5)
+    one, same, other = (
+        build("gaussian", inference=Sampled(8, TIGHT, seed=seed)).posterior(X).variance
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_the_posterior_is_differentiable_in_its_inputs():
+    model = build("softmax", inference=Sampled(6, TIGHT))
+    X = inputs(2, seed=5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda X: model.posterior(X).variance, X)
+
+
+def test_calibration_agrees_with_the_exact_one_at_the_same_prior():
+    X, labels = inputs(60, seed=2), targets("softmax", inputs(60, seed=2))
+    model = with_the_exact_law(
+        build("softmax", inference=Sampled(solver=TIGHT), X=X, Y=labels)
+    )
+    problem = model.problem
+    exact = build("softmax", X=X, Y=labels).problem
+    Z = inputs(9, seed=3)
+    for prior_variance in (0.1, 3.0):
+        got = _sampled_covariances(problem, Z)(prior_variance)
+        expected = _covariances(exact, frozen_spectrum(exact), Z)(prior_variance)
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="space must be one of"):
+        Sampled(space="matrix_free")
+    with pytest.raises(ValueError, match="num_samples must be positive"):
+        Sampled(0)
+
+
+def test_the_exact_evidence_is_refused_beyond_the_budget():
+    model = build("gaussian", inference=Sampled(4, TIGHT, memory_budget=100))
+    with pytest.raises(MemoryError, match="The exact evidence"):
+        model.log_evidence()
+
+
+def test_both_systems_have_the_same_draws_as_solutions():
+    problem = build("gaussian", inference=Sampled(3, TIGHT)).problem
+    std = problem.flat_prior_std(torch.tensor([PRIOR_VARIANCE]))
+    root = problem.root().detach()
+    got = [
+        solve_draws(problem.data, root, std, problem.base, TIGHT, None, in_outputs)
+        for in_outputs in (True, False)
+    ]
+    torch.testing.assert_close(got[0].omega, got[1].omega, **CLOSE)

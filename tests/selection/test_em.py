@@ -1,0 +1,127 @@
+"""Sample-based EM: fixed points of the exact evidence, resuming, refusals."""
+
+import pytest
+import torch
+from botorch.models import SingleTaskGP
+
+from gpbridge.linearized import Sampled
+from gpbridge.selection import SampleBasedEM, fit_evidence
+from gpbridge.solvers import ConjugateGradients
+from tests.linearized.problems import build, inputs, targets
+from tests.linearized.test_sampling import with_the_exact_law
+
+TIGHT = ConjugateGradients(tolerance=1e-10, preconditioner_rank=0)
+
+
+def sampled(name, **options):
+    return build(name, inference=Sampled(solver=TIGHT), **options)
+
+
+def slopes(model):
+    """Derivatives of the exact evidence in the logs of its hyperparameters."""
+    value = model.log_evidence()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(value, parameters)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "logistic", "softmax"])
+def test_a_fixed_point_is_a_stationary_point_of_the_exact_evidence(name):
+    """MacKay (1992), section 4.2."""
+    X = inputs(40, seed=2)
+    Y = targets(name, X)
+    model = with_the_exact_law(sampled(name, X=X, Y=Y))
+    before = slopes(build(name, X=X, Y=Y))
+    SampleBasedEM(model).run(200, 1e-6, progress=False)
+    exact = build(name, X=X, Y=Y)
+    exact.prior_variance = model.prior_variance.detach()
+    if name == "gaussian":
+        exact.likelihood.noise = model.likelihood.noise.detach()
+    after = slopes(exact)
+    for start, end in zip(before, after, strict=True):
+        assert end.abs().max() < 1e-3 * start.abs().max().clamp_min(1.0)
+
+
+def test_draws_reach_the_optimum_of_the_exact_search():
+    X = inputs(60, seed=2)
+    Y = targets("gaussian", X)
+    exact = build("gaussian", X=X, Y=Y)
+    best = fit_evidence(exact, warn=False)
+    model = build("gaussian", X=X, Y=Y, inference=Sampled(200, TIGHT))
+    history = SampleBasedEM(model).run(50, 1e-3, progress=False)
+    exact.prior_variance = model.prior_variance.detach()
+    exact.likelihood.noise = model.likelihood.noise.detach()
+    assert float((best.value - exact.log_evidence()).detach()) < 0.1
+    got = history[-1].effective_dimension[0]
+    expected = float(exact.evidence().effective_dimension)
+    assert abs(got - expected) < 4 * history[-1].std_error[0] + 0.05 * expected
+    assert "sample-based EM" in repr(model)
+
+
+def test_the_effective_dimension_is_that_of_the_weights():
+    model = with_the_exact_law(sampled("softmax"))
+    em = SampleBasedEM(model)
+    draws = model.problem.draws(model.prior_variance.detach())
+    in_outputs = float(em._dimensions(draws).mean())
+    p = model.problem.num_params
+    in_weights = p - float(draws.omega.square().sum(0).mean())
+    assert in_outputs == pytest.approx(in_weights, rel=1e-6)
+
+
+def test_groups_share_what_their_weights_determined():
+    X = inputs(40, seed=2)
+    Y = targets("gaussian", X)
+    model = with_the_exact_law(sampled("gaussian", X=X, Y=Y, groups="layer"))
+    before = model.prior_variance.detach().clone()
+    history = SampleBasedEM(model).run(5, 1e-6, progress=False)
+    assert len(history[-1].effective_dimension) == len(before) == 2
+    total = sum(history[0].effective_dimension)
+    exact = build("gaussian", X=X, Y=Y, groups="layer")
+    exact.prior_variance = before
+    assert total == pytest.approx(
+        float(exact.evidence().effective_dimension.detach()), rel=1e-6
+    )
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers():
+    def make():
+        return build("softmax", inference=Sampled(6, TIGHT))
+
+    whole = make()
+    SampleBasedEM(whole).run(4, 1e-9, progress=False)
+    first = SampleBasedEM(make())
+    first.run(2, 1e-9, progress=False)
+    model = make()
+    second = SampleBasedEM(model)
+    second.load_state_dict(first.state_dict())
+    history = second.run(2, 1e-9, progress=False)
+    assert len(history) == 4
+    torch.testing.assert_close(model.prior_variance, whole.prior_variance)
+
+
+def test_a_state_is_plain_enough_to_be_loaded_without_running_code(tmp_path):
+    em = SampleBasedEM(build("gaussian", inference=Sampled(3, TIGHT)))
+    em.run(1, progress=False)
+    torch.save(em.state_dict(), tmp_path / "em.pt")
+    state = torch.load(tmp_path / "em.pt", weights_only=True)
+    other = SampleBasedEM(build("gaussian", inference=Sampled(3, TIGHT)))
+    other.load_state_dict(state)
+    assert other.history == em.history
+
+
+def test_hyperparameters_stay_inside_their_bounds():
+    X = inputs(20, seed=2)
+    Y = torch.zeros(20, 1, dtype=torch.float64)  # no signal: the variance wants to 0
+    model = sampled("gaussian", X=X, Y=Y, offset=False)
+    SampleBasedEM(model).run(30, 1e-9, progress=False)
+    bounds = model.covar_module.raw_prior_variance_constraint
+    assert bool((model.prior_variance >= bounds.lower_bound).all())
+    assert bool(model.prior_variance.isfinite().all())
+    assert float(model.likelihood.noise) > 0
+
+
+def test_other_models_are_refused_with_what_serves_them():
+    X = inputs()
+    with pytest.raises(TypeError, match="needs a gpbridge.LinearizedGP"):
+        SampleBasedEM(SingleTaskGP(X, targets("gaussian", X)))
+    with pytest.raises(TypeError, match=r"has Exact\. Call fit_evidence"):
+        SampleBasedEM(build("gaussian"))
