@@ -223,8 +223,8 @@ def main() -> None:
     timing.one_thread()
     print("### Digits, CNN: precision and probit NLL, exact and by draws\n")
     print(
-        "| seed | precision | by EM | difference | NLL, same draws | by EM | difference "
-        "| NLL, exact covariance | steps | exact s | EM s |"
+        "| seed | precision | by EM | difference | NLL, same draws | by EM "
+        "| difference | NLL, exact covariance | steps | exact s | EM s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for seed in range(1 if arguments.smoke else arguments.seeds):

@@ -571,9 +571,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        found = find_calibration(
-            self.problem, Z, labels, self.prior_variance.detach()
-        )
+        found = find_calibration(self.problem, Z, labels, self.prior_variance.detach())
         if found is not None:
             self.calibration, self.fitted = found, "calibrate"
             if found.prior_variance > 0:

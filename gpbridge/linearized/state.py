@@ -59,7 +59,7 @@ class TangentState:
     _targets: Tensor  # transformed, in the likelihood's form
 
     # BUILT_WITH: whoever loads a state builds the model with the same.
-    inference: Exact
+    inference: Exact | Sampled
     select: str | None
     offset: bool
     g_prior: bool

@@ -15,14 +15,12 @@ from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
     "Diagnostics",
+    "EMStep",
     "IterativeFit",
     "LaplaceEvidence",
     "MatchedWeightDecay",
-    "SubsetStart",
-    "EMStep",
-    "LaplaceEvidence",
-    "MatchedWeightDecay",
     "SampleBasedEM",
+    "SubsetStart",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",
