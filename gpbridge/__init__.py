@@ -20,7 +20,7 @@ from gpbridge import (
 )
 from gpbridge._version import __version__
 from gpbridge.linearized import Exact, LinearizedGP
-from gpbridge.sampled_gp import SampledGP
+from gpbridge.sampled import SampledGP
 from gpbridge.types import Evidence, FitResult
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Distributions of latent values and targets, in the caller's dtype and units.
 
-In: float64 moments. Out: gpytorch and torch distributions. Next: ``sampled_gp`` and
-``linearized.gp`` return them.
+In: float64 moments. Out: gpytorch and torch distributions. Next: ``sampled`` and
+``linearized`` return them.
 """
 
 from __future__ import annotations

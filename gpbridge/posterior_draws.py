@@ -6,7 +6,7 @@ r"""Functions drawn from a posterior: prior draws that a linear solve pulls to t
 In: a prior draw, data, a solver of any kind. Out: a function of X, differentiable and
 frozen, that is evaluated anywhere without another solve. Its error has two parts: that
 of the features (how well :math:`f_0` has the kernel's covariance) and of the solve.
-Next: ``pathwise`` hands such draws to botorch; ``sampled_gp`` builds a model of them.
+Next: ``pathwise`` hands such draws to botorch; ``sampled`` builds a model of them.
 
 References:
     Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 from gpbridge.checks import ShapeError, check_finite, check_inputs
 from gpbridge.kernel_operator import covariance_operator, cross_products
 from gpbridge.prior_draws import TILE_BYTES, PriorDraw
-from gpbridge.randomness import standard_normal
+from gpbridge.randomness import fresh, standard_normal
 from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
 
@@ -175,9 +175,7 @@ def condition(
             f"but Y has shape {tuple(Y.shape)} and X {tuple(X.shape)}."
         )
     check_finite(Y=Y)
-    if generator is None:
-        generator = Generator()
-        generator.seed()
+    generator = fresh(generator)
     # The system is solved, and the functions are evaluated, in float64.
     prior = copy.deepcopy(prior_draw).double().requires_grad_(False)
     if mean is not None:

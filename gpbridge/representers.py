@@ -7,7 +7,7 @@ r"""Representer weights: one linear solve for a posterior mean and its samples.
 In: a kernel, data, prior draws, a solver. Out: the posterior mean
 :math:`m(x) + k(x, X) v_y` and deviations :math:`f_i(x) - k(x, X) v_i`, which have mean
 zero and the posterior covariance. Further observations change both by a Schur
-complement in the size of their own number. Next: ``sampled_gp`` is the model.
+complement in the size of their own number. Next: ``sampled`` makes it a model.
 
 References:
     Lin et al., Sampling from Gaussian process posteriors using stochastic gradient
@@ -167,6 +167,20 @@ class Correction(NamedTuple):
     def batch_shape(self) -> Size:
         """Batch of the observations."""
         return self.mean_weights.shape[:-2]
+
+    def joined(self, base: Representers) -> tuple[Tensor, Tensor]:
+        """All inputs of unbatched observations, and the weights of drawn functions.
+
+        Args:
+            base: The solved system.
+
+        Returns:
+            Inputs ``(n + n') x d`` and weights ``(n + n') x s x m``.
+        """
+        new = (self.mean_weights + self.sample_weights).movedim(0, 1)  # n' x s x m
+        moved = (self.cross_weights @ new.flatten(1)).unflatten(-1, new.shape[1:])
+        old = base.mean_weights[:, None] - base.sample_weights - moved
+        return torch.cat([base.data.X, self.X]), torch.cat([old, new])
 
     def moments(self, base: Representers, Z: Tensor) -> tuple[Tensor, Tensor]:
         """Corrected mean and deviations, as :meth:`Representers.moments`."""

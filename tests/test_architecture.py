@@ -25,7 +25,8 @@ operators partial_products kernel_tiles kernel_operator features layer_signals l
 solvers: refinement factors preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
-prior_draws posterior_draws pathwise models outcomes representers sampled_gp
+prior_draws posterior_draws pathwise models outcomes representers
+sampled: observations covariance state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference construction training_run noise mean conditioning problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em iterative_mll online invariance hypergradient training_speed compare

@@ -38,7 +38,7 @@ from gpbridge.kernel_operator import quadratic_form
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
-from gpbridge.sampled_gp import SampledGP
+from gpbridge.sampled import SampledGP
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Solution, Solver
 

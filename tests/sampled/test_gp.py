@@ -49,6 +49,7 @@ def gaussian(dtype=torch.float64):
 
 class Contract(ModelContractTestCase):
     solver = None
+    pathwise_tolerance = 0.4  # four standard errors of a variance of 256 samples
 
     def create_model(self, dtype, num_outputs=1, **options):
         return SampledGP(
@@ -195,7 +196,7 @@ def test_more_points_than_samples_have_a_singular_posterior_to_sample_from():
 
 
 def test_marginals_and_predictions_of_many_points(monkeypatch):
-    monkeypatch.setattr("gpbridge.sampled_gp._ROWS", 5)
+    monkeypatch.setattr("gpbridge.sampled.gp._ROWS", 5)
     options = {"outcome_transform": Standardize(2), "input_transform": Normalize(2)}
     for m, given in ((1, {}), (2, options)):
         model, Z = build(m=m, num_samples=16, **given), points(3, 4, seed=2)
@@ -259,8 +260,8 @@ def test_warm_starts_save_iterations():
     model.posterior(points(1))
     model.covar_module.outputscale = 0.7501
     model.posterior(points(1))
-    grown = model.condition_on_observations(points(1, seed=5), targets(points(1)))
-    grown.posterior(points(1))
+    new = points(1, seed=5)
+    model.condition_on_observations(new, targets(new)).posterior(points(1))
     assert [shape for shape, _ in calls] == [(60, 5), (60, 5), (61, 5)]
     assert calls[1][1] < 0.7 * calls[0][1]
     assert calls[2][1] < calls[0][1]
