@@ -24,7 +24,7 @@ from gpbridge.kernels.compositions import (
     is_fourier,
     sine_cosine,
 )
-from gpbridge.randomness import standard_normal
+from gpbridge.randomness import fresh, standard_normal
 
 TILE_BYTES = 2**26  # of features or covariances at a time
 WAVES = 2**17  # numbers at a time, which stay in the cache
@@ -153,9 +153,7 @@ def draw_prior(
             "kernel must have no batch, but has batch_shape "
             f"{tuple(kernel.batch_shape)}. Draw from kernel[0], kernel[1] and so on."
         )
-    if generator is None:
-        generator = Generator()
-        generator.seed()
+    generator = fresh(generator)
     if not follow:
         kernel = copy.deepcopy(kernel).requires_grad_(False)
     feature_map = draw_feature_map(
@@ -256,12 +254,15 @@ def row_normals(num_rows: int, num_columns: int, seed: int) -> Tensor:
     Args:
         num_rows: The number n of rows.
         num_columns: The number c of columns.
-        seed: Two seeds have independent rows.
+        seed: Below 2^31. Two seeds have independent rows, and so has a generator with
+            this seed.
 
     Returns:
         The normals, float64 on the CPU.
     """
-    generator = Generator().manual_seed(seed)
+    # Not the seed itself: noise that repeats the numbers of a prior draw's weights
+    # makes posterior covariances wrong.
+    generator = Generator().manual_seed(2**31 + seed)
     blocks = []
     for start in range(0, num_rows, _BLOCK):
         # Drawn whole: the last numbers of a call depend on how many there are.

@@ -138,6 +138,8 @@ def test_float32_kernels_have_float32_draws():
 
 def test_rows_keep_their_normals_when_rows_are_added():
     whole = row_normals(700, 3, seed=5)
+    same_seed = torch.randn(2100, generator=seeded(5), dtype=torch.float64)
+    assert not torch.isin(whole, same_seed).any()
     for n in (0, 1, 15, 256, 300):
         assert torch.equal(row_normals(n, 3, seed=5), whole[:n])
     assert abs(whole.mean()) < 4 / 2100**0.5
