@@ -41,6 +41,7 @@ from torch import Tensor
 from gpbridge.data_features import DataFeatures, OutputOperator, PrecisionOperator
 from gpbridge.features import TangentFeatures
 from gpbridge.prediction import Projection
+from gpbridge.randomness import standard_normal
 from gpbridge.types import Solution, Solver
 
 
@@ -64,14 +65,10 @@ def draw_base(
 ) -> BaseDraws:
     """Draw the randomness of ``num_samples`` functions, float64."""
     (rows, p), m = data.shape, data.net.num_outputs
-    options = {
-        "generator": generator,
-        "dtype": torch.float64,
-        "device": generator.device,
-    }
-    prior = torch.randn(p, num_samples, **options)
-    noise = torch.randn(rows // m, m, num_samples, **options)
-    return BaseDraws(prior.to(data.X.device), noise.to(data.X.device))
+    like = data.X.new_zeros((), dtype=torch.float64)
+    prior = standard_normal((p, num_samples), generator, like)
+    noise = standard_normal((rows // m, m, num_samples), generator, like)
+    return BaseDraws(prior, noise)
 
 
 @torch.no_grad()
@@ -182,12 +179,5 @@ class SampledStrategy:
     ) -> Tensor:
         """Gaussian combinations of the draws: their covariance, without a solve."""
         weights = self._weights
-        device = weights.device if generator is None else generator.device
-        normal = torch.randn(
-            num_samples,
-            weights.shape[-1],
-            generator=generator,
-            dtype=weights.dtype,
-            device=device,
-        )
-        return normal.to(weights.device) @ weights.mT
+        shape = (num_samples, weights.shape[-1])
+        return standard_normal(shape, generator, weights) @ weights.mT
