@@ -16,6 +16,7 @@ from gpbridge.partial_products import (
     row_products,
     smallest_eigenvalue,
 )
+from gpbridge.randomness import standard_normal
 from gpbridge.solvers.factors import factorise, raise_indefinite
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
@@ -23,9 +24,8 @@ from gpbridge.types import Solution
 _POWER_STEPS = 10
 _SAFETY = 0.9  # power iteration comes from below, so that the step would be too long
 
-# Strong convexity that momentum counts on, in units of its upper limit. The noise over
-# the amplitude of the kernel, as published, was up to twice as slow on pol and on
-# elevators, and is not known of every operator.
+# Strong convexity that momentum counts on, in units of its upper limit. The published
+# rule, noise over the amplitude of the kernel, is not known of every operator.
 _CONVEXITY = 0.3
 
 
@@ -137,7 +137,7 @@ class SketchAndProject:
         def inverse(x: Tensor) -> Tensor:
             return (x + U @ (gain[:, None] * (U.mT @ x))) / damping
 
-        v = torch.randn(len(A), 1, generator=generator, dtype=A.dtype, device=A.device)
+        v = standard_normal((len(A), 1), generator, A)
         largest = v.new_ones(())
         for _ in range(_POWER_STEPS):
             v = inverse(A @ (v / v.norm()))
@@ -151,8 +151,7 @@ def _nystrom(
     A: Tensor, shift: float, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Eigenpairs of a randomised Nyström approximation of ``A - shift I``."""
-    options = {"generator": generator, "dtype": A.dtype, "device": A.device}
-    sketch = torch.linalg.qr(torch.randn(len(A), rank, **options)).Q
+    sketch = torch.linalg.qr(standard_normal((len(A), rank), generator, A)).Q
     seen = A @ sketch - shift * sketch
     small = torch.finfo(A.dtype).eps * A.diagonal().sum()
     seen = seen + small * sketch
