@@ -11,7 +11,8 @@ with the optimum :math:`\hat w` of the linear model and posterior draws w around
 squares and not the difference of large numbers that it is in weight space. One step
 solves for optimum and draws at the current hyperparameters and moves to
 :math:`s = \|\hat w\|^2 / \gamma`; under Gaussian noise to
-:math:`\sigma^2 = \|y - \hat f\|^2 / (n m - \gamma)` as well.
+:math:`\sigma_j^2 = \|y_j - \hat f_j\|^2 / (n - \gamma_j)` as well, with the part of the
+sum of squares that output j has in :math:`\gamma`.
 
 In: a :class:`~gpbridge.LinearizedGP` with ``Sampled`` inference. Out: the same model
 with hyperparameters learnt, and the history. Next: ``model.calibrate`` for labels.
@@ -29,13 +30,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from gpytorch.likelihoods import GaussianLikelihood
-from torch import Tensor
+from gpytorch.constraints import Interval
+from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpbridge.checks import check_positive
+from gpbridge.checks import check_positive, warn_user
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Sampled
+from gpbridge.linearized.noise import check_noise_is_known
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.linearized.sampled_mode import SampledMode
 from gpbridge.linearized.sampling import SampledWeights, rescale
@@ -49,7 +52,7 @@ class EMStep(NamedTuple):
     """
 
     prior_variance: list[float]
-    noise_variance: float | None
+    noise_variance: list[float] | None  # one, or one per output, if it is learnt
     effective_dimension: list[float]
     std_error: list[float]
     residual: float  # relative, of the draws
@@ -61,13 +64,19 @@ class SampleBasedEM:
 
     The noise of s draws moves the prior variance by a relative
     :math:`\sqrt{2 / (s \gamma)}`. Draws and optimum of one step start the solves of the
-    next. Under correlated or fixed noise only the prior variances are learnt.
+    next. Gaussian noise is learnt where it is one variance, or one per output and none
+    in common; where it is fixed only the prior variances move, and so they do, with a
+    warning, where outputs are correlated or share a part of it.
 
     Args:
         model: The model, fitted in place.
 
     Raises:
         TypeError: If the model is another, or its inference is not ``Sampled``.
+        ValueError: If the noise would be learnt around the network's output.
+
+    Warns:
+        UserWarning: If the likelihood has a noise to learn that no step moves.
 
     Example:
         >>> from gpbridge.linearized import Sampled
@@ -93,7 +102,16 @@ class SampleBasedEM:
                 "which is exact."
             )
         model.check_all_data_is_training_data("What SampleBasedEM maximises")
+        check_noise_is_known(model.likelihood, model.mean)
         self.model = model
+        free = [n for n, p in model.likelihood.named_parameters() if p.requires_grad]
+        if free and self._noise() is None:
+            warn_user(
+                f"SampleBasedEM leaves {', '.join(free)} of "
+                f"{type(model.likelihood).__name__} as they are: it learns one noise "
+                "variance, or one per output without a part in common. Try "
+                "MultitaskGaussianLikelihood(rank=0, has_global_noise=False)."
+            )
         self.history: list[EMStep] = []
         self._omega: Tensor | None = None  # the optimum in scaled weights
         self._std: Tensor | None = None  # the deviations it was found for
@@ -139,7 +157,8 @@ class SampleBasedEM:
         mode = problem.mode_by_products(before, self._start(std))
         self._omega, self._std = mode.omega, std
         draws = problem.draws(before)
-        dimension = self._dimensions(draws)  # groups x s
+        per_output = self._squares_seen(draws)  # m x s
+        dimension = self._dimensions(draws, per_output)  # groups x s
         gamma = dimension.mean(-1)
         noise = self._noise_variance()
         error = dimension.std(-1) / dimension.shape[-1] ** 0.5
@@ -158,7 +177,7 @@ class SampleBasedEM:
         model.prior_variance = after.to(model.prior_variance)
         moved = float(changes.max())
         if noise is not None:
-            moved = max(moved, self._move_noise(noise, mode, float(gamma.sum())))
+            moved = max(moved, self._move_noise(mode, per_output.mean(-1)))
         model.fitted, model.calibration = "sample-based EM", None
         return moved
 
@@ -176,12 +195,16 @@ class SampleBasedEM:
         members = torch.stack([problem.expand(row) for row in one]).to(omega)
         return members @ omega.square()
 
-    def _dimensions(self, draws: SampledWeights) -> Tensor:
-        """The effective dimension that each draw estimates, per group."""
+    def _squares_seen(self, draws: SampledWeights) -> Tensor:
+        """The effective dimension that each draw estimates, per output, ``m x s``."""
         problem = self._problem
-        root, omega = problem.root().detach(), draws.omega
-        seen = root.mT @ problem.data.matmul(draws.std[:, None] * omega)
-        total = seen.square().sum((0, 1))[None]  # 1 x s
+        moved = problem.data.matmul(draws.std[:, None] * draws.omega)
+        return (problem.root().detach().mT @ moved).square().sum(0)
+
+    def _dimensions(self, draws: SampledWeights, per_output: Tensor) -> Tensor:
+        """The same per group, ``groups x s``, within what the data can determine."""
+        problem, omega = self._problem, draws.omega
+        total = per_output.sum(0)[None]  # 1 x s
         limit = float(min(problem.num_params, problem.outputs.numel()))
         if len(problem.groups) == 1:
             return total.clamp(1e-6, limit)
@@ -198,24 +221,47 @@ class SampleBasedEM:
         lower = float(bounds.lower_bound) * (1 + 1e-4)
         return variance.clamp(lower, float(bounds.upper_bound) * (1 - 1e-4))
 
-    def _noise_variance(self) -> float | None:
+    def _noise(self) -> tuple[str, nn.Parameter, Interval] | None:
+        """The property of the likelihood that holds the noise which is learnt."""
         likelihood = self.model.likelihood
-        if not isinstance(likelihood, GaussianLikelihood):
+        if isinstance(likelihood, GaussianLikelihood):
+            held = likelihood.noise_covar
+            found = "noise", held.raw_noise, held.raw_noise_constraint
+        elif not isinstance(likelihood, MultitaskGaussianLikelihood):
             return None
-        if not likelihood.noise_covar.raw_noise.requires_grad:
+        elif likelihood.has_task_noise == likelihood.has_global_noise:
             return None
-        return float(likelihood.noise.detach())
+        elif likelihood.has_global_noise:
+            found = "noise", likelihood.raw_noise, likelihood.raw_noise_constraint
+        elif likelihood.rank > 0:
+            return None
+        else:
+            raw = likelihood.raw_task_noises
+            found = "task_noises", raw, likelihood.raw_task_noises_constraint
+        return found if found[1].requires_grad else None
 
-    def _move_noise(self, before: float, mode: SampledMode, gamma: float) -> float:
-        problem, likelihood = self._problem, self.model.likelihood
-        misfit = float((problem.Y.double() - mode.values).square().sum())
-        left = max(problem.outputs.numel() - gamma, 1e-3)
-        bounds = likelihood.noise_covar.raw_noise_constraint
-        lower, upper = float(bounds.lower_bound), float(bounds.upper_bound)
-        after = max(misfit / left, lower * (1 + 1e-4) + 1e-12)
-        after = after if math.isinf(upper) else min(after, upper * (1 - 1e-4))
-        likelihood.noise = after
-        return abs(math.log(after / before))
+    def _noise_variance(self) -> list[float] | None:
+        found = self._noise()
+        if found is None:
+            return None
+        return getattr(self.model.likelihood, found[0]).detach().reshape(-1).tolist()
+
+    def _set_noise(self, variance: Tensor) -> None:
+        name, raw, bounds = self._noise()
+        lower = float(bounds.lower_bound) * (1 + 1e-4) + 1e-12
+        variance = variance.clamp(lower, float(bounds.upper_bound) * (1 - 1e-4))
+        setattr(self.model.likelihood, name, variance.to(raw))
+
+    def _move_noise(self, mode: SampledMode, gamma: Tensor) -> float:
+        """Move to the misfit over what is left of the data, per output."""
+        problem, before = self._problem, self._noise_variance()
+        misfit = (problem.Y.double() - mode.values).square().sum(0)  # m
+        left = len(problem.Y) - gamma
+        if len(before) == 1:
+            misfit, left = misfit.sum(), left.sum()
+        self._set_noise(misfit / left.clamp_min(1e-3))
+        ratios = zip(self._noise_variance(), before, strict=True)
+        return max(abs(math.log(after / old)) for after, old in ratios)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain tensors and numbers."""
@@ -232,7 +278,7 @@ class SampleBasedEM:
         """Continue where another run on the same model stopped, to the same numbers."""
         self.model.prior_variance = state["prior_variance"]
         if state["noise_variance"] is not None:
-            self.model.likelihood.noise = state["noise_variance"]
+            self._set_noise(torch.tensor(state["noise_variance"]))
         self.history = [EMStep(*step) for step in state["history"]]
         self._omega, self._std = state["mode"]
         if state["draws"] is not None:
