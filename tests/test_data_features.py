@@ -44,6 +44,24 @@ def test_products_equal_those_of_the_dense_jacobian(case, m, way, monkeypatch):
     assert len(data._held) == (3 if way == "held" else 0)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 64 * 2**20])
+def test_some_of_the_weights_and_single_precision(chunk_bytes, monkeypatch):
+    monkeypatch.setattr(data_features, "_CHUNK_BYTES", chunk_bytes)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    X = random(9, 3)
+    J = oracles.jacobian(network, X)[..., 20:]  # of the last layer
+    W, U = random(J.shape[-1], 3), random(9, 2, 4)
+    for dtype, close in ((torch.float64, EXACT), (torch.float32, {"rtol": 1e-4})):
+        net = FunctionalNet(network, "last_layer").to(dtype)
+        net.probe(X.to(dtype))
+        data = DataFeatures(net, X.to(dtype))
+        assert data.shape == (18, 12)
+        close = {"atol": 1e-5} | close
+        torch.testing.assert_close(data.matmul(W), J @ W, **close)  # in W's dtype
+        expected = torch.einsum("nmp,nmk->pk", J, U)
+        torch.testing.assert_close(data.t_matmul(U), expected, **close)
+
+
 def test_a_budget_is_used_up_and_not_exceeded():
     net = FunctionalNet(nn.Linear(3, 1).double())
     X = random(10, 3)
@@ -58,13 +76,13 @@ def test_a_budget_is_used_up_and_not_exceeded():
 
 @pytest.mark.parametrize("n, m", [(4, 2), (1, 1), (7, 3)])
 def test_the_two_matrices_of_the_linear_model(n, m):
-    net = FunctionalNet(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, m)))
-    net = net.double()
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, m)).double()
+    net = FunctionalNet(network)
     X = random(n, 2)
     net.probe(X)
     data = DataFeatures(net, X, points_per_chunk=2)
     root, std = random(n, m, m), random(net.num_params).abs()
-    J = oracles.jacobian(net.network, X)
+    J = oracles.jacobian(network, X)
     rows = (root.mT @ J).flatten(0, 1) * std  # R' J S^(1/2)
     for make, dense in (
         (PrecisionOperator, rows.mT @ rows),

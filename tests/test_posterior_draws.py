@@ -66,7 +66,7 @@ def test_a_draw_is_matherons_rule():
     mean = ConstantMean(batch_shape=torch.Size([2])).double()
     mean.constant = torch.tensor([1.0, -2.0])
     draw = condition(prior, X, targets(X, 2), noise, mean=mean, generator=seeded(1))
-    epsilon = torch.randn(20, 4, 2, generator=seeded(1)).double()
+    epsilon = torch.randn(20, 4, 2, generator=seeded(1), dtype=torch.float64)
     epsilon = noise.sqrt()[:, None, None] * epsilon
     for output, constant in enumerate((1.0, -2.0)):
         expected = sampling.matheron(

@@ -278,7 +278,8 @@ class SampleBasedEM:
         """Continue where another run on the same model stopped, to the same numbers."""
         self.model.prior_variance = state["prior_variance"]
         if state["noise_variance"] is not None:
-            self._set_noise(torch.tensor(state["noise_variance"]))
+            noise = torch.tensor(state["noise_variance"], dtype=torch.float64)
+            self._set_noise(noise)
         self.history = [EMStep(*step) for step in state["history"]]
         self._omega, self._std = state["mode"]
         if state["draws"] is not None:

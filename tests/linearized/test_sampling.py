@@ -1,6 +1,8 @@
 """Draws by solving: their law without Monte Carlo error, warm starts, one posterior."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from gpbridge.linearized.calibration import _covariances, _sampled_covariances
 from gpbridge.linearized.evidence import frozen_spectrum
 from gpbridge.linearized.sampling import BaseDraws, rescale, solve_draws
 from gpbridge.solvers import ConjugateGradients
+from tests.cases import NETS
 from tests.linearized.problems import (
     PRIOR_VARIANCE,
     both_spaces,
@@ -20,6 +23,7 @@ from tests.linearized.problems import (
     every_likelihood,
     inputs,
     label_likelihoods,
+    network,
     targets,
 )
 
@@ -40,20 +44,86 @@ def with_the_exact_law(model):
     return model
 
 
+def assert_same_joint(sampled, exact, X):
+    got, expected = sampled.posterior(X), exact.posterior(X)
+    torch.testing.assert_close(got.mean, expected.mean, **CLOSE)
+    torch.testing.assert_close(
+        got.distribution.covariance_matrix,
+        expected.distribution.covariance_matrix,
+        **CLOSE,
+    )
+
+
 @both_spaces
 @every_likelihood
 def test_draws_have_the_exact_posterior_covariance(name, space):
     X = inputs(7, seed=5)
-    exact = build(name).posterior(X)
     inference = Sampled(solver=TIGHT, space=space)
     model = with_the_exact_law(build(name, inference=inference))
-    sampled = model.posterior(X)
-    torch.testing.assert_close(sampled.mean, exact.mean, **CLOSE)
-    torch.testing.assert_close(
-        sampled.distribution.covariance_matrix,
-        exact.distribution.covariance_matrix,
-        **CLOSE,
-    )
+    assert_same_joint(model, build(name), X)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "images", "tied", "frozen"])
+@both_spaces
+def test_networks_of_any_structure_have_the_exact_covariance(name, space):
+    case = NETS[name]
+    net, X, labels = case.network(3), case.inputs(8), torch.arange(8) % 3
+    before = copy.deepcopy(net.state_dict())
+    shape = {"input_shape": case.input_shape}
+    inference = Sampled(solver=TIGHT, space=space)
+    model = LinearizedGP(net, X, labels, inference=inference, **shape)
+    exact = LinearizedGP(net, X, labels, **shape)
+    assert_same_joint(with_the_exact_law(model), exact, case.inputs(4, seed=1))
+    for key, value in net.state_dict().items():  # the statistics of a batch norm, too
+        assert torch.equal(value, before[key])
+
+
+def test_the_last_layer_alone_can_be_sampled():
+    options = {"parameters": "last_layer", "noise": 0.03}
+    exact = build("gaussian", **options)
+    model = build("gaussian", inference=Sampled(solver=TIGHT), **options)
+    assert model.problem.num_params == 7
+    assert_same_joint(with_the_exact_law(model), exact, inputs(5, seed=5))
+
+
+@pytest.mark.filterwarnings("ignore:.*train_gap")
+@pytest.mark.parametrize("link", ["monte_carlo", "probit", "pairwise"])
+@label_likelihoods
+def test_predicted_labels_are_those_of_the_exact_posterior(name, link):
+    X = inputs(7, seed=5)
+    exact = build(name).predict(X, link)
+    model = with_the_exact_law(build(name, inference=Sampled(solver=TIGHT)))
+    got = model.predict(X, link)
+    torch.testing.assert_close(got.probs, exact.probs, rtol=1e-5, atol=1e-7)
+    few = build(name, inference=Sampled(400, TIGHT)).predict(X, link)
+    assert 0 < (few.probs - exact.probs).abs().max() < 0.05
+
+
+def round_trip(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = build("softmax", inference=model.inference, net=network(3, scale=0.5))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), round_trip],
+    ids=["copied", "pickled", "loaded"],
+)
+def test_copies_make_the_same_draws_again(again):
+    """Draws are not saved: the seed is an option, and loaded models are built alike."""
+    X = inputs(4, seed=5)
+    model = build("softmax", inference=Sampled(6, TIGHT))
+    model.prior_variance = 0.7
+    posterior = model.posterior(X)
+    other = again(model)
+    assert other._problem is None
+    got = other.posterior(X)
+    torch.testing.assert_close(got.mean, posterior.mean, **CLOSE)
+    torch.testing.assert_close(got.variance, posterior.variance, **CLOSE)
 
 
 @both_spaces

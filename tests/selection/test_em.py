@@ -3,6 +3,7 @@
 import pytest
 import torch
 from botorch.models import SingleTaskGP
+from gpytorch.likelihoods import MultitaskGaussianLikelihood
 
 from gpbridge.linearized import Sampled
 from gpbridge.selection import SampleBasedEM, fit_evidence
@@ -81,9 +82,10 @@ def test_groups_share_what_their_weights_determined():
     )
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers():
+@pytest.mark.parametrize("name", ["softmax", "multitask"])
+def test_an_interrupted_run_resumes_to_the_same_numbers(name):
     def make():
-        return build("softmax", inference=Sampled(6, TIGHT))
+        return build(name, inference=Sampled(6, TIGHT))
 
     whole = make()
     SampleBasedEM(whole).run(4, 1e-9, progress=False)
@@ -95,6 +97,8 @@ def test_an_interrupted_run_resumes_to_the_same_numbers():
     history = second.run(2, 1e-9, progress=False)
     assert len(history) == 4
     torch.testing.assert_close(model.prior_variance, whole.prior_variance)
+    if name == "multitask":
+        torch.testing.assert_close(model.noise_variance, whole.noise_variance)
 
 
 def test_a_state_is_plain_enough_to_be_loaded_without_running_code(tmp_path):
@@ -116,6 +120,59 @@ def test_hyperparameters_stay_inside_their_bounds():
     assert bool((model.prior_variance >= bounds.lower_bound).all())
     assert bool(model.prior_variance.isfinite().all())
     assert float(model.likelihood.noise.detach()) > 0
+
+
+def test_each_output_has_the_noise_that_it_was_given():
+    X = inputs(400, seed=2)
+    std = torch.tensor([0.05, 0.4], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = std * torch.randn(400, 2, generator=generator, dtype=torch.float64)
+    waves = torch.cat([X.sum(-1, keepdim=True).cos(), X.prod(-1, keepdim=True)], -1)
+    model = build("multitask", X=X, Y=waves + noise, inference=Sampled(50))
+    history = SampleBasedEM(model).run(30, 0.02, progress=False)
+    assert len(history[-1].noise_variance) == 2
+    got = model.likelihood.task_noises.detach()
+    assert (got / std.square() - 1).abs().max() < 4 * (2 / 400) ** 0.5
+    torch.testing.assert_close(model.noise_variance, got)
+
+
+def test_noise_in_common_is_learnt_alone():
+    likelihood = MultitaskGaussianLikelihood(2, rank=0, has_task_noise=False).double()
+    X = inputs(40, seed=2)
+    Y = targets("multitask", X)
+    model = sampled("multitask", X=X, Y=Y, likelihood=likelihood)
+    SampleBasedEM(with_the_exact_law(model)).run(200, 1e-6, progress=False)
+    exact = build("multitask", X=X, Y=Y, likelihood=likelihood)
+    exact.prior_variance = model.prior_variance.detach()
+    assert max(slope.abs().max() for slope in slopes(exact)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["multitask_common", "multitask_rank_1"])
+def test_noise_that_no_step_moves_is_announced(name):
+    model = sampled(name)
+    before = model.noise_variance
+    with pytest.warns(UserWarning, match="SampleBasedEM leaves .*raw_noise"):
+        em = SampleBasedEM(model)
+    em.run(2, progress=False)
+    assert em.history[0].noise_variance is None
+    torch.testing.assert_close(model.noise_variance, before)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "multitask", "fixed_noise"])
+def test_noise_that_was_fixed_stays_without_a_word(name):
+    options = {} if name == "fixed_noise" else {"noise": 0.03}
+    model = sampled(name, **options)
+    before = model.noise_variance
+    SampleBasedEM(model).run(2, progress=False)
+    assert torch.equal(model.noise_variance, before)
+
+
+def test_noise_around_the_network_is_not_learnt():
+    model = sampled("gaussian", mean="network", noise=0.03)
+    SampleBasedEM(model).step()
+    model.likelihood.noise_covar.raw_noise.requires_grad_(True)
+    with pytest.raises(ValueError, match="mean='network' cannot learn its noise"):
+        SampleBasedEM(model)
 
 
 def test_other_models_are_refused_with_what_serves_them():
