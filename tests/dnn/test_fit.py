@@ -515,7 +515,11 @@ UNKNOWN = gpytorch.likelihoods.BetaLikelihood()
         ((mlp(), X, Y, UNKNOWN), NotImplementedError, "no rule for BetaLikelihood"),
         ((mlp(d=3), X, Y), ShapeError, "fails on an X of 2 columns: .*3x8.* takes"),
         ((Broken(lambda f: (f, f)), X, Y), TypeError, "returns tuple. Wrap it"),
-        ((Broken(lambda f: f[None]), X, Y), ShapeError, r"2 rows gave \(1, 2, 1\)"),
+        (
+            (Broken(lambda f: f[None]), X, Y),
+            ShapeError,
+            r"2 rows of \(2,\) gave \(1, 2, 1\)",
+        ),
         ((mlp().requires_grad_(False), X, Y), ValueError, "has nothing to train"),
         ((nn.LazyLinear(1), X, Y), ValueError, "lazy layers .*Call network"),
         (
