@@ -7,6 +7,7 @@ ratio peer / ours and its spread over rounds. Every script here prints such a ta
 from __future__ import annotations
 
 import gc
+import math
 import re
 import resource
 import statistics
@@ -134,12 +135,15 @@ def print_rows(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> No
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         target = "" if row.target is None else f"{row.target:g}x"
+        shown = (f"{row.ratio:.3g}x", f"{row.spread[0]:.3g} to {row.spread[1]:.3g}")
+        if math.isnan(row.ratio):  # a side without an answer
+            shown = ("", "")
         reached = (
             "" if row.target is None else "yes" if row.ratio >= row.target else "no"
         )
         print(
-            f"| {row.work} | {row.peer} | {row.ours} | {row.theirs} | {row.ratio:.3g}x "
-            f"| {row.spread[0]:.3g} to {row.spread[1]:.3g} | {target} | {reached} |"
+            f"| {row.work} | {row.peer} | {row.ours} | {row.theirs} | {shown[0]} "
+            f"| {shown[1]} | {target} | {reached} |"
         )
     for note in notes:
         print(f"\n{note}")

@@ -18,7 +18,7 @@ in the scaled weights :math:`\omega = S^{-1/2} w`. Next: ``linearized/gp``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -175,12 +175,10 @@ class FunctionSpaceStrategy:
         leading, root, rest = self._leading_directions
         seen = k @ leading  # (t m) x r
         large = torch.linalg.solve_triangular(root, seen.mT, upper=False).mT
-        small = torch.addmm(k, seen, rest, alpha=-1.0).float()
-        small = triangular_product(small, self._single_inverse)
-        per_point = features.value.shape
-        large, small = large.unflatten(0, per_point), small.unflatten(0, per_point)
-        prior = features.blocks().double()
-        return prior - large @ large.mT - (small @ small.mT).double()
+        large = large.unflatten(0, features.value.shape)
+        small = k.addmm_(seen, rest, alpha=-1.0).float()
+        explained = triangular_blocks(small, self._single_inverse, features.value.shape)
+        return features.blocks().double() - large @ large.mT - explained.double()
 
     @cached_property
     def _single_features(self) -> TangentFeatures:
@@ -320,9 +318,8 @@ class WeightSpaceStrategy:
         t, m = features.value.shape
         if t * m < _MANY_ROWS or self._single_fails:
             return None
-        F = triangular_product(features.to(torch.float32).rows(), self._single)
-        F = F.unflatten(0, (t, m))
-        blocks = (F @ F.mT).double()
+        rows = features.to(torch.float32).rows()
+        blocks = triangular_blocks(rows, self._single, (t, m)).double()
         self._single_fails = not _is_close_where_delicate(self, features, blocks)
         return None if self._single_fails else blocks
 
@@ -369,12 +366,39 @@ def triangular_product(matrix: Tensor, triangular: Tensor) -> Tensor:
     k = triangular.shape[-1]
     if matrix.shape[:-1].numel() < _MANY_ROWS or k < 64 * _BLOCKS:
         return matrix @ triangular
+    return torch.cat(list(_column_blocks(matrix, triangular)), dim=-1)
+
+
+def triangular_blocks(
+    matrix: Tensor, triangular: Tensor, per_point: tuple[int, int]
+) -> Tensor:
+    r"""The blocks :math:`F_i F_i^\top` of such a product F, without holding F.
+
+    Args:
+        matrix: ``(t m) x k``.
+        triangular: ``k x k``, zero below its diagonal.
+        per_point: t and m.
+
+    Returns:
+        ``t x m x m``
+    """
+    total = matrix.new_zeros(*per_point, per_point[-1])
+    for F in _column_blocks(matrix, triangular):
+        if per_point[-1] == 1:
+            total += F.square_().sum(-1)[:, None, None]
+        else:
+            F = F.unflatten(0, per_point)
+            total += F @ F.mT
+    return total
+
+
+def _column_blocks(matrix: Tensor, triangular: Tensor) -> Iterator[Tensor]:
+    """The columns of the product, an eighth at a time."""
+    k = triangular.shape[-1]
     step = -(-k // _BLOCKS)
-    parts = [
-        matrix[..., : start + step] @ triangular[: start + step, start : start + step]
-        for start in range(0, k, step)
-    ]
-    return torch.cat(parts, dim=-1)
+    for start in range(0, k, step):
+        stop = start + step
+        yield matrix[..., :stop] @ triangular[:stop, start:stop]
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:

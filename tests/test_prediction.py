@@ -12,6 +12,7 @@ from gpbridge.prediction import (
     apply_root,
     apply_root_right,
     factorise,
+    triangular_blocks,
     triangular_inverse,
     triangular_product,
     whiten,
@@ -398,6 +399,15 @@ def test_a_triangular_product_skips_zeros_only(k):
     torch.testing.assert_close(
         triangular_product(matrix, triangular), expected, **EXACT
     )
+
+
+@pytest.mark.parametrize("k", [6, 600])
+@pytest.mark.parametrize("m", [1, 3])
+def test_blocks_of_a_triangular_product(k, m):
+    triangular, matrix = random(k, k).triu(), random(50 * m, k, seed=1)
+    F = (matrix @ triangular).unflatten(0, (50, m))
+    got = triangular_blocks(matrix, triangular, (50, m))
+    torch.testing.assert_close(got, F @ F.mT, **EXACT)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e3])

@@ -518,7 +518,7 @@ UNKNOWN = gpytorch.likelihoods.BetaLikelihood()
         (
             (Broken(lambda f: f[None]), X, Y),
             ShapeError,
-            r"2 rows of .2,. gave \(1, 2, 1\)",
+            r"2 rows of \(2,\) gave \(1, 2, 1\)",
         ),
         ((mlp().requires_grad_(False), X, Y), ValueError, "has nothing to train"),
         ((nn.LazyLinear(1), X, Y), ValueError, "lazy layers .*Call network"),
