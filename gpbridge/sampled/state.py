@@ -205,6 +205,7 @@ class SampledState:
             old = self._solved[1].columns()
         if old is None or len(old) > len(self._train_X):
             return None
+        old = old.to(self._train_X.device)
         grown = old.new_zeros(len(self._train_X), old.shape[-1])
         grown[: len(old)] = old
         return grown
@@ -280,6 +281,12 @@ class SampledState:
     ):
         """Load data, hyperparameters and seed; transforms are part of the state."""
         return nn.Module.load_state_dict(self, state_dict, strict=strict)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(fn, *args, **kwargs)
+        if self._new is not None:
+            self._new, self._correction = NewData(*map(fn, self._new)), None
+        return self
 
     def __getstate__(self) -> dict:
         """Copies and pickles carry the solution, and no graph of a gradient."""

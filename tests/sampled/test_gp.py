@@ -318,6 +318,17 @@ def test_fantasies_have_gradients_in_their_inputs():
     torch.testing.assert_close(twin.posterior(Z).mean, expected.mean, **EXACT)
 
 
+def test_observations_move_with_the_model():
+    X, Z = points(3, 2, seed=4), points(4, seed=2)
+    model = build(num_samples=16).condition_on_observations(X, targets(X))
+    expected = model.posterior(Z)
+    model.float()
+    assert {tensor.dtype for tensor in model._new} == {torch.float32}
+    got = model.posterior(Z.float())
+    assert got.mean.dtype == torch.float32
+    torch.testing.assert_close(got.mean, expected.mean.float(), rtol=0, atol=1e-3)
+
+
 def test_an_inexact_solver_leaves_a_positive_correction():
     solver = ConjugateGradients(tolerance=0.3, preconditioner_rank=0)
     model = build(40, solver=solver, num_samples=8)
