@@ -149,7 +149,10 @@ for color, (name, (kind, given)) in zip(COLORS, solvers.items(), strict=True):
         pulled(kind(tolerance=1e-9, callback=watch, **given))
     right.plot(*zip(*seen, strict=True), color=color, linewidth=1.8, label=name)
     below = [f"{at:.3g}" for at, size in seen if size < good_enough]
-    print(f"{name}: below the scatter of the samples after passes:", *below[:1] or ["never"])
+    print(
+        f"{name}: below the scatter of the samples after passes:",
+        *below[:1] or ["never"],
+    )
 label = f"scatter of {num_samples} samples"
 right.axhline(good_enough, color=INK, linewidth=1.2, linestyle=":", label=label)
 

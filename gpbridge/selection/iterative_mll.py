@@ -13,9 +13,9 @@ starts from the last one and an unfinished solve makes progress over the steps.
 In: a :class:`~gpbridge.SampledGP`. Out: the same model with other hyperparameters.
 
 References:
-    Lin, Padhy, Antoran, Tripp, Terenin, Szepesvari, Hernandez-Lobato, Janz, Improving
-    linear system solvers for hyperparameter optimisation in iterative Gaussian
-    processes, NeurIPS 2024, eqs. (5), (8) and (9).
+    Lin, Padhy, Mlodozeniec, Antorán, Hernández-Lobato, Improving linear system solvers
+    for hyperparameter optimisation in iterative Gaussian processes, NeurIPS 2024, eqs.
+    (5), (8) and (9).
 """
 
 from __future__ import annotations
