@@ -8,6 +8,7 @@ holds it. ``scaling``: time per pass, memory and residual as n grows, d = 8. ``m
 passes of 50 Adam steps on the evidence, pathwise and warm against standard and cold.
 ``large``: protein, n = 41157. Sets are split 0, standardised by the training part, with
 the Matern-3/2 hyperparameters that are published beside them, or learnt (``mll``).
+``large``, and ``mll`` above n = 1000, have not been run at full size yet.
 Run with ``python benchmarks/bench_sampled_gp.py --data PATH [--rows exact cg]``, PATH a
 folder with ``uci/``; ``scaling`` needs none.
 """
