@@ -101,6 +101,11 @@ def check_data(X: Tensor, Y: Tensor, variance: Tensor | None) -> None:
 
 def check_parts(kernel: Kernel, likelihood: Likelihood, X: Tensor, m: int) -> None:
     """What does not share one linear system between m outputs is refused."""
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            "covar_module must be a gpytorch Kernel, but is "
+            f"{type(kernel).__name__}. Try ScaleKernel(MaternKernel(nu=2.5))."
+        )
     if not isinstance(likelihood, GAUSSIAN):
         raise TypeError(
             "likelihood must be a GaussianLikelihood or FixedNoiseGaussianLikelihood, "

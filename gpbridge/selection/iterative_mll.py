@@ -66,6 +66,14 @@ class IterativeFit:
     residuals: list[float] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """Steps, passes and the last residual."""
+        last = f", last residual {self.residuals[-1]:.1e}" if self.residuals else ""
+        return (
+            f"{type(self).__name__}({len(self.passes)} steps, "
+            f"{self.total_passes:.0f} passes{last})"
+        )
+
     @property
     def total_passes(self) -> float:
         """Over all steps."""

@@ -428,6 +428,8 @@ class TestRefusals:
             build(num_samples=0)
         with pytest.raises(TypeError, match="train_Y must be torch.float64"):
             SampledGP(points(9), targets(points(9)).float(), matern())
+        with pytest.raises(TypeError, match="a gpytorch Kernel, but is str"):
+            SampledGP(points(9), targets(points(9)), "matern")
 
     def test_likelihoods(self):
         with pytest.raises(TypeError, match="but is BernoulliLikelihood"):

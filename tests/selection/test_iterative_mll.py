@@ -225,6 +225,7 @@ def test_callbacks_see_each_solution_and_float32_models_are_fitted_in_float64():
     assert seen == [(0, torch.float64), (1, torch.float64)]
     assert model.covar_module.raw_lengthscale.dtype == torch.float32
     assert fit.total_passes == 2.0 and math.isfinite(fit.residuals[0])
+    assert "2 steps, 2 passes" in repr(fit)
 
 
 class TestRefusals:
