@@ -39,6 +39,9 @@ class DataFeatures:
         X: Inputs ``n x d`` of the network's dtype.
         memory_budget: Bytes for features that stay.
         points_per_chunk: Points per chunk; default by their size.
+
+    Attributes:
+        numbers_per_point: Memory of the features of one point.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class DataFeatures:
         self._unit = {name: one for name in net.params}
         first = self._form(self.X[:2])
         size = max(1, _bytes(first) // max(1, len(first.value)))  # per point
+        self.numbers_per_point = size // X.element_size()
         self._streams = size * _FEW > _CHUNK_BYTES
         if points_per_chunk is None:
             points_per_chunk = max(_FEW, min(_CHUNK_BYTES // size, 1024))

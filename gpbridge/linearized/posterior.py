@@ -126,7 +126,8 @@ class TangentPosterior:
         problem = self.problem
         width = max(problem.outputs.numel() * problem.outputs.shape[1], 1)
         if isinstance(problem.inference, Sampled):
-            width = problem.inference.num_samples * problem.outputs.shape[1]
+            # The draws are few; what takes memory are the features of the points.
+            width = problem.data.numbers_per_point
         elif problem.space == "weight":
             width = problem.num_params * problem.outputs.shape[1]
         step = max(16, _CHUNK_BYTES // (8 * width))

@@ -10,9 +10,10 @@ from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.data_features import PrecisionOperator
-from gpbridge.linearized import Sampled
+from gpbridge.linearized import Sampled, posterior
 from gpbridge.linearized.calibration import _covariances, _sampled_covariances
 from gpbridge.linearized.evidence import frozen_spectrum
+from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.sampling import BaseDraws, rescale, solve_draws
 from gpbridge.solvers import ConjugateGradients
 from tests.cases import NETS
@@ -267,6 +268,25 @@ def test_calibration_agrees_with_the_exact_one_at_the_same_prior():
         got = _sampled_covariances(problem, Z)(prior_variance)
         expected = _covariances(exact, frozen_spectrum(exact), Z)(prior_variance)
         torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_many_points_are_seen_in_chunks_of_their_features(monkeypatch):
+    model = build("softmax", inference=Sampled(4, TIGHT))
+    X = inputs(40, seed=5)
+    whole = model.marginals(X)
+    seen = []
+    features = TangentPosterior.features
+
+    def counted(self, Z, outputs=None):
+        seen.append(len(Z))
+        return features(self, Z, outputs)
+
+    monkeypatch.setattr(TangentPosterior, "features", counted)
+    monkeypatch.setattr(posterior, "_CHUNK_BYTES", 1)
+    torch.testing.assert_close(model.marginals(X), whole, **CLOSE)
+    assert seen == [16, 16, 8]
+    data = model.problem.data
+    assert data.numbers_per_point >= model.problem.net.num_params // 10
 
 
 def test_options_are_checked():
