@@ -7,20 +7,57 @@ In: a system of equations and what one batch does to the velocity. Out: steps. N
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from linear_operator import LinearOperator
 from torch import Generator, Tensor
 
+from gpbridge.checks import check_positive
 from gpbridge.partial_products import principal_block, row_products
 from gpbridge.solvers.factors import raise_indefinite
-from gpbridge.solvers.refinement import Steps, System
+from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.types import Solution
 
 _DIVERGED = 10.0  # growth of the residual of a batch at which the step is halved
 _HALVINGS = 60
 
 Push = Callable[[Tensor, Tensor, Tensor, float], None]
 """``push(velocity, rows, residual, step)`` changes the velocity in place."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The options that all descents have, and how they are checked."""
+
+    tolerance: float = 1e-2
+    max_passes: float = 200.0
+    batch_size: int = 500
+    step_size: float | None = None
+    momentum: float = 0.9
+    averaging: float = 1.0
+    seed: int = 0
+    progress: bool = False
+    callback: Callable[[Progress], None] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_positive(
+            tolerance=self.tolerance,
+            max_passes=self.max_passes,
+            batch_size=self.batch_size,
+            step_size=1.0 if self.step_size is None else self.step_size,
+            averaging=self.averaging,
+        )
+        check_momentum(self.momentum)
+
+    def __call__(
+        self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
+    ) -> Solution:
+        """Solve for ``... x n x k`` right-hand sides; warns short of the tolerance."""
+        return refine(self, operator, rhs, initial)
 
 
 def descend(

@@ -2,27 +2,24 @@ r"""Stochastic dual descent: momentum on random coordinates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from linear_operator import LinearOperator
 from torch import Generator, Tensor
 
-from gpbridge.checks import check_positive
 from gpbridge.partial_products import diagonal
 from gpbridge.solvers.descent import (
-    check_momentum,
+    Descent,
     descend,
     draw_rows,
     largest_eigenvalue,
 )
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
-from gpbridge.types import Solution
+from gpbridge.solvers.refinement import Steps, System
 
 
 @dataclass(frozen=True)
-class StochasticDualDescent:
+class StochasticDualDescent(Descent):
     r"""Stochastic gradient descent on :math:`a^\top H a / 2 - b^\top a`.
 
     A step draws b rows I and looks ahead to :math:`q = a + \rho v`:
@@ -52,39 +49,10 @@ class StochasticDualDescent:
         algorithm 1.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 200.0
-    batch_size: int = 500
-    step_size: float | None = None
-    momentum: float = 0.9
-    averaging: float = 1.0
-    seed: int = 0
-    progress: bool = False
-    callback: Callable[[Progress], None] | None = field(
-        default=None, compare=False, repr=False
-    )
-
     name: ClassVar[str] = "Stochastic dual descent"
     remedy: ClassVar[str] = (
         "Raise max_passes or the noise; leave step_size to the automatic rule."
     )
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_positive(
-            tolerance=self.tolerance,
-            max_passes=self.max_passes,
-            batch_size=self.batch_size,
-            step_size=1.0 if self.step_size is None else self.step_size,
-            averaging=self.averaging,
-        )
-        check_momentum(self.momentum)
-
-    def __call__(
-        self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
-    ) -> Solution:
-        """Solve for ``... x n x k`` right-hand sides; warns short of the tolerance."""
-        return refine(self, operator, rhs, initial)
 
     def steps(self, system: System) -> Steps:
         """Descend on random coordinates, from zero."""

@@ -2,27 +2,23 @@ r"""Stochastic gradient descent on the squared residual, for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from linear_operator import LinearOperator
 from torch import Tensor
 
-from gpbridge.checks import check_positive
 from gpbridge.partial_products import column_products
 from gpbridge.solvers.descent import (
-    check_momentum,
+    Descent,
     descend,
     draw_rows,
     largest_eigenvalue,
 )
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
-from gpbridge.types import Solution
+from gpbridge.solvers.refinement import Steps, System
 
 
 @dataclass(frozen=True)
-class StochasticGradientDescent:
+class StochasticGradientDescent(Descent):
     r"""Minibatch descent on the primal objective :math:`\|b - H a\|^2 / 2`.
 
     The gradient of b rows I is :math:`\tfrac{n}{b} H_{\cdot I} (H_{I\cdot} a - b_I)`,
@@ -47,40 +43,11 @@ class StochasticGradientDescent:
         process posteriors using stochastic gradient descent, NeurIPS 2023, eq. (9).
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 200.0
-    batch_size: int = 500
-    step_size: float | None = None
-    momentum: float = 0.9
-    averaging: float = 1.0
-    seed: int = 0
-    progress: bool = False
-    callback: Callable[[Progress], None] | None = field(
-        default=None, compare=False, repr=False
-    )
-
     name: ClassVar[str] = "Stochastic gradient descent"
     remedy: ClassVar[str] = (
         "Choose StochasticDualDescent or SketchAndProject; raise max_passes or the "
         "noise; leave step_size to the automatic rule."
     )
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_positive(
-            tolerance=self.tolerance,
-            max_passes=self.max_passes,
-            batch_size=self.batch_size,
-            step_size=1.0 if self.step_size is None else self.step_size,
-            averaging=self.averaging,
-        )
-        check_momentum(self.momentum)
-
-    def __call__(
-        self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
-    ) -> Solution:
-        """Solve for ``... x n x k`` right-hand sides; warns short of the tolerance."""
-        return refine(self, operator, rhs, initial)
 
     def steps(self, system: System) -> Steps:
         """Descend on batches of rows, from zero."""
