@@ -307,7 +307,11 @@ def dense_block(tiles: Tiles, rows: Tensor | slice) -> Tensor:
 
 @torch.no_grad()
 def weighted_sum(
-    kernel: Kernel, X: Tensor, L: Tensor, R: Tensor
+    kernel: Kernel,
+    X: Tensor,
+    L: Tensor,
+    R: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The sum of :math:`G \circ K` with :math:`G = L R^\top`, and its derivatives.
 
@@ -318,13 +322,16 @@ def weighted_sum(
         X: Points ``n x d``.
         L: Left factor ``n x k``.
         R: Right factor ``n x k``.
+        dtype: Of the tiles, whose sums are added in the dtype of X; default that.
 
     Returns:
         The sum, and its derivative in the logarithm of each lengthscale, ``d``.
     """
     base, _ = stationary_part(kernel)
-    tiles = prepare(kernel, X)
-    points = tiles.right[:, :-2].to(X.dtype)  # scaled and centred
+    dtype = X.dtype if dtype is None else dtype
+    tiles = prepare(kernel, X, dtype=dtype)
+    points = tiles.right[:, :-2].to(dtype)  # scaled and centred
+    L, R = L.to(dtype), R.to(dtype)
     squares = points.square()
     nu = getattr(base, "nu", math.inf)
     total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
@@ -333,7 +340,7 @@ def weighted_sum(
         for start, stop in _spans(bottom, width):
             G = L[top:bottom] @ R[start:stop].mT
             squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
-            squared = squared.to(X.dtype).clamp_(min=0.0)
+            squared = squared.to(dtype).clamp_(min=0.0)
             if start == top:
                 squared.fill_diagonal_(0.0)
             else:

@@ -112,6 +112,12 @@ def precision(operator: LinearOperator | Tensor) -> float:
     return torch.finfo(operator.dtype).eps
 
 
+@singledispatch
+def full_precision(operator: LinearOperator | Tensor) -> LinearOperator | Tensor:
+    """The same matrix without roundings that speed was bought with; often itself."""
+    return operator
+
+
 def size(index: Index, n: int) -> int:
     """The number of rows that an index set names."""
     return len(range(n)[index]) if isinstance(index, slice) else len(index)

@@ -25,7 +25,7 @@ from gpytorch.means import Mean
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ShapeError, check_finite, check_inputs
-from gpbridge.kernel_operator import covariance_operator, cross_products
+from gpbridge.kernel_operator import cross_products, solving_operator
 from gpbridge.prior_draws import TILE_BYTES, PriorDraw
 from gpbridge.randomness import fresh, standard_normal
 from gpbridge.solvers import choose_solver
@@ -199,6 +199,7 @@ def solve_columns(
     rhs: Tensor,
     solver: Solver | None = None,
     initial: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Solution:
     r"""Solve with :math:`H = k(X, X) + \Sigma` for right-hand sides ``n x ...``.
 
@@ -209,6 +210,7 @@ def solve_columns(
         rhs: Right-hand sides, ``n`` first.
         solver: As for :func:`condition`.
         initial: A first guess, shaped as ``rhs``.
+        compute_dtype: As in :func:`~gpbridge.kernel_operator.solving_operator`.
 
     Returns:
         The solution, shaped as ``rhs``.
@@ -217,7 +219,7 @@ def solve_columns(
         return Solution(rhs.clone(), 0.0, 0, True)
     if initial is not None:
         initial = initial.to(rhs).reshape(len(X), -1)
-    operator = covariance_operator(kernel, X, noise)
+    operator = solving_operator(kernel, X, noise, compute_dtype)
     solver = choose_solver(operator) if solver is None else solver
     with torch.no_grad():
         solution = solver(operator, rhs.reshape(len(X), -1), initial)

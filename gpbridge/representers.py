@@ -23,7 +23,8 @@ import torch
 from gpytorch.means import Mean
 from torch import Size, Tensor
 
-from gpbridge.kernel_operator import covariance_operator
+from gpbridge.kernel_operator import solving_operator
+from gpbridge.partial_products import exact_products
 from gpbridge.posterior_draws import (
     MeanColumns,
     dense,
@@ -109,6 +110,7 @@ def solve_representers(
     seed: int,
     solver: Solver | None = None,
     initial: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Representers:
     r"""Solve for mean and samples together.
 
@@ -119,13 +121,16 @@ def solve_representers(
         seed: Of the noise of the samples; a row keeps its noise when data are added.
         solver: Default by size.
         initial: A first guess ``n x (m + s m)``.
+        compute_dtype: As in :func:`~gpbridge.kernel_operator.solving_operator`.
 
     Returns:
         The weights.
     """
     with torch.no_grad():
         rhs = right_hand_sides(prior, mean, data, seed)
-        solution = solve_columns(prior.kernel, data.X, data.noise, rhs, solver, initial)
+        solution = solve_columns(
+            prior.kernel, data.X, data.noise, rhs, solver, initial, compute_dtype
+        )
     m, value = data.Y.shape[-1], solution.value
     weights = value[:, m:].unflatten(-1, (prior.num_samples, m))
     facts = solution._replace(value=None)
@@ -199,7 +204,12 @@ class Correction(NamedTuple):
         return mean + c @ self.mean_weights, deviations
 
 
-def correct(base: Representers, data: Data, solver: Solver | None = None) -> Correction:
+def correct(
+    base: Representers,
+    data: Data,
+    solver: Solver | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Correction:
     r"""Solve for a batch of further observations, differentiable in their inputs.
 
     One solve with n' right-hand sides per member of the batch, all together, and
@@ -210,6 +220,7 @@ def correct(base: Representers, data: Data, solver: Solver | None = None) -> Cor
         data: ``batch x n' x d`` inputs, ``batch' x n' x m`` targets where ``batch'``
             ends in ``batch``, ``batch x n'`` noise variances.
         solver: As for the base.
+        compute_dtype: As for the base.
 
     Returns:
         The correction.
@@ -218,7 +229,7 @@ def correct(base: Representers, data: Data, solver: Solver | None = None) -> Cor
     Z, size = data.X, data.X.shape[-2]
     rows = Z.reshape(-1, Z.shape[-1])
     K = dense(kernel, base.data.X, rows)  # n x (batch n')
-    H = covariance_operator(kernel, base.data.X, base.data.noise)
+    H = solving_operator(kernel, base.data.X, base.data.noise, compute_dtype)
     solver = choose_solver(H) if solver is None else solver
 
     def solve(rhs: Tensor) -> Tensor:
@@ -227,7 +238,7 @@ def correct(base: Representers, data: Data, solver: Solver | None = None) -> Cor
         return solver(H, rhs.contiguous()).value
 
     W = _ImplicitSolve.apply(K, solve)
-    left = K.detach() - H._matmul(W.detach())  # zero for an exact solver
+    left = K.detach() - exact_products(H, W.detach())  # zero for an exact solver
 
     def split(columns: Tensor) -> Tensor:
         parts = columns.unflatten(-1, (*Z.shape[:-2], size))

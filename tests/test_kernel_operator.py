@@ -20,6 +20,8 @@ from gpbridge.kernel_operator import (
     covariance_operator,
     cross_products,
     quadratic_form,
+    solving_operator,
+    working_dtype,
 )
 from tests.test_partial_products import INDICES, check_partial_products
 
@@ -144,6 +146,20 @@ def test_single_precision_tiles_and_exact_products(kernel):
     cross = cross_products(kernel, H.X, H.X, V, torch.float32)
     exact = dense @ V - H.noise[:, None] * V
     assert (cross - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_the_precision_of_tiles_follows_the_noise():
+    X, noise = random(5, 2), torch.full((5,), 0.01, dtype=torch.float64)
+    kernel = scaled(MaternKernel(1.5))
+    kernel.outputscale = 4.9
+    assert solving_operator(kernel, X, noise).compute_dtype == torch.float32
+    assert working_dtype(kernel, noise, torch.float64) == torch.float64
+    kernel.outputscale = 5.1
+    assert solving_operator(kernel, X, noise).compute_dtype is None
+    assert working_dtype(kernel, noise, torch.float32) == torch.float32
+    noise[0] = 0.0
+    assert working_dtype(kernel, noise) is None
+    assert working_dtype(RBFKernel() + RBFKernel(), noise + 1) is None
 
 
 def test_float32_data():

@@ -30,9 +30,8 @@ from gpytorch.models import GP
 from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
-from gpbridge.checks import (
-    check_positive,
-)
+from gpbridge.checks import check_choice, check_positive
+from gpbridge.kernel_operator import COMPUTE_DTYPES
 from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.posterior_draws import PosteriorDraw, mean_values
 from gpbridge.prior_draws import NUM_FEATURES
@@ -93,6 +92,9 @@ class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
         train_Yvar: Known noise variances ``n x 1``, in place of a likelihood.
         mean_module: Prior mean function; default a constant per output.
         num_features: Fourier features of each sample, for stationary kernels.
+        compute_dtype: Of the kernel entries in the iterations of a solver; residuals
+            are confirmed in float64. Default float32 for RBF and Matern kernels whose
+            amplitude is below 500 noise variances, else float64.
         generator: Source of all randomness; default seed 0.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform.
@@ -129,6 +131,7 @@ class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
         train_Yvar: Tensor | None = None,
         mean_module: Mean | None = None,
         num_features: int = NUM_FEATURES,
+        compute_dtype: torch.dtype | None = None,
         generator: Generator | None = None,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
@@ -136,6 +139,7 @@ class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
         super().__init__()
         check_data(train_X, train_Y, train_Yvar)
         check_positive(num_samples=num_samples, num_features=num_features)
+        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
         train_X, train_Y = train_X.detach(), train_Y.detach()
         m = train_Y.shape[-1]
         if input_transform is not None:
@@ -166,6 +170,7 @@ class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
         self.covar_module, self.mean_module = covar_module, mean_module
         self.likelihood, self.solver = likelihood, solver
         self.num_samples, self.num_features = num_samples, num_features
+        self.compute_dtype = compute_dtype
         seed = 0
         if generator is not None:
             device = generator.device
@@ -379,7 +384,12 @@ class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
                 seed = int(torch.randint(2**31 - 1, (), generator=generator))
                 whole = self._solve()
                 base = solve_representers(
-                    draw, whole.mean, whole.data, seed, self.solver
+                    draw,
+                    whole.mean,
+                    whole.data,
+                    seed,
+                    self.solver,
+                    compute_dtype=self.compute_dtype,
                 )
                 if self.output_indices is not None:
                     base = base.take_outputs(self.output_indices)

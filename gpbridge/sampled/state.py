@@ -51,6 +51,7 @@ class SampledState:
     solver: Solver | None
     num_samples: int
     num_features: int
+    compute_dtype: torch.dtype | None
     output_indices: list[int] | None  # of the outputs, those that are seen
 
     _new: NewData | None  # conditioned on since, and not part of the system
@@ -192,7 +193,13 @@ class SampledState:
             mean = copy.deepcopy(self.mean_module).double().requires_grad_(False)
             prior, data = self._problem(kernel, mean)
             solved = solve_representers(
-                prior, mean, data, int(self._seed), self.solver, self._warm_start()
+                prior,
+                mean,
+                data,
+                int(self._seed),
+                self.solver,
+                self._warm_start(),
+                self.compute_dtype,
             )
         self._solved = [value.clone() for value in key], solved
         self._initial, self._correction = None, None
@@ -220,7 +227,8 @@ class SampledState:
     def _correct(self, base: Representers) -> Correction:
         new = self._new
         Z = self.transform_inputs(new.X).double()
-        return correct(base, Data(Z, new.Y.double(), new.noise.double()), self.solver)
+        data = Data(Z, new.Y.double(), new.noise.double())
+        return correct(base, data, self.solver, self.compute_dtype)
 
     def _corrected(self, base: Representers) -> Correction | None:
         if self._new is None:

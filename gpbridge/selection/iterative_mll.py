@@ -34,7 +34,7 @@ from gpbridge.checks import (
     check_choice,
     check_positive,
 )
-from gpbridge.kernel_operator import quadratic_form
+from gpbridge.kernel_operator import quadratic_form, working_dtype
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
@@ -207,7 +207,13 @@ def fit_iterative(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             solution = solve_columns(
-                work.covar_module, data.X, data.noise, rhs, solver, start
+                work.covar_module,
+                data.X,
+                data.noise,
+                rhs,
+                solver,
+                start,
+                model.compute_dtype,
             )
         value = solution.value
         fit.passes.append(float(solution.passes))
@@ -250,6 +256,7 @@ def _surrogate(
         work.noise_variance,
         torch.cat([v, -weight * left], -1),
         torch.cat([v, right], -1),
+        working_dtype(work.covar_module, work.noise_variance, work.compute_dtype),
     )
     total = 0.5 * quadratic + (v * mean_values(work.mean_module, data.X, m)).sum()
     return total + _log_priors(work)

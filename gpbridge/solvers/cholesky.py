@@ -10,6 +10,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.checks import check_memory, check_positive
+from gpbridge.partial_products import full_precision
 from gpbridge.solvers.factors import factorise
 from gpbridge.solvers.refinement import check_system, warn_not_converged
 from gpbridge.types import Solution
@@ -58,6 +59,7 @@ class Cholesky:
             "Choose an iterative solver, or a larger memory_budget.",
         )
         with torch.no_grad():
+            operator = full_precision(operator)
             dense = operator if isinstance(operator, Tensor) else operator.to_dense()
             dense, b = dense.double(), rhs.double()
             value = factorise(dense)(b)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+class IndefiniteError(ValueError):
+    """An operator is not positive semi-definite."""
+
+
 def factorise(block: Tensor) -> Callable[[Tensor], Tensor]:
     """Product with the inverse of a positive semi-definite matrix.
 
@@ -24,7 +28,7 @@ def factorise(block: Tensor) -> Callable[[Tensor], Tensor]:
         by the eigenvectors of positive eigenvalue.
 
     Raises:
-        ValueError: If the matrix is indefinite beyond round-off.
+        IndefiniteError: If the matrix is indefinite beyond round-off.
     """
     L, failed = torch.linalg.cholesky_ex(block)
     if not bool(failed.any()):
@@ -40,7 +44,7 @@ def factorise(block: Tensor) -> Callable[[Tensor], Tensor]:
 
 def raise_indefinite(what: str) -> None:
     """Name an operator that is not positive semi-definite."""
-    raise ValueError(
+    raise IndefiniteError(
         f"operator must be symmetric and positive semi-definite, but {what} was found. "
         "Check that the kernel is one and that noise variances were added, not "
         "subtracted; in float32 try float64."

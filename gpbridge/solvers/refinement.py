@@ -24,13 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpbridge.checks import NotConvergedWarning, ShapeError, check_finite
-from gpbridge.partial_products import exact_products, precision
+from gpbridge.partial_products import exact_products, full_precision, precision
+from gpbridge.solvers.factors import IndefiniteError
 from gpbridge.types import Solution
 
 Steps = Generator[tuple[Tensor, Tensor], Tensor | None, None]
 """Yields the iterate ``n x k`` and estimated residual norms ``k``, about once per pass;
 is sent the columns that stay."""
 
+_PATIENCE = 50  # passes in low precision that do not halve the residual
 _MARGIN = 0.9  # estimates must be this much below what the exact residual must be
 
 
@@ -151,7 +153,8 @@ class _Run:
         self.relative = self.residual.norm(dim=-2)  # ... x k
         generator = torch.Generator(self.rhs.device).manual_seed(solver.seed)
         self.system = System(operator, self.residual, generator, cache=cache)
-        self.diverged = False
+        self.diverged = self.stuck = False
+        self.rough = full_precision(operator) is not operator
         # What a round may reduce by before recursive and exact residual part.
         self.floor = precision(operator) ** 0.5
 
@@ -167,11 +170,18 @@ class _Run:
             disable=None if self.solver.progress else True,
         )
         with self.bar:
-            while self.wanting().any() and not self.exhausted() and not self.diverged:
+            while self.wanting().any() and not self.exhausted():
                 before = self.relative
-                self.round(self.wanting())
-                if not bool((self.relative < before).any()):
-                    break  # round-off: nothing became better
+                try:
+                    self.round(self.wanting())
+                except IndefiniteError:
+                    if not self.sharpen():
+                        raise
+                    continue
+                better = bool((self.relative < before).any())
+                if self.diverged or self.stuck or not better:
+                    if not self.sharpen():
+                        break  # round-off: nothing became better
         worst = self.relative.max().item() if self.relative.numel() else 0.0
         return Solution(
             self.value,
@@ -181,6 +191,16 @@ class _Run:
             self.passes,
             self.relative,
         )
+
+    def sharpen(self) -> bool:
+        """Go on in full precision, if that was not the precision until here."""
+        full = full_precision(self.operator)
+        if full is self.operator:
+            return False
+        self.operator = self.system.operator = full
+        self.floor = precision(full) ** 0.5
+        self.rough = self.stuck = self.diverged = False
+        return True
 
     def wanting(self) -> Tensor:
         """Columns short of the tolerance in any member of a batch, ``k``."""
@@ -205,7 +225,7 @@ class _Run:
         active = torch.arange(len(todo), device=todo.device)
         steps = self.solver.steps(system)
         estimates = torch.ones_like(target)
-        sent = None
+        sent, least, since = None, float("inf"), 0
         try:
             while True:
                 iterate, norms = next(steps) if sent is None else steps.send(sent)
@@ -220,6 +240,13 @@ class _Run:
                 done = norms <= target[..., active]
                 done = done.reshape(-1, done.shape[-1]).all(0)
                 if bool(done.all()) or self.exhausted():
+                    break
+                # Only where there is a precision to change to: plateaus are normal.
+                since += 1
+                if self.rough and float(norms.max()) < 0.5 * least:
+                    least, since = float(norms.max()), 0
+                if self.rough and since >= _PATIENCE:
+                    self.stuck = True
                     break
                 if 4 * int(done.sum()) >= len(done):
                     sent = (~done).nonzero()[:, 0]

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from gpytorch.kernels import RBFKernel
+from gpytorch.kernels import RBFKernel, ScaleKernel
 from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
 
 from gpbridge.checks import NotConvergedWarning
@@ -13,6 +13,8 @@ from gpbridge.solvers import (
     ConjugateGradients,
     SketchAndProject,
     choose_solver,
+    factors,
+    refinement,
 )
 from gpbridge.solvers.factors import factorise
 
@@ -96,3 +98,41 @@ def test_a_factor_beyond_the_budget_is_refused():
     H = DiagLinearOperator(torch.ones(2000))
     with pytest.raises(MemoryError, match="2000 equations needs about 0.06 GiB"):
         Cholesky(memory_budget=1e6)(H, torch.ones(2000, 1))
+
+
+def ill_conditioned(compute_dtype):
+    kernel = ScaleKernel(RBFKernel()).double().requires_grad_(False)
+    X = torch.linspace(0, 6, 150, dtype=torch.float64)[:, None]
+    return KernelMatrixOperator(X, 1e-5, kernel=kernel, compute_dtype=compute_dtype)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ConjugateGradients(1e-7, preconditioner_rank=0),
+        SketchAndProject(1e-7, block_size=50, max_passes=2000),
+    ],
+    ids=lambda solver: solver.name,
+)
+def test_tiles_in_single_precision_give_way_where_they_cannot_go_on(
+    solver, monkeypatch
+):
+    H, low = ill_conditioned(None), ill_conditioned(torch.float32)
+    b = random(150, 2)
+    solution = solver(low, b)
+    assert solution.converged
+    left = (b - H.to_dense() @ solution.value).norm(dim=0)
+    assert (left < 1e-6 * b.norm(dim=0)).all()
+    # Without a sharper operator the same run stops short, or names the operator.
+    monkeypatch.setattr(refinement, "full_precision", lambda operator: operator)
+    try:
+        with pytest.warns(NotConvergedWarning):
+            assert not solver(low, b).converged
+    except factors.IndefiniteError:
+        pass
+
+
+def test_a_factor_is_in_full_precision():
+    low = ill_conditioned(torch.float32)
+    b = random(150, 1)
+    assert Cholesky(1e-6)(low, b).converged
