@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 # a file imports only what stands to its left.
 ORDER = """
 types
-_version checks randomness metrics data distributed
+_version checks storage randomness metrics data distributed
 tracing frozen jacobians probe functional likelihoods targets augmentation plots
 operators partial_products kernel_tiles kernel_operator features layer_signals layer_features layer_gram spectral draws weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient choice
@@ -29,7 +29,7 @@ prior_draws posterior_draws pathwise models outcomes representers
 sampled: observations covariance state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference construction training_run noise mean conditioning problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
-selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em iterative_mll online invariance hypergradient training_speed compare
+selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model
 doctor

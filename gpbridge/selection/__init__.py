@@ -4,13 +4,10 @@ from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence, log_evidence
-from gpbridge.selection.iterative_mll import (
-    IterativeFit,
-    SubsetStart,
-    fit_iterative,
-)
+from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.subset_start import SubsetStart
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [

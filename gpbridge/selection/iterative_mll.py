@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -39,6 +42,8 @@ from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
 from gpbridge.sampled import SampledGP
+from gpbridge.selection.subset_start import SubsetStart, fit_subsets, log_priors
+from gpbridge.storage import load_state, save_state
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Solution, Solver
 
@@ -80,29 +85,6 @@ class IterativeFit:
         return sum(self.passes)
 
 
-@dataclass(frozen=True)
-class SubsetStart:
-    """Hyperparameters of local subsets as a start for very large data.
-
-    Each subset holds the nearest neighbours of a random point, so that it sees short
-    lengthscales as the whole data do; its evidence is exact. Unconstrained parameters
-    are averaged over subsets.
-
-    Args:
-        size: Points of a subset.
-        repeats: The number of subsets.
-        steps: Adam steps on each of them.
-    """
-
-    size: int = 1000
-    repeats: int = 3
-    steps: int = 50
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_positive(size=self.size, repeats=self.repeats, steps=self.steps)
-
-
 @ordinary_tensors()
 def fit_iterative(
     model: SampledGP,
@@ -116,6 +98,7 @@ def fit_iterative(
     subset_start: SubsetStart | None = None,
     generator: Generator | None = None,
     callback: Callable[[int, Solution], None] | None = None,
+    checkpoint: str | PathLike | None = None,
     progress: bool = False,
 ) -> IterativeFit:
     r"""Learn the hyperparameters of a sampled GP by stochastic gradients, with Adam.
@@ -143,6 +126,9 @@ def fit_iterative(
         generator: Source of standard probes and of subsets; default a fixed seed.
             Pathwise probes are the model's own base draws.
         callback: Called after each solve with the number of the step and the solution.
+        checkpoint: A file that is written after each step. If it is there, the run
+            goes on from it, to the same numbers as without the interruption; more
+            ``steps`` prolong a finished run. It holds n (1 + s) numbers.
         progress: Show a progress bar, if there is a terminal.
 
     Returns:
@@ -150,7 +136,8 @@ def fit_iterative(
 
     Raises:
         TypeError: If the model is not a SampledGP.
-        ValueError: If an option is not one of its choices, or nothing is to be learnt.
+        ValueError: If an option is not one of its choices, nothing is to be learnt, or
+            the checkpoint is of other data or options.
 
     Warns:
         NotConvergedWarning: If the last solve ended above the solver's tolerance.
@@ -175,63 +162,34 @@ def fit_iterative(
             "The model was conditioned on a batch of observations, of which there is "
             "no one evidence. Fit the model that they were added to."
         )
-    work = copy.deepcopy(model).double()
-    work.num_samples = num_probes
-    named = [(n, p) for n, p in work.named_parameters() if p.requires_grad]
-    if not named:
-        raise ValueError("No parameter of the model requires a gradient.")
     if generator is None:
         generator = Generator().manual_seed(int(model._seed))
     solver = model.solver if solver is None else solver
-    prior, data = work._problem(work.covar_module, work.mean_module)
-    if subset_start is not None:
-        _fit_subsets(work, data, subset_start, learning_rate, generator)
-    m, n = data.Y.shape[-1], len(data.X)
-    probes = None
-    if estimator == "standard":
-        probes = standard_normal((n, num_probes), generator, data.X)
-    fit = IterativeFit()
-    optimizer = torch.optim.Adam([p for _, p in named], lr=learning_rate)
-    value, own = None, estimator == "pathwise" and num_probes == model.num_samples
-    if own and warm_start:
-        value = model._warm_start()
-    bar = tqdm(range(steps), desc="evidence", disable=None if progress else True)
+    ascent = _Ascent(model, estimator, num_probes, learning_rate, solver, warm_start)
+    if checkpoint is None or not Path(checkpoint).exists():
+        ascent.start(subset_start, generator)
+    else:
+        ascent.load_state_dict(load_state(checkpoint))
+    fit, solution = ascent.fit, ascent.solution
+    done = len(fit.passes)
+    bar = tqdm(
+        range(done, steps),
+        desc="evidence",
+        initial=done,
+        total=steps,
+        disable=None if progress else True,
+    )
     for step in bar:
-        _record(fit.hyperparameters, _values(work))
-        data = data._replace(noise=work.noise_variance.detach())
-        with torch.no_grad():
-            rhs = right_hand_sides(prior, work.mean_module, data, int(model._seed))
-            if probes is not None:
-                rhs = torch.cat([rhs[:, :m], probes], -1)
-        start = value if warm_start else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotConvergedWarning)
-            solution = solve_columns(
-                work.covar_module,
-                data.X,
-                data.noise,
-                rhs,
-                solver,
-                start,
-                model.compute_dtype,
-            )
-        value = solution.value
-        fit.passes.append(float(solution.passes))
-        fit.residuals.append(solution.residual_norm)
-        fit.converged.append(solution.converged)
+        solution = ascent.solve()
         bar.set_postfix(residual=solution.residual_norm, refresh=False)
         if callback is not None:
             callback(step, solution)
-        optimizer.zero_grad()
-        right = value[:, m:] if probes is None else probes
-        loss = -_surrogate(work, data, value[:, :m], value[:, m:], right)
-        loss.backward()
-        _record(fit.gradients, ((name, -p.grad) for name, p in named))
-        optimizer.step()
-    _record(fit.hyperparameters, _values(work))
-    _copy_parameters(work, model)
+        ascent.move()
+        if checkpoint is not None:
+            save_state(ascent.state_dict(), checkpoint)
+    _copy_parameters(ascent.work, model)
     model._forget()
-    model._initial = value if own else None
+    model._initial = ascent.value if ascent.own else None
     if not solution.converged:
         warnings.warn(
             f"The solve of the last step ended at a relative residual of "
@@ -241,6 +199,135 @@ def fit_iterative(
             stacklevel=2,
         )
     return fit
+
+
+class _Ascent:
+    """Everything that one step leaves to the next."""
+
+    def __init__(
+        self,
+        model: SampledGP,
+        estimator: str,
+        num_probes: int,
+        learning_rate: float,
+        solver: Solver | None,
+        warm_start: bool,
+    ) -> None:
+        self.estimator, self.learning_rate = estimator, learning_rate
+        self.solver, self.warm_start = solver, warm_start
+        self.work = copy.deepcopy(model).double()
+        self.work.num_samples = num_probes
+        # Whether the last solution is one of the model's own system.
+        self.own = estimator == "pathwise" and num_probes == model.num_samples
+        named = self.work.named_parameters()
+        self.named = [(name, p) for name, p in named if p.requires_grad]
+        if not self.named:
+            raise ValueError("No parameter of the model requires a gradient.")
+        params = [p for _, p in self.named]
+        self.optimizer = torch.optim.Adam(params, lr=learning_rate)
+        work = self.work
+        self.prior, self.data = work._problem(work.covar_module, work.mean_module)
+        self.fit = IterativeFit()
+        self.value = model._warm_start() if self.own and warm_start else None
+        self.probes: Tensor | None = None  # of the standard estimator
+        self.solution: Solution | None = None  # of the last step
+
+    def start(self, subsets: SubsetStart | None, generator: Generator) -> None:
+        """Do what a resumed run does not repeat."""
+        if subsets is not None:
+            fit_subsets(self.work, self.data, subsets, self.learning_rate, generator)
+        if self.estimator == "standard":
+            shape = len(self.data.X), self.work.num_samples
+            self.probes = standard_normal(shape, generator, self.data.X)
+        _record(self.fit.hyperparameters, _values(self.work))
+
+    def solve(self) -> Solution:
+        """Solve at the present hyperparameters."""
+        work, fit = self.work, self.fit
+        self.data = self.data._replace(noise=work.noise_variance.detach())
+        m = self.data.Y.shape[-1]
+        with torch.no_grad():
+            rhs = right_hand_sides(
+                self.prior, work.mean_module, self.data, int(work._seed)
+            )
+            if self.probes is not None:
+                rhs = torch.cat([rhs[:, :m], self.probes], -1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            self.solution = solution = solve_columns(
+                work.covar_module,
+                self.data.X,
+                self.data.noise,
+                rhs,
+                self.solver,
+                self.value if self.warm_start else None,
+                work.compute_dtype,
+            )
+        self.value = solution.value
+        fit.passes.append(float(solution.passes))
+        fit.residuals.append(solution.residual_norm)
+        fit.converged.append(solution.converged)
+        return solution
+
+    def move(self) -> None:
+        """One step of Adam along the gradient that the solution gives."""
+        m = self.data.Y.shape[-1]
+        mean, probes = self.value[:, :m], self.value[:, m:]
+        right = probes if self.probes is None else self.probes
+        self.optimizer.zero_grad()
+        loss = -_surrogate(self.work, self.data, mean, probes, right)
+        loss.backward()
+        _record(self.fit.gradients, ((name, -p.grad) for name, p in self.named))
+        self.optimizer.step()
+        _record(self.fit.hyperparameters, _values(self.work))
+
+    def key(self) -> dict[str, object]:
+        """What a resumed run must have in common with the interrupted one."""
+        data = zlib.crc32(self.data.X.cpu().numpy().tobytes())
+        data = zlib.crc32(self.data.Y.cpu().numpy().tobytes(), data)
+        return {
+            "estimator": self.estimator,
+            "num_probes": self.work.num_samples,
+            "learning_rate": self.learning_rate,
+            "solver": repr(self.solver),
+            "warm_start": self.warm_start,
+            "seed": int(self.work._seed),
+            "data": f"{tuple(self.data.X.shape)}, checksum {data:x}",
+            "parameters": [name for name, _ in self.named],
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain tensors and numbers."""
+        return {
+            "key": self.key(),
+            "parameters": [p.detach() for _, p in self.named],
+            "optimizer": self.optimizer.state_dict(),
+            "value": self.value,
+            "probes": self.probes,
+            "solution": tuple(self.solution._replace(value=None)),
+            "fit": vars(self.fit),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where another run stopped, to the same numbers."""
+        for name, own in self.key().items():
+            if state["key"].get(name) != own:
+                raise ValueError(
+                    f"The checkpoint is of another run: its {name} is "
+                    f"{state['key'].get(name)}, and now {own}. Pass the same options "
+                    "and data, or another file."
+                )
+        with torch.no_grad():
+            for (_, p), value in zip(self.named, state["parameters"], strict=True):
+                p.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = self.data.X.device
+        self.value = state["value"].to(device)
+        self.probes = state["probes"]
+        if self.probes is not None:
+            self.probes = self.probes.to(device)
+        self.solution = Solution(*state["solution"])
+        self.fit = IterativeFit(**state["fit"])
 
 
 def _surrogate(
@@ -259,56 +346,7 @@ def _surrogate(
         working_dtype(work.covar_module, work.noise_variance, work.compute_dtype),
     )
     total = 0.5 * quadratic + (v * mean_values(work.mean_module, data.X, m)).sum()
-    return total + _log_priors(work)
-
-
-def _log_priors(work: SampledGP) -> Tensor | float:
-    return sum(
-        prior.log_prob(closure(module)).sum()
-        for _, module, prior, closure, _ in work.named_priors()
-    )
-
-
-def _fit_subsets(
-    work: SampledGP,
-    data: Data,
-    options: SubsetStart,
-    learning_rate: float,
-    generator: Generator,
-) -> None:
-    """Replace the parameters by the average of those that subsets have."""
-    scaled = data.X / data.X.std(0).clamp_min(torch.finfo(data.X.dtype).tiny)
-    found: list[list[Tensor]] = []
-    for _ in range(options.repeats):
-        centre = torch.randint(
-            len(scaled), (), generator=generator, device=generator.device
-        )
-        distance = (scaled - scaled[int(centre)]).square().sum(-1)
-        size = min(options.size, len(scaled))
-        rows = distance.topk(size, largest=False).indices
-        local = copy.deepcopy(work)
-        params = [p for p in local.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(params, lr=learning_rate)
-        for _ in range(options.steps):
-            optimizer.zero_grad()
-            loss = -_exact_objective(local, data, rows)
-            loss.backward()
-            optimizer.step()
-        found.append([p.detach() for p in params])
-    own = [p for p in work.parameters() if p.requires_grad]
-    for p, values in zip(own, zip(*found, strict=True), strict=True):
-        p.data.copy_(torch.stack(values).mean(0))
-
-
-def _exact_objective(local: SampledGP, data: Data, rows: Tensor) -> Tensor:
-    """Log evidence of some rows, up to a constant, and log priors."""
-    X, Y = data.X[rows], data.Y[rows]
-    H = local.covar_module(X).to_dense() + torch.diag(local.noise_variance[rows])
-    L = torch.linalg.cholesky(H)
-    misfit = Y - mean_values(local.mean_module, X, Y.shape[-1])
-    whitened = torch.linalg.solve_triangular(L, misfit, upper=False)
-    complexity = Y.shape[-1] * L.diagonal().log().sum()
-    return -0.5 * whitened.square().sum() - complexity + _log_priors(local)
+    return total + log_priors(work)
 
 
 def _values(work: SampledGP) -> Iterator[tuple[str, Tensor]]:

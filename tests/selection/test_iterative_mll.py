@@ -253,3 +253,50 @@ class TestRefusals:
         model = build().condition_on_observations(X, X.sum(-1, keepdim=True))
         with pytest.raises(ValueError, match="Fit the model that they were added to"):
             fit_iterative(model)
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "standard"])
+def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path, estimator):
+    options = {"estimator": estimator, "solver": ConjugateGradients(1e-2)}
+    whole, parts = build(40, num_samples=4), build(40, num_samples=4)
+    expected = fit_iterative(whole, steps=6, **options)
+
+    class Interruption(Exception):
+        pass
+
+    def interrupt(step, solution):
+        if step == 3:
+            raise Interruption
+
+    path = tmp_path / "fit.state"
+    with pytest.raises(Interruption):
+        fit_iterative(parts, steps=6, callback=interrupt, checkpoint=path, **options)
+    calls = []
+    found = fit_iterative(
+        parts,
+        steps=6,
+        checkpoint=path,
+        callback=lambda step, solution: calls.append(step),
+        **options,
+    )
+    assert calls == [3, 4, 5]
+    assert found.passes == expected.passes and found.residuals == expected.residuals
+    for name, values in expected.hyperparameters.items():
+        assert torch.equal(
+            torch.stack(values), torch.stack(found.hyperparameters[name])
+        )
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # A finished run is only read; more steps prolong it.
+    again = fit_iterative(parts, steps=6, checkpoint=path, **options)
+    assert len(again.passes) == 6
+    assert len(fit_iterative(parts, steps=8, checkpoint=path, **options).passes) == 8
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "fit.state"
+    fit_iterative(build(20), steps=1, checkpoint=path)
+    with pytest.raises(ValueError, match="its learning_rate is 0.1, and now 0.2"):
+        fit_iterative(build(20), steps=2, checkpoint=path, learning_rate=0.2)
+    with pytest.raises(ValueError, match=r"its data is \(20, .*, and now \(21, "):
+        fit_iterative(build(21), steps=2, checkpoint=path)
