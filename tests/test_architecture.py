@@ -26,7 +26,7 @@ solvers: factors refinement preconditioners cholesky conjugate_gradients alterna
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 prior_draws posterior_draws pathwise models outcomes representers
-sampled: observations covariance state gp paths
+sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference construction training_run noise mean conditioning problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare

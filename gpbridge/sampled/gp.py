@@ -49,6 +49,7 @@ from gpbridge.sampled.observations import (
     check_parts,
     shared_noise,
 )
+from gpbridge.sampled.persistence import SampledPersistence
 from gpbridge.sampled.state import SampledState
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Solver
@@ -56,7 +57,7 @@ from gpbridge.types import Solver
 _ROWS = 1024  # points at a time where only marginals are asked for
 
 
-class SampledGP(SampledState, GPyTorchModel, GP, FantasizeMixin):
+class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMixin):
     r"""A Gaussian process represented by its posterior mean and samples.
 
     .. math::

@@ -8,14 +8,13 @@ when one of them changes. Next: ``gp`` answers from it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.means import Mean
-from torch import Generator, Size, Tensor, nn
+from torch import Generator, Size, Tensor
 
 from gpbridge.checks import (
     check_inputs,
@@ -251,11 +250,6 @@ class SampledState:
             return values
         return values[..., self.output_indices]
 
-    def _forget(self) -> None:
-        self._solved, self._correction = None, None
-
-    # -- how it is copied and loaded -------------------------------------------------
-
     def _grown(self, X: Tensor, Y: Tensor, noise: Tensor | None) -> Self:
         warm = self._warm_start()
         grown = self._share()
@@ -268,46 +262,8 @@ class SampledState:
         grown._initial = warm
         return grown
 
-    def _share(self) -> Self:
-        """A shallow copy: modules and the solution are shared."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        for name in ("_parameters", "_buffers", "_modules"):
-            twin.__dict__[name] = self.__dict__[name].copy()
-        return twin
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; transforms stay in eval mode."""
-        super().train(mode)
-        for name in ("input_transform", "outcome_transform"):
-            if hasattr(self, name):
-                getattr(self, name).eval()
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any
-    ):
-        """Load data, hyperparameters and seed; transforms are part of the state."""
-        return nn.Module.load_state_dict(self, state_dict, strict=strict)
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
-        super()._apply(fn, *args, **kwargs)
-        if self._new is not None:
-            self._new, self._correction = NewData(*map(fn, self._new)), None
-        return self
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles carry the solution, and no graph of a gradient."""
-        new = self._new
-        if new is not None:
-            new = NewData(*(tensor.detach() for tensor in new))
-        return {**self.__dict__, "_new": new, "_correction": None}
-
-    def _set_transformed_inputs(self) -> None:
-        """Nothing to swap: inputs are kept as given and transformed where used."""
-
-    def _revert_to_original_inputs(self) -> None:
-        """Nothing to swap."""
+    def _forget(self) -> None:
+        self._solved, self._correction = None, None
 
 
 def _same(kept: list[Tensor], key: list[Tensor]) -> bool:

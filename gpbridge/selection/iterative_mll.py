@@ -106,8 +106,9 @@ def fit_iterative(
     One linear solve per step, for the targets and all probes together, from the last
     step's solution; plus one pass for the gradient. Give the solver a limit on its
     passes (a handful) to stop it early: solves then are unfinished, their error falls
-    over the steps, and the record says how far they came. All in float64; parameters
-    stay within their constraints, and priors on them are part of the objective.
+    over the steps, and the record says how far they came. Solutions and hyperparameters
+    are float64, kernel entries as the model's ``compute_dtype`` says; parameters stay
+    within their constraints, and priors on them are part of the objective.
 
     With the pathwise estimator and the model's own number of samples, the last solution
     is where the model's posterior starts from. Fixed probes make gradients noisy but

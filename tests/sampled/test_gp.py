@@ -287,6 +287,28 @@ def test_copies_carry_the_solution_and_states_the_seed():
     torch.testing.assert_close(other.posterior(Z).variance, moments.variance, **EXACT)
 
 
+def test_a_state_carries_further_data_outputs_and_fixed_noise():
+    Z, X, Y = points(3), points(2, seed=8), targets(points(2, seed=8), 2)
+    model = build(m=2).condition_on_observations(X.expand(4, 2, 2), Y.expand(4, 2, 2))
+    other = build(m=2, generator=seeded(4))
+    other.load_state_dict(model.state_dict())
+    assert other.batch_shape == (4,)
+    torch.testing.assert_close(
+        other.posterior(Z).mean, model.posterior(Z).mean, **EXACT
+    )
+    other.load_state_dict(build(m=2).state_dict())
+    assert other.batch_shape == ()
+    subset, twin = build(m=2).subset_output([1]), build(m=2)
+    twin.load_state_dict(subset.state_dict())
+    assert twin.num_outputs == 1
+    assert torch.equal(twin.posterior(Z).mean, subset.posterior(Z).mean)
+    noise = torch.linspace(0.01, 0.5, 20, dtype=torch.float64)[:, None]
+    known = build(likelihood=None, train_Yvar=noise)
+    other = build(likelihood=None, train_Yvar=torch.ones_like(noise))
+    other.load_state_dict(known.state_dict())
+    assert torch.equal(other.posterior(Z).variance, known.posterior(Z).variance)
+
+
 def test_inference_mode_does_not_spoil_later_gradients():
     model, Z = build(), points(3)
     with torch.inference_mode():
