@@ -26,8 +26,8 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ShapeError, check_finite, check_inputs
 from gpbridge.kernel_operator import cross_products, solving_operator
-from gpbridge.prior_draws import TILE_BYTES, PriorDraw
-from gpbridge.randomness import fresh, standard_normal
+from gpbridge.prior_draws import TILE_BYTES, PriorDraw, row_normals
+from gpbridge.randomness import fresh
 from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
 
@@ -184,7 +184,12 @@ def condition(
     variance = torch.as_tensor(noise, dtype=torch.float64, device=Z.device).detach()
     variance = variance.reshape(-1).expand(len(Z))
     with torch.no_grad():
-        epsilon = standard_normal((len(Z), prior.num_samples, m), generator, Z)
+        # From a seed: a generator in the state in which it made the prior draw must not
+        # give its numbers again as noise.
+        device = generator.device
+        seed = int(torch.randint(2**31, (), generator=generator, device=device))
+        epsilon = row_normals(len(Z), prior.num_samples * m, seed).to(Z)
+        epsilon = epsilon.unflatten(-1, (prior.num_samples, m))
         epsilon = variance.sqrt()[:, None, None] * epsilon
         wanted = targets - mean_values(mean, Z, m)
         rhs = wanted[:, None] - prior(Z).movedim(0, 1) - epsilon  # n x s x m

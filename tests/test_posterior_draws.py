@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, ScaleKernel
+from gpytorch.kernels import LinearKernel, MaternKernel, ScaleKernel
 from gpytorch.means import ConstantMean
 from torch import nn
 
@@ -60,13 +60,27 @@ def test_the_moments_are_those_of_the_posterior(n, solver):
     assert sampling.covariance_errors(deviations, cov).abs().max() < 4.5
 
 
+def test_one_seed_for_prior_and_noise_does_not_correlate_them():
+    X, Xt = points(4), points(3, seed=2)
+    kernel = LinearKernel().double()
+    kernel.variance = 0.75
+    prior = draw_prior(kernel, 2, 4000, generator=seeded())
+    draw = condition(prior, X, targets(X), 0.5, generator=seeded())
+    K = [0.75 * a @ b.mT for a, b in ((X, X), (Xt, X), (Xt, Xt))]
+    mean, cov = sampling.gp_posterior(*K, 0.5, targets(X))
+    errors = sampling.covariance_errors(draw(Xt)[..., 0] - mean[:, 0], cov)
+    assert errors.abs().max() < 4.5
+
+
 def test_a_draw_is_matherons_rule():
     X, Xt, noise = points(20), points(5, seed=2), torch.linspace(0.01, 0.1, 20).double()
     prior = draw_prior(matern(), 2, 4, num_outputs=2, generator=seeded())
     mean = ConstantMean(batch_shape=torch.Size([2])).double()
     mean.constant = torch.tensor([1.0, -2.0])
     draw = condition(prior, X, targets(X, 2), noise, mean=mean, generator=seeded(1))
-    epsilon = torch.randn(20, 4, 2, generator=seeded(1), dtype=torch.float64)
+    seed = 2**31 + int(torch.randint(2**31, (), generator=seeded(1)))
+    epsilon = torch.randn(256, 8, generator=seeded(seed), dtype=torch.float64)
+    epsilon = epsilon[:20].unflatten(-1, (4, 2))
     epsilon = noise.sqrt()[:, None, None] * epsilon
     for output, constant in enumerate((1.0, -2.0)):
         expected = sampling.matheron(
