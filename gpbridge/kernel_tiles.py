@@ -30,6 +30,9 @@ from torch import Tensor
 TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Size of a tile by type of device: a share of the cache, or what fills a GPU."""
 
+ACCURACY = 5e-5
+"""Of squared distances, where nothing is known about the noise."""
+
 _WIDEST = 1024  # rows of a tile: longer ones gain nothing
 
 
@@ -49,7 +52,11 @@ class Tiles(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    kernel: Kernel, left: Tensor, right: Tensor | None = None, dtype: object = None
+    kernel: Kernel,
+    left: Tensor,
+    right: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    accuracy: float = ACCURACY,
 ) -> Tiles:
     """Do once what all tiles of a kernel matrix share.
 
@@ -58,6 +65,8 @@ def prepare(
         left: Points of the rows, ``n x d``.
         right: Points of the columns, ``t x d``; default those of the rows.
         dtype: Of the tiles; default that of the points.
+        accuracy: Of squared distances in units of the lengthscale; where those of the
+            dtype are rougher, they alone are computed in float64.
 
     Returns:
         The prepared kernel; hyperparameters are copied where there is a fast form.
@@ -80,7 +89,7 @@ def prepare(
     norms_a, norms_b = a.square().sum(-1, True), b.square().sum(-1, True)
     largest = 0.0 if 0 in (len(a), len(b)) else max(norms_a.max(), norms_b.max())
     # A rounded squared distance matters by its root where the kernel has a kink.
-    wanted = 5e-5 if getattr(base, "nu", 2) > 1 else 0.0
+    wanted = accuracy if getattr(base, "nu", 2) > 1 else 0.0
     own = dtype
     if torch.finfo(dtype).eps * largest > wanted:
         own = torch.float64

@@ -151,10 +151,10 @@ def test_single_precision_tiles_and_exact_products(kernel):
 def test_the_precision_of_tiles_follows_the_noise():
     X, noise = random(5, 2), torch.full((5,), 0.01, dtype=torch.float64)
     kernel = scaled(MaternKernel(1.5))
-    kernel.outputscale = 4.9
+    kernel.outputscale = 99.0
     assert solving_operator(kernel, X, noise).compute_dtype == torch.float32
     assert working_dtype(kernel, noise, torch.float64) == torch.float64
-    kernel.outputscale = 5.1
+    kernel.outputscale = 101.0
     assert solving_operator(kernel, X, noise).compute_dtype is None
     assert working_dtype(kernel, noise, torch.float32) == torch.float32
     noise[0] = 0.0

@@ -95,7 +95,7 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         num_features: Fourier features of each sample, for stationary kernels.
         compute_dtype: Of the kernel entries in the iterations of a solver; residuals
             are confirmed in float64. Default float32 for RBF and Matern kernels whose
-            amplitude is below 500 noise variances, else float64.
+            amplitude is below 10,000 noise variances, else float64.
         generator: Source of all randomness; default seed 0.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform.
