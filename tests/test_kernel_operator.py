@@ -162,6 +162,21 @@ def test_the_precision_of_tiles_follows_the_noise():
     assert working_dtype(RBFKernel() + RBFKernel(), noise + 1) is None
 
 
+def test_distances_are_as_precise_as_the_noise_is_low():
+    kernel = MaternKernel(1.5).double().requires_grad_(False)
+    kernel.lengthscale = 1.0
+    X = torch.cat([9 * torch.nn.functional.normalize(random(20, 3)) for _ in "ab"])
+    X[20:] = X[:20] + 1e-2 * random(20, 3)  # close pairs far from the centre
+    exact = kernel(X).to_dense()
+
+    def error(noise):
+        H = KernelMatrixOperator(X, noise, kernel=kernel, compute_dtype=torch.float32)
+        K = H._matmul(torch.eye(40).double()) - noise * torch.eye(40)
+        return (K - exact).abs().max()
+
+    assert error(1e-4) < 2e-7 < 1e-6 < error(1.0)
+
+
 def test_float32_data():
     kernel = ScaleKernel(RBFKernel())
     X, V = random(40, 2).float(), random(40, 2).float()
