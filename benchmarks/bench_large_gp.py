@@ -91,7 +91,7 @@ def fit(data: Path, name: str, device: str, smoke: bool, out: Path) -> None:
     problem = load(data, name, device, 600 if smoke else None)
     problem.kernel.requires_grad_(True)
     model = sampled(problem, 8)
-    subsets = SubsetStart(200 if smoke else 1500, repeats=2, steps=60)
+    subsets = SubsetStart(200 if smoke else 2000, repeats=3, steps=60)
     solver = SketchAndProject(1e-2, max_passes=3)
     start, wall = clock(device), time.perf_counter()
     with warnings.catch_warnings():
