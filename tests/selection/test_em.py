@@ -8,7 +8,8 @@ from gpytorch.likelihoods import MultitaskGaussianLikelihood
 from gpbridge.linearized import Sampled
 from gpbridge.selection import SampleBasedEM, fit_evidence
 from gpbridge.solvers import ConjugateGradients
-from tests.linearized.problems import build, inputs, targets
+from tests import oracles as dense
+from tests.linearized.problems import PRIOR_VARIANCE, build, inputs, network, targets
 from tests.linearized.test_sampling import with_the_exact_law
 
 TIGHT = ConjugateGradients(tolerance=1e-10, preconditioner_rank=0)
@@ -65,6 +66,46 @@ def test_the_effective_dimension_is_that_of_the_weights():
     p = model.problem.num_params
     in_weights = p - float(draws.omega.square().sum(0).mean())
     assert in_outputs == pytest.approx(in_weights, rel=1e-6)
+    net, X = network(3), inputs()
+    J, root = dense.jacobian(net, X), dense.softmax_root(net(X).detach())
+    M = PRIOR_VARIANCE * dense.ggn(J, root)
+    exact = torch.linalg.solve(M + torch.eye(p).double(), M).trace().item()
+    assert in_outputs == pytest.approx(exact, rel=1e-6)
+
+
+def test_few_draws_know_the_effective_dimension_as_well_as_stated():
+    model = build("softmax", inference=Sampled(500, TIGHT))
+    em = SampleBasedEM(model)
+    draws = model.problem.draws(torch.tensor([PRIOR_VARIANCE]).double())
+    in_outputs = em._squares_seen(draws).sum(0)
+    em.step()
+    (gamma,), (error,) = em.history[0].effective_dimension, em.history[0].std_error
+    exact = float(build("softmax").evidence().effective_dimension.detach())
+    bound = (2 * exact / 500) ** 0.5
+    assert abs(gamma - exact) < 4 * bound
+    # A sum of squares with weights below one scatters by less than sqrt(2 gamma).
+    assert 0.3 * bound < error < 1.1 * bound
+    assert in_outputs.std() / 500**0.5 == pytest.approx(error, rel=1e-6)
+    assert in_outputs.std() < draws.omega.square().sum(0).std()  # as in weights
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Each draw is clamped to the number of data, and not their mean, which is a "
+    "third too small where three points determine three weights.",
+)
+def test_the_effective_dimension_is_unbiased_where_it_is_near_its_limit():
+    X = inputs(3, seed=2)
+    options = {"X": X, "Y": targets("gaussian", X)}
+    model = build("gaussian", inference=Sampled(500, TIGHT), **options)
+    exact = build("gaussian", **options)
+    model.prior_variance = exact.prior_variance = 10.0
+    em = SampleBasedEM(model)
+    em.step()
+    expected = float(exact.evidence().effective_dimension.detach())
+    assert expected > 2.5
+    got = em.history[0].effective_dimension[0]
+    assert abs(got - expected) < 4 * (2 * expected / 500) ** 0.5
 
 
 def test_groups_share_what_their_weights_determined():
