@@ -228,6 +228,7 @@ def test_gauss_newton_and_whitened_kernel_equal_the_oracle(case, m):
     whitened = WhitenedKernelOperator(X, root, std=std, net=net)
     expected = torch.eye(len(R)) + R.T @ Phi @ Phi.T @ R
     torch.testing.assert_close(whitened.to_dense(), expected, **EXACT)
+    assert torch.linalg.eigvalsh(whitened.to_dense())[0] > 1 - 1e-12 * len(R) ** 3
 
 
 def test_rows_of_whole_points_stay_a_jacobian_operator():

@@ -149,9 +149,11 @@ def test_the_mean_of_the_linear_model_is_found_by_products(name):
     torch.testing.assert_close(model.posterior(X).mean, exact, rtol=1e-3, atol=1e-3)
 
 
-def test_a_rescaled_right_hand_side_is_a_rebuilt_one():
-    """Antoran et al. (2023), eq. (11): (M + lam I) z = sqrt(lam) e + G, G without lam."""
-    model, X = build("softmax", inference=Sampled(5, TIGHT)), inputs()
+@both_spaces
+def test_a_rescaled_right_hand_side_is_a_rebuilt_one(space):
+    """(M + lam I) z = sqrt(lam) e + G, where G has no lam: Antoran et al. (2023)."""
+    inference = Sampled(5, TIGHT, space=space)
+    model, X = build("softmax", inference=inference), inputs()
     problem, net = model.problem, network(3)
     J = dense.jacobian(net, X)  # n x m x p
     root = dense.softmax_root(net(X).detach())

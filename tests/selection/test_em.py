@@ -9,7 +9,14 @@ from gpbridge.linearized import Sampled
 from gpbridge.selection import SampleBasedEM, fit_evidence
 from gpbridge.solvers import ConjugateGradients
 from tests import oracles as dense
-from tests.linearized.problems import PRIOR_VARIANCE, build, inputs, network, targets
+from tests.linearized.problems import (
+    PRIOR_VARIANCE,
+    both_spaces,
+    build,
+    inputs,
+    network,
+    targets,
+)
 from tests.linearized.test_sampling import with_the_exact_law
 
 TIGHT = ConjugateGradients(tolerance=1e-10, preconditioner_rank=0)
@@ -29,7 +36,7 @@ def slopes(model):
 @pytest.mark.parametrize("name", ["gaussian", "multitask", "logistic", "softmax"])
 def test_a_fixed_point_is_a_stationary_point_of_the_exact_evidence(name):
     """MacKay (1992), section 4.2."""
-    X = inputs(40, seed=2)
+    X = inputs(24, seed=2)
     Y = targets(name, X)
     model = with_the_exact_law(sampled(name, X=X, Y=Y))
     before = slopes(build(name, X=X, Y=Y))
@@ -123,10 +130,14 @@ def test_groups_share_what_their_weights_determined():
     )
 
 
+@both_spaces
 @pytest.mark.parametrize("name", ["softmax", "multitask"])
-def test_an_interrupted_run_resumes_to_the_same_numbers(name):
+def test_an_interrupted_run_resumes_to_the_same_numbers(name, space):
+    # So loose that where a solve starts shows in what it ends at.
+    loose = ConjugateGradients(tolerance=0.05, preconditioner_rank=0)
+
     def make():
-        return build(name, inference=Sampled(6, TIGHT))
+        return build(name, inference=Sampled(6, loose, space=space))
 
     whole = make()
     SampleBasedEM(whole).run(4, 1e-9, progress=False)
@@ -137,9 +148,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(name):
     second.load_state_dict(first.state_dict())
     history = second.run(2, 1e-9, progress=False)
     assert len(history) == 4
-    torch.testing.assert_close(model.prior_variance, whole.prior_variance)
+    exact = {"rtol": 1e-10, "atol": 0}
+    torch.testing.assert_close(model.prior_variance, whole.prior_variance, **exact)
     if name == "multitask":
-        torch.testing.assert_close(model.noise_variance, whole.noise_variance)
+        torch.testing.assert_close(model.noise_variance, whole.noise_variance, **exact)
 
 
 def test_a_state_is_plain_enough_to_be_loaded_without_running_code(tmp_path):
@@ -179,7 +191,7 @@ def test_each_output_has_the_noise_that_it_was_given():
 
 def test_noise_in_common_is_learnt_alone():
     likelihood = MultitaskGaussianLikelihood(2, rank=0, has_task_noise=False).double()
-    X = inputs(40, seed=2)
+    X = inputs(24, seed=2)
     Y = targets("multitask", X)
     model = sampled("multitask", X=X, Y=Y, likelihood=likelihood)
     SampleBasedEM(with_the_exact_law(model)).run(200, 1e-6, progress=False)
