@@ -196,6 +196,18 @@ def test_a_start_from_the_last_prior_is_close():
     assert left.norm() < 0.5 * without.norm()
 
 
+def test_draws_of_the_last_prior_save_passes():
+    loose = ConjugateGradients(tolerance=1e-2, preconditioner_rank=0)
+    inference = Sampled(5, loose, space="weight")
+    problem = build("softmax", inference=inference).problem
+    problem.draws(torch.tensor([10.0]))
+    warm = problem.draws(torch.tensor([10.5])).solution
+    problem._draws = None
+    cold = problem.draws(torch.tensor([10.5])).solution
+    assert warm.converged and cold.converged
+    assert warm.passes < 0.8 * cold.passes
+
+
 def test_dead_weights_stay_dead_in_another_scale():
     model = build("gaussian", inference=Sampled(3, TIGHT))
     draws = model.problem.draws(torch.tensor([1.0]))
