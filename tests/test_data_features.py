@@ -1,5 +1,7 @@
 """Products of a data set, held, formed again or streamed, against the Jacobian."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ def random(*shape, seed=1):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+@functools.cache  # a probe takes longer than what most tests do with it
 def problem(case, m, n=5):
     network = case.network(m)
     net = FunctionalNet(network, input_shape=case.input_shape)

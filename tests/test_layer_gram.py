@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ def standard_deviations(net):
     return {n: torch.tensor(0.4 + 0.1 * i).double() for i, n in enumerate(net.params)}
 
 
+@functools.cache  # a probe takes longer than what most tests do with it
 def problem(case, m):
     """A probed net, the deviations, and dense rows of any points by the oracle."""
     network = case.network(m)
@@ -181,9 +183,7 @@ def test_a_batch_of_sets_is_each_set(name, method):
                 torch.testing.assert_close(got[i, j], exact, **EXACT)
 
 
-@every_net
-@pytest.mark.parametrize("method", ["layers", "auto"])
-def test_input_gradients_equal_those_of_the_dense_jacobian(case, m, method):
+def assert_input_gradients_are_the_dense_ones(case, m, method):
     net, std, _ = problem(case, m)
     Z = tangent_features(net, case.inputs(3, seed=1), std, method)
     dense_Z = dense_features(net, case.inputs(3, seed=1), std)
@@ -200,6 +200,16 @@ def test_input_gradients_equal_those_of_the_dense_jacobian(case, m, method):
         total = total + features.value.sum() + features.rows().sum()
         grads.append(torch.autograd.grad(total, X)[0])
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
+
+
+@every_net
+def test_input_gradients_equal_those_of_the_dense_jacobian(case, m):
+    assert_input_gradients_are_the_dense_ones(case, m, "layers")
+
+
+@pytest.mark.parametrize("name", ["tanh_mlp", "images", "called_twice", "transformer"])
+def test_so_they_do_where_each_layer_goes_its_cheaper_way(name):
+    assert_input_gradients_are_the_dense_ones(NETS[name], 3, "auto")
 
 
 @pytest.mark.parametrize("name", ["tanh_mlp", "images"])

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 import unittest
 
@@ -20,10 +21,16 @@ from tests.cases import NETS, every_looped_net, every_net
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def small_net(m):
-    net = FunctionalNet(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, m)))
-    net.probe(torch.randn(3, 2))
+@functools.cache  # a probe takes longer than most tests of the suites
+def small_net(*layers):
+    with torch.random.fork_rng():
+        torch.manual_seed(len(layers))
+        net = FunctionalNet(nn.Sequential(*(layer() for layer in layers)))
+        net.probe(torch.randn(3, 2))
     return net
+
+
+HIDDEN = functools.partial(nn.Linear, 2, 2)
 
 
 @torch.enable_grad()
@@ -57,13 +64,12 @@ def dense_root(operator):
 
 class TestJacobianOperator(RectangularLinearOperatorTestCase, unittest.TestCase):
     batch = ()
-    m = 2
     transposed = False
 
     def create_linear_op(self):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        net = small_net(self.m)
+        net = small_net(HIDDEN, nn.Tanh, HIDDEN)
         X = torch.randn(*self.batch, 4, 2, generator=generator)
         std = torch.rand(net.num_params, generator=generator) + 0.5
         return JacobianOperator(X, std=std, net=net, transposed=self.transposed)
@@ -98,7 +104,7 @@ class TestWhitenedKernelOperator(LinearOperatorTestCase, unittest.TestCase):
     def create_linear_op(self):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        net = small_net(2)
+        net = small_net(HIDDEN, nn.Tanh, HIDDEN)
         X = torch.randn(*self.batch, 3, 2, generator=generator)
         root = torch.randn(*self.batch, 3, 2, 2, generator=generator)
         std = torch.rand(net.num_params, generator=generator) + 0.5
@@ -118,8 +124,7 @@ class TestGGNOperator(TestWhitenedKernelOperator):
     def create_linear_op(self):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(1)
-        net = FunctionalNet(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
-        net.probe(torch.randn(3, 2))
+        net = small_net(HIDDEN, nn.Tanh)
         X = torch.randn(*self.batch, 9, 2, generator=generator)
         root = torch.randn(*self.batch, 9, 2, 2, generator=generator)
         return GGNOperator(X, root, net=net)
@@ -228,6 +233,7 @@ def test_gauss_newton_and_whitened_kernel_equal_the_oracle(case, m):
     whitened = WhitenedKernelOperator(X, root, std=std, net=net)
     expected = torch.eye(len(R)) + R.T @ Phi @ Phi.T @ R
     torch.testing.assert_close(whitened.to_dense(), expected, **EXACT)
+    assert torch.linalg.eigvalsh(whitened.to_dense())[0] > 1 - 1e-12 * len(R) ** 3
 
 
 def test_rows_of_whole_points_stay_a_jacobian_operator():

@@ -13,7 +13,7 @@ from gpbridge.checks import NotConvergedWarning, ShapeError
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.posterior_draws import condition, kernel_products
 from gpbridge.prior_draws import draw_prior
-from gpbridge.solvers import ConjugateGradients
+from gpbridge.solvers import ConjugateGradients, SketchAndProject
 from gpbridge.testing import assert_gradients_match_finite_differences
 from gpbridge.types import FunctionDraws
 from tests import oracles
@@ -103,6 +103,35 @@ def test_draws_interpolate_at_tiny_noise():
     draw = condition(prior, X, targets(X), 1e-10)
     assert (draw(X) - targets(X)).abs().max() < 1e-4
     assert (prior(X) - targets(X)).abs().max() > 0.1
+
+
+SOLVERS = [
+    None,
+    ConjugateGradients(tolerance=1e-9),
+    SketchAndProject(tolerance=1e-6, block_size=7),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_repeated_points_without_noise_are_one_point_each(solver):
+    X = points(8).repeat(2, 1)
+    prior = draw_prior(matern(), 2, 4, generator=seeded())
+    draw = condition(prior, X, targets(X), 0.0, solver)
+    assert draw.solution.converged
+    assert (draw(X) - targets(X)).abs().max() < 1e-3
+    once = condition(prior, X[:8], targets(X[:8]), 0.0)
+    Z = points(5, seed=2)
+    torch.testing.assert_close(draw(Z), once(Z), rtol=0, atol=1e-3)
+
+
+def test_contradictions_without_noise_are_said_and_stay_finite():
+    X = points(8).repeat(2, 1)
+    Y = targets(X)
+    Y[8:] += 1.0
+    prior = draw_prior(matern(), 2, 4, generator=seeded())
+    with pytest.warns(NotConvergedWarning, match="nearly singular: raise the noise"):
+        draw = condition(prior, X, Y, 0.0)
+    assert bool(draw(X).isfinite().all()) and draw.solution.residual_norm > 0.1
 
 
 def test_the_posterior_of_a_network_is_exact_in_weight_space():

@@ -76,6 +76,21 @@ def test_exact_features_are_the_jacobian_times_prior_weights():
     torch.testing.assert_close(draw(X)[..., 0], expected, **EXACT)
 
 
+def test_weights_of_different_leaves_are_not_correlated():
+    # One key for every leaf would draw leaves of one shape alike.
+    net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)]).double()
+    s = 2000
+    draw = draw_prior(NeuralTangentKernel(net), 3, s, generator=seeded())
+    w = draw.weights[0][..., 0].double()
+    assert w.shape == (36, s)
+    correlation = w @ w.mT / s
+    assert (correlation.diagonal() - 1).abs().max() < 4.5 * (2 / s) ** 0.5
+    correlation.fill_diagonal_(0.0)
+    assert correlation.abs().max() < 4.5 / s**0.5
+    noise = row_normals(50, s, seed=0)  # of the same seed as the weights
+    assert (w @ noise.mT / s).abs().max() < 4.5 / s**0.5
+
+
 def test_batches_of_points_equal_a_loop(kernel):
     X = points(2, 3, 4)
     draw = draw_prior(kernel, 2, 5, num_outputs=3, num_features=16, generator=seeded())

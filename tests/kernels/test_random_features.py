@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from botorch.sampling.pathwise.features import gen_kernel_features
+from botorch.sampling.pathwise.features.maps import FeatureMap
 from gpytorch.kernels import (
     AdditiveKernel,
     ConstantKernel,
@@ -16,6 +17,7 @@ from gpytorch.kernels import (
 )
 
 from gpbridge.kernels import draw_feature_map
+from gpbridge.prior_draws import draw_prior
 from tests import oracles_sampling as oracles
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -127,3 +129,36 @@ def test_a_kernel_without_features_is_told_which_have_some():
         NotImplementedError, match="@draw_feature_map.register on a fun"
     ):
         draw_feature_map(RQKernel() + RBFKernel(), 2, 8)
+
+
+def test_a_kernel_registered_as_the_message_says_can_be_drawn_from():
+    class Cosines(RQKernel):
+        """Two cosines, whatever its base class is."""
+
+        def forward(self, x1, x2, diag=False, **params):
+            phase = (x1 - x2 if diag else x1[:, None] - x2).sum(-1)
+            return phase.cos() + (3 * phase).cos()
+
+    class Waves(FeatureMap):
+        batch_shape, num_outputs = torch.Size(), 4
+
+        def __init__(self):
+            super().__init__()
+            self.input_transform = self.output_transform = torch.nn.Identity()
+
+        def forward(self, x):
+            phase = x.sum(-1, keepdim=True)
+            phase = torch.cat([phase, 3 * phase], -1)
+            return torch.cat([phase.sin(), phase.cos()], -1)
+
+    @draw_feature_map.register
+    def _draw(kernel: Cosines, num_inputs, num_features, generator=None):
+        return Waves()
+
+    kernel, X = ScaleKernel(Cosines()).double(), points(5, 2)
+    kernel.outputscale = torch.tensor(0.25).double()
+    phi = draw_feature_map(kernel, 2, 8, seeded())(X)
+    torch.testing.assert_close(phi @ phi.mT, kernel(X).to_dense(), **EXACT)
+    values = draw_prior(kernel, 2, 2000, generator=seeded())(X)[..., 0]
+    errors = oracles.covariance_errors(values, kernel(X).to_dense().detach())
+    assert errors.abs().max() < 4.5

@@ -1,5 +1,7 @@
 """The posterior against dense oracles, in every space and under every likelihood."""
 
+import functools
+
 import pytest
 import torch
 from gpytorch.constraints import GreaterThan
@@ -79,6 +81,16 @@ def test_the_linear_models_mean_under_labels_is_its_optimum(name, space):
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@functools.cache  # once for all spaces
+def in_sixty_digits(n, signal_to_noise):
+    X = inputs(n)
+    train, test = tangents("gaussian", network(), X)
+    power = train.features(PRIOR_VARIANCE).square().sum(-1).mean()
+    noise = (power / signal_to_noise).item()
+    Y = targets("gaussian", X)
+    return noise, *oracles.precise_gaussian(train, test, PRIOR_VARIANCE, noise, Y)
+
+
 @pytest.mark.parametrize("signal_to_noise", [1e4, 1e6])
 @pytest.mark.parametrize(
     "space, n",
@@ -93,14 +105,9 @@ def test_the_linear_models_mean_under_labels_is_its_optimum(name, space):
 )
 def test_little_noise_takes_no_digits(space, n, signal_to_noise):
     # Against 60 digits; mean in units of itself, variances relative.
-    X, net = inputs(n), network()
+    X = inputs(n)
     Y = targets("gaussian", X)
-    train, test = tangents("gaussian", net, X)
-    power = train.features(PRIOR_VARIANCE).square().sum(-1).mean()
-    noise = (power / signal_to_noise).item()
-    mean, variance, evidence = oracles.precise_gaussian(
-        train, test, PRIOR_VARIANCE, noise, Y
-    )
+    noise, mean, variance, evidence = in_sixty_digits(n, signal_to_noise)
     likelihood = GaussianLikelihood(noise_constraint=GreaterThan(1e-12)).double()
     likelihood.noise = torch.tensor([noise], dtype=torch.float64)
     model = build("gaussian", space, X, Y, likelihood=likelihood)

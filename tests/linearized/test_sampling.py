@@ -15,7 +15,9 @@ from gpbridge.linearized.calibration import _covariances, _sampled_covariances
 from gpbridge.linearized.evidence import frozen_spectrum
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.sampling import BaseDraws, rescale, solve_draws
+from gpbridge.selection import SampleBasedEM
 from gpbridge.solvers import ConjugateGradients
+from tests import oracles as dense
 from tests.cases import NETS
 from tests.linearized.problems import (
     PRIOR_VARIANCE,
@@ -147,15 +149,39 @@ def test_the_mean_of_the_linear_model_is_found_by_products(name):
     torch.testing.assert_close(model.posterior(X).mean, exact, rtol=1e-3, atol=1e-3)
 
 
-def test_a_rescaled_right_hand_side_is_a_rebuilt_one():
-    model = build("softmax", inference=Sampled(5, TIGHT))
-    problem = model.problem
-    first = problem.draws(torch.tensor([0.3]))
-    warm = problem.draws(torch.tensor([2.0]))
-    problem._draws = None
-    cold = problem.draws(torch.tensor([2.0]))
-    torch.testing.assert_close(warm.omega, cold.omega, **CLOSE)
-    assert not torch.allclose(first.omega, cold.omega, rtol=1e-2)
+@both_spaces
+def test_a_rescaled_right_hand_side_is_a_rebuilt_one(space):
+    """(M + lam I) z = sqrt(lam) e + G, where G has no lam: Antoran et al. (2023)."""
+    inference = Sampled(5, TIGHT, space=space)
+    model, X = build("softmax", inference=inference), inputs()
+    problem, net = model.problem, network(3)
+    J = dense.jacobian(net, X)  # n x m x p
+    root = dense.softmax_root(net(X).detach())
+    M = dense.ggn(J, root)
+    e, xi = problem.base
+    G = torch.einsum("nmp,nmk,nks->ps", J, root, xi)
+    for variance in (0.3, 2.0, 0.05):
+        lam = 1 / variance
+        H = M + lam * torch.eye(len(M)).double()
+        expected = torch.linalg.solve(H, lam**0.5 * e + G)
+        draws = problem.draws(torch.tensor([variance]).double())  # from the last ones
+        z = draws.std[:, None] * draws.omega
+        torch.testing.assert_close(z, expected, **CLOSE)
+
+
+def test_base_draws_are_independent_of_each_other():
+    """One key for every leaf would draw leaves of one shape alike."""
+    net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)], nn.Linear(3, 2)).double()
+    X, s = torch.rand(4, 3).double(), 2000
+    model = LinearizedGP(net, X, torch.arange(4) % 2, inference=Sampled(s, TIGHT))
+    e, xi = model.problem.base
+    values = torch.cat([e, xi.flatten(0, 1)])
+    correlation = values @ values.mT / s - torch.eye(len(values))
+    assert len(e) == 3 * 12 + 8 and len(values) == len(e) + 8
+    # Squares have twice the variance of products.
+    assert correlation.abs().max() < 5 * (2 / s) ** 0.5
+    products = correlation[~torch.eye(len(values), dtype=bool)]
+    assert products.abs().max() < 5 / s**0.5
 
 
 def test_a_start_from_the_last_prior_is_close():
@@ -168,6 +194,18 @@ def test_a_start_from_the_last_prior_is_close():
     assert left.norm() < 0.05 * rhs.norm()
     without = rhs - operator @ old.omega  # the weights in the old scale
     assert left.norm() < 0.5 * without.norm()
+
+
+def test_draws_of_the_last_prior_save_passes():
+    loose = ConjugateGradients(tolerance=1e-2, preconditioner_rank=0)
+    inference = Sampled(5, loose, space="weight")
+    problem = build("softmax", inference=inference).problem
+    problem.draws(torch.tensor([10.0]))
+    warm = problem.draws(torch.tensor([10.5])).solution
+    problem._draws = None
+    cold = problem.draws(torch.tensor([10.5])).solution
+    assert warm.converged and cold.converged
+    assert warm.passes < 0.8 * cold.passes
 
 
 def test_dead_weights_stay_dead_in_another_scale():
@@ -185,8 +223,8 @@ class Normalised(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm = nn.Linear(4, 12), nn.LayerNorm(12)
-        self.out = nn.Linear(12, 3)
+        self.first, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.out = nn.Linear(6, 3)
 
     def forward(self, x):
         return self.out(torch.tanh(self.norm(self.first(x))))
@@ -201,22 +239,37 @@ def test_a_g_prior_makes_predictions_independent_of_a_scale_that_changes_nothing
         scaled.first.weight *= 10
         scaled.first.bias *= 10
     net.norm.eps = scaled.norm.eps = 1e-14
-    X = torch.randn(30, 4, dtype=torch.float64)
-    labels = torch.arange(30) % 3
-    found = {}
+    X = torch.randn(15, 4, dtype=torch.float64)
+    labels = torch.arange(15) % 3
+    torch.testing.assert_close(net(X), scaled(X), rtol=1e-10, atol=1e-10)
+    found, learnt = {}, {}
     for g_prior in (True, False):
-        found[g_prior] = [
+        models = [
             with_the_exact_law(
                 LinearizedGP(
                     one, X, labels, g_prior=g_prior, inference=Sampled(solver=TIGHT)
                 )
             )
-            .posterior(X[:5])
-            .variance
             for one in (net, scaled)
         ]
-    torch.testing.assert_close(*found[True], rtol=1e-6, atol=1e-9)
-    assert not torch.allclose(*found[False], rtol=0.1)
+        found[g_prior] = [model.posterior(X[:5]).variance for model in models]
+        for model in models:
+            SampleBasedEM(model).run(2, 1e-9, progress=False)
+        learnt[g_prior] = [
+            (m.prior_variance.detach(), m.predict(X[:5], "probit").probs)
+            for m in models
+        ]
+    torch.testing.assert_close(*found[True], rtol=1e-6, atol=0)
+    for one, other in zip(*learnt[True], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    one, other = found[False]
+    assert (one / other - 1).abs().max() > 0.2
+    one, other = learnt[False]
+    assert (one[1] - other[1]).abs().max() > 1e-3
+    # The weights in front of the normalisation are not pruned: they carry variance.
+    last = LinearizedGP(net, X, labels, g_prior=True, parameters="last_layer")
+    rest = 1 - last.posterior(X[:5]).variance / found[True][0]
+    assert rest.min() > 0.2
 
 
 def test_draws_are_functions_whose_covariance_is_the_posteriors():

@@ -21,6 +21,7 @@ from torch import nn
 from gpbridge import SampledGP
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import NeuralTangentKernel
+from gpbridge.representers import right_hand_sides
 from gpbridge.solvers import (
     ConjugateGradients,
     SketchAndProject,
@@ -166,7 +167,7 @@ def test_variances_of_few_samples_scatter_as_stated():
     assert 0.7 < spread / (2 / 16) ** 0.5 < 1.5
 
 
-def test_samples_interpolate_at_tiny_noise_and_noise_is_added_once():
+def test_samples_interpolate_at_tiny_noise():
     model = build(mean_module=None)
     model.likelihood = GaussianLikelihood().double()
     model.likelihood.noise_covar.raw_noise_constraint.lower_bound.fill_(1e-9)
@@ -175,9 +176,31 @@ def test_samples_interpolate_at_tiny_noise_and_noise_is_added_once():
     draws = model.draw()(X)
     assert (draws - targets(X)).abs().max() < 1e-2
     assert model.posterior(X).variance.max() < 1e-6
-    noisy = model.posterior(points(4), observation_noise=True).variance
-    latent = model.posterior(points(4)).variance
-    torch.testing.assert_close(noisy - latent, torch.full_like(noisy, 1e-8))
+
+
+def test_noise_is_a_variance_and_is_added_once():
+    model, Z = build(num_samples=16), points(4, seed=2)
+    latent = model.posterior(Z)
+    noisy = model.posterior(Z, observation_noise=True)
+    noise = torch.full_like(noisy.variance, 0.03125)
+    torch.testing.assert_close(noisy.variance - latent.variance, noise, **EXACT)
+    joint, clean = (p.distribution.covariance_matrix for p in (noisy, latent))
+    added = joint - clean
+    torch.testing.assert_close(added, 0.03125 * torch.eye(4).double(), **EXACT)
+    got = model.predict(Z).variance - model.marginals(Z)[1]
+    torch.testing.assert_close(got, noise, **EXACT)
+    own = torch.tensor([[0.1], [0.2], [0.3], [0.4]]).double()
+    given = model.posterior(Z, observation_noise=own).variance
+    torch.testing.assert_close(given - latent.variance, own, **EXACT)
+    # Draws are of the function: no noise, though samples met noise at the data.
+    spread = model.draw()(Z) - latent.mean
+    torch.testing.assert_close(spread.square().mean(0), latent.variance, **EXACT)
+    # What the samples met at the data is this noise once, not its root, and once.
+    system = model._solve()
+    met = right_hand_sides(system.prior, system.mean, system.data, system.seed)[:, 1:]
+    met = met - system.prior(system.data.X)[..., 0].mT
+    share = met.square().mean() / 0.03125
+    assert abs(share - 1) < 4 * (2 / met.numel()) ** 0.5
 
 
 def test_more_points_than_samples_have_a_singular_posterior_to_sample_from():
@@ -444,6 +467,8 @@ class TestRefusals:
             build().posterior(points(3)[:, :1])
 
     def test_bad_values(self):
+        with pytest.raises(ValueError, match="train_Yvar must be positive and finite"):
+            build(likelihood=None, train_Yvar=torch.zeros(20, 1).double())
         with pytest.raises(InputDataError, match="train_Y contains NaN"):
             SampledGP(points(9), targets(points(9)) * torch.nan, matern())
         with pytest.raises(ValueError, match="num_samples must be positive"):

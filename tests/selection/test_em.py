@@ -8,7 +8,15 @@ from gpytorch.likelihoods import MultitaskGaussianLikelihood
 from gpbridge.linearized import Sampled
 from gpbridge.selection import SampleBasedEM, fit_evidence
 from gpbridge.solvers import ConjugateGradients
-from tests.linearized.problems import build, inputs, targets
+from tests import oracles as dense
+from tests.linearized.problems import (
+    PRIOR_VARIANCE,
+    both_spaces,
+    build,
+    inputs,
+    network,
+    targets,
+)
 from tests.linearized.test_sampling import with_the_exact_law
 
 TIGHT = ConjugateGradients(tolerance=1e-10, preconditioner_rank=0)
@@ -28,7 +36,7 @@ def slopes(model):
 @pytest.mark.parametrize("name", ["gaussian", "multitask", "logistic", "softmax"])
 def test_a_fixed_point_is_a_stationary_point_of_the_exact_evidence(name):
     """MacKay (1992), section 4.2."""
-    X = inputs(40, seed=2)
+    X = inputs(24, seed=2)
     Y = targets(name, X)
     model = with_the_exact_law(sampled(name, X=X, Y=Y))
     before = slopes(build(name, X=X, Y=Y))
@@ -65,6 +73,46 @@ def test_the_effective_dimension_is_that_of_the_weights():
     p = model.problem.num_params
     in_weights = p - float(draws.omega.square().sum(0).mean())
     assert in_outputs == pytest.approx(in_weights, rel=1e-6)
+    net, X = network(3), inputs()
+    J, root = dense.jacobian(net, X), dense.softmax_root(net(X).detach())
+    M = PRIOR_VARIANCE * dense.ggn(J, root)
+    exact = torch.linalg.solve(M + torch.eye(p).double(), M).trace().item()
+    assert in_outputs == pytest.approx(exact, rel=1e-6)
+
+
+def test_few_draws_know_the_effective_dimension_as_well_as_stated():
+    model = build("softmax", inference=Sampled(500, TIGHT))
+    em = SampleBasedEM(model)
+    draws = model.problem.draws(torch.tensor([PRIOR_VARIANCE]).double())
+    in_outputs = em._squares_seen(draws).sum(0)
+    em.step()
+    (gamma,), (error,) = em.history[0].effective_dimension, em.history[0].std_error
+    exact = float(build("softmax").evidence().effective_dimension.detach())
+    bound = (2 * exact / 500) ** 0.5
+    assert abs(gamma - exact) < 4 * bound
+    # A sum of squares with weights below one scatters by less than sqrt(2 gamma).
+    assert 0.3 * bound < error < 1.1 * bound
+    assert in_outputs.std() / 500**0.5 == pytest.approx(error, rel=1e-6)
+    assert in_outputs.std() < draws.omega.square().sum(0).std()  # as in weights
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Each draw is clamped to the number of data, and not their mean, which is a "
+    "third too small where three points determine three weights.",
+)
+def test_the_effective_dimension_is_unbiased_where_it_is_near_its_limit():
+    X = inputs(3, seed=2)
+    options = {"X": X, "Y": targets("gaussian", X)}
+    model = build("gaussian", inference=Sampled(500, TIGHT), **options)
+    exact = build("gaussian", **options)
+    model.prior_variance = exact.prior_variance = 10.0
+    em = SampleBasedEM(model)
+    em.step()
+    expected = float(exact.evidence().effective_dimension.detach())
+    assert expected > 2.5
+    got = em.history[0].effective_dimension[0]
+    assert abs(got - expected) < 4 * (2 * expected / 500) ** 0.5
 
 
 def test_groups_share_what_their_weights_determined():
@@ -82,10 +130,14 @@ def test_groups_share_what_their_weights_determined():
     )
 
 
+@both_spaces
 @pytest.mark.parametrize("name", ["softmax", "multitask"])
-def test_an_interrupted_run_resumes_to_the_same_numbers(name):
+def test_an_interrupted_run_resumes_to_the_same_numbers(name, space):
+    # So loose that where a solve starts shows in what it ends at.
+    loose = ConjugateGradients(tolerance=0.05, preconditioner_rank=0)
+
     def make():
-        return build(name, inference=Sampled(6, TIGHT))
+        return build(name, inference=Sampled(6, loose, space=space))
 
     whole = make()
     SampleBasedEM(whole).run(4, 1e-9, progress=False)
@@ -96,9 +148,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(name):
     second.load_state_dict(first.state_dict())
     history = second.run(2, 1e-9, progress=False)
     assert len(history) == 4
-    torch.testing.assert_close(model.prior_variance, whole.prior_variance)
+    exact = {"rtol": 1e-10, "atol": 0}
+    torch.testing.assert_close(model.prior_variance, whole.prior_variance, **exact)
     if name == "multitask":
-        torch.testing.assert_close(model.noise_variance, whole.noise_variance)
+        torch.testing.assert_close(model.noise_variance, whole.noise_variance, **exact)
 
 
 def test_a_state_is_plain_enough_to_be_loaded_without_running_code(tmp_path):
@@ -138,7 +191,7 @@ def test_each_output_has_the_noise_that_it_was_given():
 
 def test_noise_in_common_is_learnt_alone():
     likelihood = MultitaskGaussianLikelihood(2, rank=0, has_task_noise=False).double()
-    X = inputs(40, seed=2)
+    X = inputs(24, seed=2)
     Y = targets("multitask", X)
     model = sampled("multitask", X=X, Y=Y, likelihood=likelihood)
     SampleBasedEM(with_the_exact_law(model)).run(200, 1e-6, progress=False)

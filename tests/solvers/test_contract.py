@@ -103,12 +103,14 @@ def test_the_solution_is_that_of_the_dense_matrix(solver, kind):
         "linear operator": to_linear_operator(dense),
         "tensor": dense,
     }
+    condition = torch.linalg.cond(dense).item()
+    bound = 50 * solver.tolerance if solver.name.endswith("gradient descent") else 1e-3
+    solver = replace(solver, tolerance=bound / condition)
     solution = solver(operators[kind], b)
     assert solution.converged
     exact = torch.linalg.solve(dense, b)
     error = (solution.value - exact).norm(dim=0) / exact.norm(dim=0)
-    condition = torch.linalg.cond(dense).item()
-    assert error.max() <= solver.tolerance * condition
+    assert error.max() <= bound
 
 
 @every_solver
@@ -153,15 +155,19 @@ def test_a_warm_start_saves_passes(solver):
 
 @iterative
 def test_an_interrupted_run_goes_on_where_it_was(solver):
-    H, _, b = problem()
+    H, dense, b = problem()
     seen = []
     full = replace(solver, callback=seen.append)(H, b)
     assert all(0 < p.passes <= full.passes for p in seen)
     assert seen[0].residual_norms.shape == (3,)
     assert seen[-1].residual_norms.max() <= solver.tolerance
-    half = seen[len(seen) // 2].value
-    resumed = solver(H, b, initial=half)
-    assert resumed.converged and resumed.passes <= full.passes + 2
+    half = seen[len(seen) // 2]
+    resumed = solver(H, b, initial=half.value)
+    # From zero it would take all passes again.
+    assert resumed.converged and resumed.passes < 0.8 * full.passes
+    bound = 2 * solver.tolerance * torch.linalg.cond(dense)
+    error = (resumed.value - full.value).norm(dim=0) / full.value.norm(dim=0)
+    assert error.max() <= bound
 
 
 @every_solver
@@ -218,15 +224,17 @@ def test_repeated_points(solver):
 def test_repeated_points_without_noise_never_give_nan(solver):
     H, dense, _ = problem(X=random(20, 2).repeat(2, 1), noise=0.0)
     b = dense @ random(40, 2, seed=3)  # a solution exists
+    reference = solver.name == "Stochastic gradient descent"
     if solver != Cholesky():
-        solver = replace(quick(solver, 30), tolerance=1e-2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)
+        solver = replace(quick(solver, 30), tolerance=0.2 if reference else 1e-2)
+    solution = solver(H, b)
+    assert solution.converged
+    assert relative_residuals(dense, solution.value, b).max() <= solver.tolerance
+    # Without a solution: equal points, other targets.
+    b[:20] += 1.0
+    with pytest.warns(NotConvergedWarning):
         solution = solver(H, b)
-    assert torch.isfinite(solution.value).all()
-    assert solution.residual_norm <= 1.0
-    if solver == Cholesky():
-        assert solution.converged
+    assert torch.isfinite(solution.value).all() and solution.residual_norm <= 1.0
 
 
 @every_solver
@@ -235,6 +243,51 @@ def test_an_indefinite_operator_is_named(solver):
     negative = to_linear_operator(dense - 20 * torch.eye(60, dtype=dense.dtype))
     with pytest.raises(ValueError, match="must be symmetric and positive semi-def"):
         solver(negative, b)
+
+
+SEES_BLOCKS = "Blocks of rows may be definite where the whole is not: the run ends in "
+SEES_BLOCKS += "NotConvergedWarning, whose remedy is more passes."
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(solver, marks=pytest.mark.xfail(strict=True, reason=SEES_BLOCKS))
+        if name in ("AlternatingProjections", "StochasticDualDescent")
+        else solver
+        for name, solver in SOLVERS.items()
+        if name != "StochasticGradientDescent"  # on H squared, which is definite
+    ],
+    ids=[name for name in SOLVERS if name != "StochasticGradientDescent"],
+)
+def test_one_negative_eigenvalue_is_named(solver):
+    _, dense, b = problem()
+    values, vectors = torch.linalg.eigh(dense)
+    values[0] = -1.0
+    operator = to_linear_operator((vectors * values) @ vectors.mT)
+    if solver != Cholesky() and not isinstance(solver, ConjugateGradients):
+        solver = replace(solver, max_passes=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        with pytest.raises(ValueError, match="must be symmetric and positive semi-def"):
+            solver(operator, b)
+
+
+@iterative
+def test_an_indefinite_operator_is_never_said_to_be_solved_if_it_is_not(solver):
+    _, dense, b = problem()
+    values, vectors = torch.linalg.eigh(dense)
+    values[0] = -0.1
+    indefinite = (vectors * values) @ vectors.mT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        try:
+            solution = quick(solver, 50)(to_linear_operator(indefinite), b)
+        except ValueError:
+            return
+    true = relative_residuals(indefinite, solution.value, b).max()
+    assert solution.residual_norm == pytest.approx(true.item(), rel=1e-6)
+    assert not solution.converged and true <= 1.0 + 1e-12
 
 
 @every_solver
