@@ -239,7 +239,7 @@ class PrecisionOperator(_LinearModelOperator):
         return root.mT @ self.data.matmul(self.std[:, None] * omega, batch)
 
     def batch_weights(self, outputs: Tensor, batch: Batch) -> Tensor:
-        r"""Product :math:`S^{1/2} J^\top R u` of a batch, ``b x m x k`` to ``p x k``."""
+        r"""Product :math:`S^{1/2} J^\top R u` of a batch, to ``p x k``."""
         root = self.root[self.data.rows_of(batch)]
         return self.std[:, None] * self.data.t_matmul(root @ outputs, batch)
 

@@ -112,8 +112,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ``n x 1`` of 0 and 1 for one logit.
         likelihood: A gpytorch likelihood, shared, not copied. Default by the targets:
             Gaussian, multitask Gaussian, logistic or softmax.
-        parameters: Which weights are random, see :class:`FunctionalNet`. The last layer
-            alone needs a noise from validation data.
+        parameters: Which weights are random, see :class:`FunctionalNet`; also
+            ``"without_normalization"``, which fixes those of normalisation layers. The
+            last layer alone needs a noise from validation data.
         groups: Weights that share a prior variance. Several groups prune layers on a
             trained network; ask for them explicitly.
         g_prior: Scale each weight by the size of its feature on the data, for networks

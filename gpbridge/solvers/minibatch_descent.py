@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gpbridge.checks import check_positive
 from gpbridge.solvers.descent import check_momentum
@@ -58,10 +58,12 @@ class MinibatchDescent:
 
     Memory: about five matrices ``p x k`` and the table of n m k numbers, float64.
 
-    When: for a rough answer. On a CNN for digits (p = 1898, n m = 12970, batches of 32)
-    conjugate gradients need fewer passes to every tolerance, see ``Args``; take
-    :class:`ConjugateGradients`, the default, unless the largest eigenvalue of one batch
-    is of order one, as under a tight prior.
+    Take :class:`ConjugateGradients` instead, the default: measured on a CNN for digits
+    (p = 1898, n m = 12970, 8 draws, one seed), they need 14 passes to a residual of .1
+    and 21 to .01 at the prior variance of most evidence; this solver 101 and more than
+    150, or 40 to .1 with batches of 8 points. Only where the prior is so tight that the
+    curvature of a batch is of order one do they meet (5 and 6 passes to .1, 8 and 9 to
+    .01, at a variance 64 times smaller).
 
     Args:
         tolerance: Residual norm divided by the norm of the right-hand side.
