@@ -39,14 +39,15 @@ class Batch(NamedTuple):
 class DataFeatures:
     r"""The Jacobian J of a network at a data set, as products with many vectors.
 
-    Rows are point-major, output fastest. Forming the features costs about m backward
-    passes per point, once while they fit into the budget. A product with k vectors
-    costs n (k + m) (width)^2 operations per layer.
+    Rows are point-major, output fastest. Chunks are random sets of points, since data
+    may be sorted; rows of products are in the order of the data. Forming the features
+    costs about m backward passes per point, once while they fit into the budget. A
+    product with k vectors costs n (k + m) (width)^2 operations per layer.
 
     Args:
         net: The network, probed.
         X: Inputs ``n x d`` of the network's dtype.
-        memory_budget: Bytes for features that stay.
+        memory_budget: Bytes for features that stay, besides one chunk at work.
         points_per_chunk: Points per chunk; default by their size.
 
     Attributes:

@@ -145,8 +145,8 @@ def _normalization_weights(network: nn.Module) -> set[str]:
     if doubtful:
         raise ValueError(
             "parameters='without_normalization' knows the layers of torch.nn, and "
-            f"cannot tell whether {', '.join(doubtful)} normalise. Name the random weights: "
-            "pass a list of names or a predicate on names."
+            f"cannot tell whether {', '.join(doubtful)} normalise. Name the random "
+            "weights: pass a list of names or a predicate on names."
         )
     return fixed
 

@@ -56,7 +56,8 @@ class MinibatchDescent:
     descent. The error shrinks by a constant factor in about :math:`3 \max_c
     \|P_c\|^2` passes, in which the number of points does not occur.
 
-    Memory: about five matrices ``p x k`` and the table of n m k numbers, float64.
+    Memory: about ten matrices ``p x k``, half of them those of the refinement around
+    every solver, and the table of n m k numbers, all float64.
 
     Take :class:`ConjugateGradients` instead, the default: measured on a CNN for digits
     (p = 1898, n m = 12970, 8 draws, one seed), they need 14 passes to a residual of .1
