@@ -23,6 +23,7 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.layer_features import LayerFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.operators import JacobianOperator
+from gpbridge.partial_products import smallest_eigenvalue
 
 _CHUNK_BYTES = 64 * 2**20  # features of one chunk of points
 _FEW = 8  # points; where fewer fit into a chunk, products go through the network
@@ -263,3 +264,8 @@ class OutputOperator(_LinearModelOperator):
     def _curved(self, rhs: Tensor) -> Tensor:
         outputs = rhs.unflatten(0, (self.root.shape[0], -1))
         return self.to_outputs(self.to_weights(outputs)).flatten(0, 1)
+
+
+@smallest_eigenvalue.register(_LinearModelOperator)
+def _at_least_the_identity(operator: _LinearModelOperator) -> float:
+    return 1.0
