@@ -12,7 +12,8 @@ matrices of the linear model in weights and in outputs. Next: ``linearized/sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +23,32 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.layer_features import LayerFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.operators import JacobianOperator
+from gpbridge.partial_products import smallest_eigenvalue
 
 _CHUNK_BYTES = 64 * 2**20  # features of one chunk of points
 _FEW = 8  # points; where fewer fit into a chunk, products go through the network
+_STREAMED = 256  # points of a chunk that goes through the network, in parts that fit
+
+
+class Batch(NamedTuple):
+    """Points of a chunk, by their places in it."""
+
+    chunk: int
+    part: slice
 
 
 class DataFeatures:
     r"""The Jacobian J of a network at a data set, as products with many vectors.
 
-    Rows are point-major, output fastest. Forming the features costs about m backward
-    passes per point, once while they fit into the budget. A product with k vectors
-    costs n (k + m) (width)^2 operations per layer.
+    Rows are point-major, output fastest. Chunks are random sets of points, since data
+    may be sorted; rows of products are in the order of the data. Forming the features
+    costs about m backward passes per point, once while they fit into the budget. A
+    product with k vectors costs n (k + m) (width)^2 operations per layer.
 
     Args:
         net: The network, probed.
         X: Inputs ``n x d`` of the network's dtype.
-        memory_budget: Bytes for features that stay.
+        memory_budget: Bytes for features that stay, besides one chunk at work.
         points_per_chunk: Points per chunk; default by their size.
 
     Attributes:
@@ -59,11 +70,16 @@ class DataFeatures:
         self.numbers_per_point = size // X.element_size()
         self._streams = size * _FEW > _CHUNK_BYTES
         if points_per_chunk is None:
-            points_per_chunk = max(_FEW, min(_CHUNK_BYTES // size, 1024))
-        starts = range(0, len(X), points_per_chunk)
-        self._chunks = [slice(s, min(s + points_per_chunk, len(X))) for s in starts]
+            fitting = max(_FEW, min(_CHUNK_BYTES // size, 1024))
+            points_per_chunk = _STREAMED if self._streams else fitting
+        # Data may be sorted, by class or by time: chunks are random sets of points.
+        # Rows of products keep the order of the data.
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(X), generator=generator).to(X.device)
+        self._chunks = list(order.split(points_per_chunk))
         self._room = memory_budget
         self._held: dict[int, TangentFeatures] = {}
+        self._last: tuple[Batch, TangentFeatures] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,19 +88,33 @@ class DataFeatures:
 
     @property
     def num_chunks(self) -> int:
-        """The number of chunks that the points are divided into."""
+        """The number of chunks that the points are divided into, at random."""
         return len(self._chunks)
 
-    def rows_of(self, chunk: int) -> slice:
-        """The points of a chunk."""
-        return self._chunks[chunk]
+    def batches(self, size: int) -> list[Batch]:
+        """Random disjoint batches of at most ``size`` points, none across chunks."""
+        found = []
+        for chunk, rows in enumerate(self._chunks):
+            count = -(-len(rows) // size)
+            ends = [len(rows) * i // count for i in range(count + 1)]
+            found += [
+                Batch(chunk, slice(a, b)) for a, b in itertools.pairwise(ends) if b > a
+            ]
+        return found
 
-    def matmul(self, weights: Tensor, chunk: int | None = None) -> Tensor:
-        """Product ``J W``, ``p x k`` to ``n x m x k``, of one chunk or of all."""
-        if chunk is None:
-            parts = [self.matmul(weights, c) for c in range(self.num_chunks)]
-            return torch.cat(parts)
-        features = self._features(chunk)
+    def rows_of(self, batch: Batch) -> Tensor:
+        """The row numbers of the points of a batch, in its order."""
+        return self._chunks[batch.chunk][batch.part]
+
+    def matmul(self, weights: Tensor, batch: Batch | None = None) -> Tensor:
+        """Product ``J W``, ``p x k`` to ``n x m x k``, of one batch or of all."""
+        if batch is None:
+            shape = len(self.X), self.net.num_outputs, weights.shape[-1]
+            result = weights.new_empty(shape)
+            for chunk in self._whole_chunks():
+                result[self.rows_of(chunk)] = self.matmul(weights, chunk)
+            return result
+        features = self._features(batch)
         W = weights.to(self.net.dtype)
         if isinstance(features, JacobianOperator):
             product = features._matmul(W).unflatten(0, (-1, self.net.num_outputs))
@@ -92,39 +122,49 @@ class DataFeatures:
             product = features.matmul(W)
         return product.to(weights.dtype)
 
-    def t_matmul(self, outputs: Tensor, chunk: int | None = None) -> Tensor:
-        """Product ``J' U``, ``n x m x k`` to ``p x k``, of one chunk or of all."""
-        if chunk is None:
+    def t_matmul(self, outputs: Tensor, batch: Batch | None = None) -> Tensor:
+        """Product ``J' U``, ``n x m x k`` to ``p x k``, of one batch or of all."""
+        if batch is None:
             total = outputs.new_zeros(self.net.num_params, outputs.shape[-1])
-            for c, rows in enumerate(self._chunks):
-                total += self.t_matmul(outputs[rows], c)
+            for chunk in self._whole_chunks():
+                total += self.t_matmul(outputs[self.rows_of(chunk)], chunk)
             return total
-        features, U = self._features(chunk), outputs.to(self.net.dtype)
+        features, U = self._features(batch), outputs.to(self.net.dtype)
         if isinstance(features, JacobianOperator):
             product = features._t_matmul(U.flatten(0, 1))
         else:
             product = features.t_matmul(U)
         return product.to(outputs.dtype)
 
-    def __iter__(self) -> Iterator[TangentFeatures | JacobianOperator]:
-        """Features of one chunk after the other."""
-        return (self._features(c) for c in range(self.num_chunks))
+    def _whole_chunks(self) -> list[Batch]:
+        return self.batches(len(self.X))
 
     @torch.no_grad()
     def _form(self, X: Tensor) -> TangentFeatures:
         return tangent_features(self.net, X, self._unit)
 
-    def _features(self, chunk: int) -> TangentFeatures | JacobianOperator:
-        if chunk in self._held:
-            return self._held[chunk]
-        X = self.X[self._chunks[chunk]]
+    def _features(self, batch: Batch) -> TangentFeatures | JacobianOperator:
         if self._streams:
-            return JacobianOperator(X, net=self.net)
-        features = self._form(X)
-        size = _bytes(features)
-        if size <= self._room:
-            self._held[chunk] = features
-            self._room -= size
+            return JacobianOperator(self.X[self.rows_of(batch)], net=self.net)
+        size = len(self._chunks[batch.chunk])
+        whole = range(size)[batch.part] == range(size)
+        if batch.chunk in self._held:
+            held = self._held[batch.chunk]
+            return held if whole else held.take(batch.part)
+        if self._last is not None and self._last[0] == batch:
+            return self._last[1]  # of the product before, that will be transposed
+        self._last = None
+        chunk = Batch(batch.chunk, slice(0, size))
+        needed = self.numbers_per_point * self.X.element_size() * size
+        if whole or needed <= self._room:
+            features = self._form(self.X[self.rows_of(chunk)])
+            if (needed := _bytes(features)) <= self._room:
+                self._held[batch.chunk] = features
+                self._room -= needed
+                return self._features(batch)
+        if not whole:
+            features = self._form(self.X[self.rows_of(batch)])
+        self._last = batch, features
         return features
 
 
@@ -187,16 +227,23 @@ class PrecisionOperator(_LinearModelOperator):
 
     def _curved(self, rhs: Tensor) -> Tensor:
         total = torch.zeros_like(rhs)
-        for chunk in range(self.data.num_chunks):
-            total += self.chunk_product(rhs, chunk)
+        for chunk in self.batches(len(self.root)):
+            total += self.batch_weights(self.batch_outputs(rhs, chunk), chunk)
         return total
 
-    def chunk_product(self, rhs: Tensor, chunk: int) -> Tensor:
-        """The part of one chunk in the product, without the identity."""
-        data, root = self.data, self.root[self.data.rows_of(chunk)]
-        seen = data.matmul(self.std[:, None] * rhs, chunk)
-        pulled = data.t_matmul(root @ (root.mT @ seen), chunk)
-        return self.std[:, None] * pulled
+    def batches(self, size: int) -> list[Batch]:
+        """Random disjoint batches of at most ``size`` points that cover the data."""
+        return self.data.batches(size)
+
+    def batch_outputs(self, omega: Tensor, batch: Batch) -> Tensor:
+        r"""Product :math:`R^\top J S^{1/2} \omega` of a batch, to ``b x m x k``."""
+        root = self.root[self.data.rows_of(batch)]
+        return root.mT @ self.data.matmul(self.std[:, None] * omega, batch)
+
+    def batch_weights(self, outputs: Tensor, batch: Batch) -> Tensor:
+        r"""Product :math:`S^{1/2} J^\top R u` of a batch, to ``p x k``."""
+        root = self.root[self.data.rows_of(batch)]
+        return self.std[:, None] * self.data.t_matmul(root @ outputs, batch)
 
 
 class OutputOperator(_LinearModelOperator):
@@ -217,3 +264,8 @@ class OutputOperator(_LinearModelOperator):
     def _curved(self, rhs: Tensor) -> Tensor:
         outputs = rhs.unflatten(0, (self.root.shape[0], -1))
         return self.to_outputs(self.to_weights(outputs)).flatten(0, 1)
+
+
+@smallest_eigenvalue.register(_LinearModelOperator)
+def _at_least_the_identity(operator: _LinearModelOperator) -> float:
+    return 1.0

@@ -17,6 +17,13 @@ from gpbridge.types import Apply, Params
 
 Parameters = str | Sequence[str] | Callable[[str], bool]
 
+# With weights of their own. By type: what another module does, its name does not tell.
+NORMALIZATIONS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+
 
 class FunctionalNet(FrozenNet):
     r"""A network as a function :math:`f(x, w)` of its random weights and its inputs.
@@ -29,16 +36,19 @@ class FunctionalNet(FrozenNet):
     Args:
         network: Any module that maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or
             ``n``, row by row and without fresh randomness.
-        parameters: Which weights are random: ``"all"``, ``"last_layer"``, names of
-            parameters or of submodules, or a predicate on parameter names. Weights with
-            ``requires_grad=False`` never are; tied weights count once.
+        parameters: Which weights are random: ``"all"``, ``"last_layer"``,
+            ``"without_normalization"`` (all but those of batch, layer, group, instance
+            and RMS normalisation), names of parameters or of submodules, or a predicate
+            on parameter names. Weights with ``requires_grad=False`` never are; tied
+            weights count once.
         input_shape: Shape of one input, to unflatten the ``d`` columns, as (c, h, w).
         freeze: False leaves the weights of the copy trainable, for kernels learned
             through their network.
 
     Raises:
         TypeError: If ``network`` is not a module.
-        ValueError: If no random weight is left or a name is unknown.
+        ValueError: If no random weight is left, a name is unknown, or normalisation is
+            excluded and layers may be a normalisation of another kind.
     """
 
     def __init__(
@@ -90,12 +100,16 @@ def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
     elif parameters == "last_layer":
         owners = [name.rpartition(".")[0] for name in free]
         names = [name for name in free if name.rpartition(".")[0] == owners[-1]]
+    elif parameters == "without_normalization":
+        fixed = _normalization_weights(network)
+        names = [name for name in free if name not in fixed]
     elif callable(parameters):
         names = [name for name in free if parameters(name)]
     elif isinstance(parameters, str):
         raise ValueError(
-            "parameters must be 'all', 'last_layer', a list of names or a predicate, "
-            f"but is {parameters!r}. For one layer pass a list, [{parameters!r}]."
+            "parameters must be 'all', 'last_layer', 'without_normalization', a list "
+            f"of names or a predicate, but is {parameters!r}. For one layer pass a "
+            f"list, [{parameters!r}]."
         )
     else:
         asked = list(parameters)
@@ -114,6 +128,27 @@ def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
             "be random, or select others."
         )
     return names
+
+
+def _normalization_weights(network: nn.Module) -> set[str]:
+    fixed: set[str] = set()
+    doubtful = []
+    for name, module in network.named_modules():
+        own = [
+            f"{name}.{kind}".lstrip(".")
+            for kind, _ in module.named_parameters(recurse=False)
+        ]
+        if isinstance(module, NORMALIZATIONS):
+            fixed.update(own)
+        elif own and "norm" in type(module).__name__.lower():
+            doubtful.append(f"{name} ({type(module).__name__})")
+    if doubtful:
+        raise ValueError(
+            "parameters='without_normalization' knows the layers of torch.nn, and "
+            f"cannot tell whether {', '.join(doubtful)} normalise. Name the random "
+            "weights: pass a list of names or a predicate on names."
+        )
+    return fixed
 
 
 def _belongs(name: str, asked: str) -> bool:

@@ -22,12 +22,12 @@ types
 _version checks storage randomness metrics data distributed
 tracing frozen jacobians probe functional likelihoods targets augmentation plots
 operators partial_products kernel_tiles kernel_operator features layer_signals layer_features layer_gram spectral draws weights prediction
-solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient choice
+solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 prior_draws posterior_draws pathwise models outcomes representers
 sampled: observations covariance persistence state gp paths
-linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference construction training_run noise mean conditioning problem mode evidence posterior calibration state persistence gp paths
+linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit priors log_posterior swa swag ensembles curves subspace dropout sgmcmc variational deep_gp vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare
 acquisition surrogates

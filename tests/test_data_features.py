@@ -9,6 +9,7 @@ from torch import nn
 from gpbridge import data_features
 from gpbridge.data_features import DataFeatures, OutputOperator, PrecisionOperator
 from gpbridge.functional import FunctionalNet
+from gpbridge.partial_products import smallest_eigenvalue
 from tests import oracles
 from tests.cases import every_net
 
@@ -95,3 +96,37 @@ def test_the_two_matrices_of_the_linear_model(n, m):
         assert operator.shape == dense.shape
         torch.testing.assert_close(operator @ eye, eye + dense, **EXACT)
         torch.testing.assert_close(operator @ eye[0], (eye + dense)[0], **EXACT)
+        bound = smallest_eigenvalue(operator)  # a preconditioner's shift
+        assert 0 < bound <= torch.linalg.eigvalsh(eye + dense)[0] * (1 + 1e-12)
+
+
+def test_a_product_with_the_precision_forms_what_is_not_held_once(monkeypatch):
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    net, X = FunctionalNet(network), random(9, 2)
+    net.probe(X)
+    data = DataFeatures(net, X, 0.0, points_per_chunk=3)
+    operator = PrecisionOperator(random(9, 2, 2), random(net.num_params), data)
+    formed, form = [], data._form
+    monkeypatch.setattr(data, "_form", lambda x: formed.append(len(x)) or form(x))
+    operator @ random(net.num_params, 2)
+    assert formed == [3, 3, 3]
+
+
+@pytest.mark.parametrize("budget", [0.0, 2**30])
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_batches_are_disjoint_parts_that_add_up(budget, size):
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    net, X = FunctionalNet(network), random(9, 2)
+    net.probe(X)
+    data = DataFeatures(net, X, budget, points_per_chunk=4)
+    J, W, U = oracles.jacobian(network, X), random(net.num_params, 3), random(9, 2, 3)
+    total, seen = torch.zeros_like(W), []
+    for batch in data.batches(size):
+        rows = data.rows_of(batch)
+        assert 1 <= len(rows) <= size
+        seen += rows.tolist()
+        torch.testing.assert_close(data.matmul(W, batch), J[rows] @ W, **EXACT)
+        total += data.t_matmul(U[rows], batch)
+    assert sorted(seen) == list(range(9)) and seen != sorted(seen)
+    expected = torch.einsum("nmp,nmk->pk", J, U)
+    torch.testing.assert_close(total, expected, **EXACT)

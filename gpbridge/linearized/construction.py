@@ -1,8 +1,8 @@
 """What the constructor of a linearised GP measures, chooses and refuses.
 
 In: the user's network, data, transforms. Out: a frozen network in the working
-precision, transformed inputs, targets and their likelihood, feature scales of a
-g-prior, bounds of the prior variance. Next: ``gp``.
+precision, transformed inputs, targets and their likelihood, bounds of the prior
+variance. Next: ``gp``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from gpbridge.checks import (
     check_same_dtype,
     check_tensor,
 )
+from gpbridge.features import flat_std
 from gpbridge.functional import FunctionalNet, Parameters
-from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import hessian_root, is_gaussian
+from gpbridge.likelihoods import is_gaussian
+from gpbridge.linearized.g_prior import feature_squares
 from gpbridge.linearized.inference import Exact, Sampled
-from gpbridge.prediction import apply_root
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
 
 _ROWS = 200  # training points on which the size of the kernel is measured
-_DEAD = 1e-20  # squared size of a feature, of the largest, below which it is dead
 
 
 def check_data(network: nn.Module, train_X: Tensor, train_Y: Tensor) -> None:
@@ -174,43 +173,32 @@ def prepare_targets(
 
 
 @torch.no_grad()
-def feature_scale(net: FunctionalNet, Z: Tensor, likelihood: Likelihood) -> Tensor:
-    r"""Scale of each weight under a g-prior, ``p``.
-
-    .. math:: s_i = \Big( \sum_n (J_n^\top R_n R_n^\top J_n)_{ii} \Big)^{-1/2}
-
-    with R = I for Gaussian noise, whose size the prior variance absorbs. Weights whose
-    feature vanishes on the data get scale 0: dividing by a small floor would make them
-    the largest.
-    """
-    Z = Z.to(net.dtype)
-    root = None
-    if not is_gaussian(likelihood):
-        root = hessian_root(likelihood, net(Z).double())
-    one = {name: Z.new_ones(()) for name in net.params}
-    total = 0.0
-    for start in range(0, len(Z), 64):
-        J = tangent_features(net, Z[start : start + 64], one).rows().double()
-        if root is not None:
-            J = apply_root(root[start : start + 64].mT, J)
-        total = total + J.square().sum(0)
-    alive = total > _DEAD * total.max()
-    tiny = torch.finfo(total.dtype).tiny
-    return torch.where(alive, total.clamp_min(tiny).rsqrt(), 0.0).to(net.dtype)
-
-
-@torch.no_grad()
 def prior_variance_bounds(
-    net: FunctionalNet, Z: Tensor, unit_std: dict[str, Tensor], targets: Tensor | None
+    net: FunctionalNet,
+    Z: Tensor,
+    unit_std: dict[str, Tensor],
+    targets: Tensor | None,
+    g_prior: bool | int,
 ) -> LogTransformedInterval:
     """Bounds in units of the targets' power over the kernel's mean diagonal.
+
+    Args:
+        net: The network, probed.
+        Z: Inputs ``n x d``.
+        unit_std: Prior standard deviations at unit variance.
+        targets: Of Gaussian noise, else None.
+        g_prior: A number estimates the diagonal by as many probes, as the g-prior.
+
+    Returns:
+        The bounds.
 
     Raises:
         ValueError: If the kernel vanishes on the data.
     """
-    rows = Z[:: max(1, len(Z) // _ROWS)].to(net.dtype)
-    blocks = tangent_features(net, rows, unit_std).blocks()
-    size = float(blocks.diagonal(dim1=-2, dim2=-1).mean())
+    rows = Z[:: max(1, len(Z) // _ROWS)]
+    squares = feature_squares(net, rows, None, g_prior, float("inf"))
+    variance = flat_std(net, unit_std).double().square()
+    size = float(squares @ variance) / (len(rows) * net.num_outputs)
     if not size > 0:
         raise ValueError(
             "The tangent kernel is zero on the training inputs: every random weight "

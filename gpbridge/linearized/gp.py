@@ -56,7 +56,6 @@ from gpbridge.linearized.conditioning import (
 )
 from gpbridge.linearized.construction import (
     check_data,
-    feature_scale,
     fixed_inputs,
     freeze_network,
     outputs_at,
@@ -64,6 +63,7 @@ from gpbridge.linearized.construction import (
     prior_variance_bounds,
 )
 from gpbridge.linearized.evidence import evidence
+from gpbridge.linearized.g_prior import check_g_prior, feature_scale
 from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.labels import label_distribution
 from gpbridge.linearized.mean import prior_mean
@@ -112,12 +112,15 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             ``n x 1`` of 0 and 1 for one logit.
         likelihood: A gpytorch likelihood, shared, not copied. Default by the targets:
             Gaussian, multitask Gaussian, logistic or softmax.
-        parameters: Which weights are random, see :class:`FunctionalNet`. The last layer
-            alone needs a noise from validation data.
+        parameters: Which weights are random, see :class:`FunctionalNet`; also
+            ``"without_normalization"``, which fixes those of normalisation layers. The
+            last layer alone needs a noise from validation data.
         groups: Weights that share a prior variance. Several groups prune layers on a
             trained network; ask for them explicitly.
         g_prior: Scale each weight by the size of its feature on the data, for networks
-            whose weight scale is arbitrary. Forces ``offset=False``.
+            whose weight scale is arbitrary, as in front of a normalisation layer.
+            True sums exactly, by m backward passes per point; a number K estimates by
+            as many. Forces ``offset=False``.
         offset: Centre the prior of the weights at zero for the tangent at the trained
             weights. Without, the process has mean zero. Gaussian noise only: other
             likelihoods take the problem without offset.
@@ -157,7 +160,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         *,
         parameters: Parameters = "all",
         groups: Groups = "all",
-        g_prior: bool = False,
+        g_prior: bool | int = False,
         offset: bool = True,
         mean: str = "auto",
         noise: str | float = "learn",
@@ -172,6 +175,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         check_data(network, train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
+        check_g_prior(g_prior)
         if not isinstance(inference, Exact | Sampled):
             raise TypeError(
                 "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but "
@@ -199,11 +203,15 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             self.input_transform = input_transform
         if outcome_transform is not None:
             self.outcome_transform = outcome_transform
-        net.set_weight_scale(feature_scale(net, Z, likelihood) if g_prior else None)
+        if g_prior:
+            budget = inference.memory_budget
+            scale = feature_scale(net, Z, likelihood, g_prior, budget)
+        net.set_weight_scale(scale if g_prior else None)
         self.covar_module = NeuralTangentKernel(net, groups=groups).to(train_X.device)
         self.mean_module = prior_mean(net, self.offset)
         unit_std = self.covar_module.unit_std()
-        bounds = prior_variance_bounds(net, Z, unit_std, targets if gaussian else None)
+        power = targets if gaussian else None
+        bounds = prior_variance_bounds(net, Z, unit_std, power, g_prior)
         self.covar_module.register_constraint(
             "raw_prior_variance", bounds, replace=True
         )

@@ -18,21 +18,13 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory
-from gpbridge.data_features import DataFeatures
 from gpbridge.features import DenseFeatures, TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
 from gpbridge.linearized.inference import Exact, Sampled
-from gpbridge.linearized.sampled_mode import SampledMode, find_mode_by_products
-from gpbridge.linearized.sampling import (
-    BaseDraws,
-    SampledStrategy,
-    SampledWeights,
-    draw_base,
-    solve_draws,
-)
+from gpbridge.linearized.sampled_problem import SampledProblem
 from gpbridge.matrix_free import MatrixFreeStrategy
 from gpbridge.prediction import (
     FunctionSpaceStrategy,
@@ -44,12 +36,11 @@ from gpbridge.prediction import (
 )
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.spectral import GaussianSpectrum
-from gpbridge.types import Solver
 
 _CHUNK_BYTES = 64 * 2**20  # dense features held at a time while they are summed up
 
 
-class TangentProblem:
+class TangentProblem(SampledProblem):
     """Data, likelihood and prior of a linear model, with caches at unit variance.
 
     Args:
@@ -103,10 +94,6 @@ class TangentProblem:
         # Kept for ``evidence``: what an eigendecomposition left, and whether it pays.
         self.noise_spectrum: GaussianSpectrum | None = None
         self.evaluations = 0
-        # Kept by ``Sampled`` inference: products, randomness, and the last solution.
-        self._data: DataFeatures | None = None
-        self._base: BaseDraws | None = None
-        self._draws: SampledWeights | None = None
 
     @property
     def size(self) -> int:
@@ -301,9 +288,7 @@ class TangentProblem:
         """Condition the linear model, at the roots R of the network's outputs."""
         inference = self.inference
         if isinstance(inference, Sampled):
-            draws = self.draws(prior_variance)
-            root, solver = self.root().detach(), inference.solver
-            return SampledStrategy(self.data, root, draws.std, draws, solver)
+            return self.sampled_strategy(prior_variance)
         with torch.no_grad():
             std = self.scaled_std(prior_variance)
             too_large = self.bytes_needed > inference.memory_budget
@@ -320,57 +305,6 @@ class TangentProblem:
             precision = self.precision() * scale * scale[:, None]
             batches = self.batches(unit=False, std=std)
             return WeightSpaceStrategy(batches, self.num_params, precision)
-
-    # -- sampled inference ----------------------------------------------------------
-
-    @property
-    def data(self) -> DataFeatures:
-        """Products with the Jacobian at the data."""
-        if self._data is None:
-            budget = self.inference.memory_budget
-            self._data = DataFeatures(self.net, self.X, budget)
-        return self._data
-
-    @property
-    def base(self) -> BaseDraws:
-        """The standard normals of every draw."""
-        if self._base is None:
-            generator = torch.Generator().manual_seed(self.inference.seed)
-            self._base = draw_base(self.data, self.inference.num_samples, generator)
-        return self._base
-
-    def flat_prior_std(self, prior_variance: Tensor) -> Tensor:
-        """Prior standard deviation of each weight, ``p``, float64, detached."""
-        return self.unit_scale() * self.expand(prior_variance.detach().double().sqrt())
-
-    def draws(
-        self, prior_variance: Tensor, solver: Solver | None = None
-    ) -> SampledWeights:
-        """Posterior draws of the weights, started from those of the last call."""
-        self._draws = solve_draws(
-            self.data,
-            self.root().detach(),
-            self.flat_prior_std(prior_variance),
-            self.base,
-            self.inference.solver if solver is None else solver,
-            self._draws,
-            self.space == "function",
-        )
-        return self._draws
-
-    def mode_by_products(
-        self, prior_variance: Tensor, start: Tensor | None = None
-    ) -> SampledMode:
-        """The optimum of the linear model, without a matrix of the data."""
-        return find_mode_by_products(
-            self.data,
-            self.likelihood,
-            self.Y,
-            self.prior_mean,
-            self.flat_prior_std(prior_variance),
-            self.inference.solver,
-            start,
-        )
 
 
 class _Batches:

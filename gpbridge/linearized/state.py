@@ -62,7 +62,7 @@ class TangentState:
     inference: Exact | Sampled
     select: str | None
     offset: bool
-    g_prior: bool
+    g_prior: bool | int
     parameters_option: Parameters
     fit_result: FitResult | None
     _num_outputs: int  # of the network

@@ -20,6 +20,7 @@ from gpbridge.solvers.choice import choose_solver
 from gpbridge.solvers.cholesky import Cholesky
 from gpbridge.solvers.conjugate_gradients import ConjugateGradients
 from gpbridge.solvers.dual_descent import StochasticDualDescent
+from gpbridge.solvers.minibatch_descent import MinibatchDescent
 from gpbridge.solvers.preconditioners import (
     nystrom_preconditioner,
     pivoted_cholesky_preconditioner,
@@ -32,6 +33,7 @@ __all__ = [
     "AlternatingProjections",
     "Cholesky",
     "ConjugateGradients",
+    "MinibatchDescent",
     "Progress",
     "SketchAndProject",
     "StochasticDualDescent",

@@ -11,7 +11,11 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.checks import check_choice, check_positive
-from gpbridge.partial_products import has_cheap_columns, precision
+from gpbridge.partial_products import (
+    has_cheap_columns,
+    precision,
+    smallest_eigenvalue,
+)
 from gpbridge.solvers.factors import raise_indefinite
 from gpbridge.solvers.preconditioners import (
     Preconditioner,
@@ -153,7 +157,8 @@ class ConjugateGradients:
             inverse = torch.clone
         elif kind == "nystrom":
             system.passes += 1.0
-            inverse = nystrom_preconditioner(operator, rank, seed=self.seed)
+            shift = smallest_eigenvalue(operator)
+            inverse = nystrom_preconditioner(operator, rank, shift, self.seed)
         else:
             system.passes += rank / operator.shape[-1]
             inverse = pivoted_cholesky_preconditioner(operator, rank, self.seed)

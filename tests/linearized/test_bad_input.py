@@ -117,7 +117,7 @@ DATA = {
     "parameters-name": ({"parameters": ["3"]}, ValueError,
         r"parameters names \['3'\], which the network does not have. It has \['0.weig"),
     "parameters-word": ({"parameters": "first"}, ValueError,
-        r"must be 'all', 'last_layer', a list of names or a predicate, but is 'first'"),
+        r"must be 'all', 'last_layer', 'without_normalization', .*, but is 'first'"),
     "37-no-weight-left": ({"parameters": lambda name: False}, ValueError,
         r"no random weight left: 4 parameters, 4 of them with requires_grad, none sel"),
     "inference-word": ({"inference": "exact"}, TypeError,
