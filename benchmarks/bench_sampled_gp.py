@@ -37,7 +37,7 @@ from torch import Generator, Tensor
 
 from gpbridge import SampledGP, metrics
 from gpbridge.data import load_uci, standardize
-from gpbridge.kernel_operator import covariance_operator
+from gpbridge.kernel_operator import covariance_operator, solving_operator
 from gpbridge.partial_products import exact_products
 from gpbridge.prior_draws import draw_prior
 from gpbridge.representers import Data, right_hand_sides
@@ -330,7 +330,7 @@ def passes_at(n: int, passes: int, samples: int, device: str) -> None:
     solver = SketchAndProject(1e-9, max_passes=passes, callback=record)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solution = solver(covariance_operator(kernel, X, noise), rhs)
+        solution = solver(solving_operator(kernel, X, noise), rhs)
     each = (times[-1] - times[0]) / len(residuals)
     row(n, each, 1e9 * each / n**2, ", ".join(residuals), solution.residual_norm)
 
@@ -419,7 +419,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("GPBRIDGE_DATA"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--scaling-sizes", type=int, nargs="+", default=(25000, 50000))
+    parser.add_argument(
+        "--scaling-sizes",
+        type=int,
+        nargs="+",
+        default=(25_000, 50_000, 100_000, 200_000),
+    )
     parser.add_argument("--mll-sizes", type=int, nargs="+", default=(1000, 13500))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     names = ("exact", "cg", "scaling", "mll")

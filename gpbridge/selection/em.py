@@ -159,7 +159,7 @@ class SampleBasedEM:
         draws = problem.draws(before)
         per_output = self._squares_seen(draws)  # m x s
         dimension = self._dimensions(draws, per_output)  # groups x s
-        gamma = dimension.mean(-1)
+        gamma = self._limited(dimension.mean(-1))
         noise = self._noise_variance()
         error = dimension.std(-1) / dimension.shape[-1] ** 0.5
         self.history.append(
@@ -202,18 +202,24 @@ class SampleBasedEM:
         return (problem.root().detach().mT @ moved).square().sum(0)
 
     def _dimensions(self, draws: SampledWeights, per_output: Tensor) -> Tensor:
-        """The same per group, ``groups x s``, within what the data can determine."""
+        """The same per group, ``groups x s``; one draw may be beyond the limit."""
         problem, omega = self._problem, draws.omega
         total = per_output.sum(0)[None]  # 1 x s
-        limit = float(min(problem.num_params, problem.outputs.numel()))
         if len(problem.groups) == 1:
-            return total.clamp(1e-6, limit)
+            return total
         # No sum of squares tells groups apart: what the draws of each group lost.
         sizes = self._squares(torch.ones_like(omega[:, :1]))
         lost = sizes - self._squares(omega)
         share = lost.mean(-1, keepdim=True).clamp(min=1e-3)
         share = torch.minimum(share, sizes)
-        return share / share.sum() * total.clamp(1e-6, limit)
+        return share / share.sum() * total
+
+    def _limited(self, dimension: Tensor) -> Tensor:
+        """Within what the data can determine."""
+        problem = self._problem
+        limit = min(problem.num_params, problem.outputs.numel())
+        total = dimension.sum()
+        return dimension * (total.clamp(1e-6, limit) / total.clamp_min(1e-300))
 
     def _clamped(self, variance: Tensor) -> Tensor:
         bounds = self.model.covar_module.raw_prior_variance_constraint

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gpbridge.checks import NotConvergedWarning, ShapeError, check_finite
 from gpbridge.partial_products import exact_products, full_precision, precision
-from gpbridge.solvers.factors import IndefiniteError
+from gpbridge.solvers.factors import IndefiniteError, raise_indefinite
 from gpbridge.types import Solution
 
 Steps = Generator[tuple[Tensor, Tensor], Tensor | None, None]
@@ -33,6 +33,7 @@ Steps = Generator[tuple[Tensor, Tensor], Tensor | None, None]
 is sent the columns that stay."""
 
 _PATIENCE = 50  # passes in low precision that do not halve the residual
+_NEGATIVE = 1e-6  # cosine between v and H v that is not round-off
 _MARGIN = 0.9  # estimates must be this much below what the exact residual must be
 
 
@@ -265,11 +266,20 @@ class _Run:
             self.diverged = True
             return
         residual = self.exact_residual(value)
+        self.check_curvature(value, self.rhs - self.norms * residual)
         relative = residual.norm(dim=-2)
         better = (relative < self.relative)[..., None, :]
         self.value = torch.where(better, value, self.value)
         self.residual = torch.where(better, residual, self.residual)
         self.relative = self.residual.norm(dim=-2)
+
+    def check_curvature(self, value: Tensor, product: Tensor) -> None:
+        """A direction v with negative v'Hv is proof that no pass will help."""
+        curvature = (value * product).sum(-2)
+        size = value.norm(dim=-2) * product.norm(dim=-2)
+        if bool((curvature < -_NEGATIVE * size).any()):
+            share = (curvature / size.clamp_min(1e-300)).min().item()
+            raise_indefinite(f"a direction of curvature {share:.1e}")
 
     def count(self) -> None:
         previous = self.passes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpbridge.checks import check_positive
 from gpbridge.partial_products import (
+    diagonal,
     principal_block,
     row_products,
     smallest_eigenvalue,
@@ -24,9 +25,11 @@ from gpbridge.types import Solution
 _POWER_STEPS = 10
 _SAFETY = 0.9  # power iteration comes from below, so that the step would be too long
 
-# Strong convexity that momentum counts on, in units of its upper limit. The published
-# rule, noise over the amplitude of the kernel, is not known of every operator.
+# Strong convexity that momentum counts on, in units of its upper limit: with factors of
+# the blocks, and with approximations where the published rule, noise over the amplitude
+# of the kernel, is not known of the operator.
 _CONVEXITY = 0.3
+_LOW_CONVEXITY = 0.03
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class SketchAndProject:
         blocks = n / b
         shift = smallest_eigenvalue(operator)
         mu = _CONVEXITY / blocks
+        if self.rank is not None and self.rank < b:
+            mu = _LOW_CONVEXITY / blocks
+            amplitude = diagonal(operator).max().item() - shift
+            if shift > 0 and amplitude > 0:
+                mu = min(max(shift / amplitude, 0.1 * mu), 1 / blocks)
         beta = 1 - (mu / blocks) ** 0.5
         gamma = 1 / (mu * blocks) ** 0.5
         alpha = 1 / (1 + gamma * blocks)

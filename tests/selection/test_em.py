@@ -96,11 +96,6 @@ def test_few_draws_know_the_effective_dimension_as_well_as_stated():
     assert in_outputs.std() < draws.omega.square().sum(0).std()  # as in weights
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Each draw is clamped to the number of data, and not their mean, which is a "
-    "third too small where three points determine three weights.",
-)
 def test_the_effective_dimension_is_unbiased_where_it_is_near_its_limit():
     X = inputs(3, seed=2)
     options = {"X": X, "Y": targets("gaussian", X)}

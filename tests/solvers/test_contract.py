@@ -247,16 +247,10 @@ def test_an_indefinite_operator_is_named(solver):
         solver(negative, b)
 
 
-SEES_BLOCKS = "Blocks of rows may be definite where the whole is not: the run ends in "
-SEES_BLOCKS += "NotConvergedWarning, whose remedy is more passes."
-
-
 @pytest.mark.parametrize(
     "solver",
     [
-        pytest.param(solver, marks=pytest.mark.xfail(strict=True, reason=SEES_BLOCKS))
-        if name in ("AlternatingProjections", "StochasticDualDescent")
-        else solver
+        solver
         for name, solver in SOLVERS.items()
         if name != "StochasticGradientDescent"  # on H squared, which is definite
     ],

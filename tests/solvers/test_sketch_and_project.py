@@ -65,11 +65,6 @@ def test_acceleration_pays_in_the_published_setting(published):
     assert bool((fast < torch.tensor([0.9, 0.8]) * plain).all())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="With a rank, momentum counts on a convexity of 0.3 / blocks and not on the "
-    "noise over the amplitude: 1.3 and 1.4 times instead of 2.6 and 7.6.",
-)
 @pytest.mark.slow
 def test_acceleration_with_a_rank_gains_what_is_published(published):
     # Reference: 2.6 times at 20 passes, 7.6 at 100, one seed.
