@@ -7,7 +7,6 @@ Next: ``linearized.gp`` calls these functions in its constructor.
 
 from __future__ import annotations
 
-import warnings
 from functools import singledispatch
 
 import torch
@@ -29,6 +28,7 @@ from gpbridge.checks import (
     check_not_empty,
     check_positive,
     check_tensor,
+    warn_user,
 )
 from gpbridge.likelihoods import (
     GAUSSIAN,
@@ -233,13 +233,12 @@ def warn_if_logits(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
     probit = float(-log_prob(likelihood, f, y).mean())
     logistic = float(-log_prob(LogisticLikelihood(), f, y).mean())
     if probit > logistic + 1e-3:
-        warnings.warn(
+        warn_user(
             "BernoulliLikelihood is the probit link, under which the labels cost "
             f"{probit:.3f} nats each, against {logistic:.3f} if the network's outputs "
             "are logits. After training with cross entropy pass "
             "gpbridge.likelihoods.LogisticLikelihood().",
             UserWarning,
-            stacklevel=3,
         )
 
 
@@ -252,13 +251,12 @@ def warn_if_one_hot(train_Y: Tensor, name: str = "train_Y") -> None:
         return
     if bool(((train_Y == 0) | (train_Y == 1)).all() and (train_Y.sum(-1) == 1).all()):
         m = train_Y.shape[-1]
-        warnings.warn(
+        warn_user(
             f"Every row of {name} is one-hot, yet floats without a likelihood make a "
             f"regression of {m} outputs. For a classifier pass {name}.argmax(-1); to "
             f"keep the regression pass likelihood=MultitaskGaussianLikelihood({m}, "
             "rank=0).",
             UserWarning,
-            stacklevel=4,
         )
 
 

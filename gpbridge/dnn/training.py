@@ -8,7 +8,6 @@ Next: ``fit`` wraps it so that nothing of the caller's is changed.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gpbridge.checks import warn_user
 from gpbridge.dnn.objective import Objective, evaluate
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
@@ -115,11 +115,10 @@ def descend(
             raise
         done = len(history["train_loss"])
         which = "best" if best_state is not None else "last"
-        warnings.warn(
+        warn_user(
             f"Training was interrupted after {done} of {epochs} epochs; the {which} "
             "weights so far are returned.",
             RuntimeWarning,
-            stacklevel=3,
         )
     finally:
         bar.close()

@@ -12,14 +12,13 @@ Next: ``predictive`` applies the links to any likelihood of labels.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from linear_operator.utils.errors import NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from gpbridge.checks import ShapeError, check_positive
+from gpbridge.checks import ShapeError, check_positive, warn_user
 from gpbridge.randomness import standard_normal
 
 JITTERS = (1e-5, 1e-4, 1e-3, 1e-2)  # relative to the mean diagonal
@@ -283,11 +282,10 @@ def _jittered_root(S: Tensor) -> Tensor:
         if not failed.any():
             return root
         if larger is not None:
-            warnings.warn(
+            warn_user(
                 f"The covariance of {int(failed.sum())} points needs a jitter of "
                 f"{larger} of its mean diagonal for Monte Carlo.",
                 NumericalWarning,
-                stacklevel=3,
             )
             jitter = torch.where(failed, larger, jitter)
     raise NotPSDError(

@@ -12,7 +12,6 @@ Next: ``evidence`` evaluates the Laplace approximation there.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpbridge.checks import NotConvergedWarning
+from gpbridge.checks import NotConvergedWarning, warn_user
 from gpbridge.likelihoods import is_gaussian, residual
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.prediction import apply_root, factorise, whiten
@@ -251,10 +250,9 @@ def _conjugate_gradients(
 
 
 def _warn_not_converged(value: Tensor) -> None:
-    warnings.warn(
+    warn_user(
         "The optimum of the linear model was not reached by Newton's method in up to "
         f"{_STEPS} steps (log joint density {value:.6g}). The evidence is not exact; "
         "the prior variance may be extreme, or the labels separable without noise.",
         NotConvergedWarning,
-        stacklevel=3,
     )

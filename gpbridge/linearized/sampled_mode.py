@@ -21,7 +21,7 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
-from gpbridge.checks import NotConvergedWarning
+from gpbridge.checks import NotConvergedWarning, warn_user
 from gpbridge.data_features import DataFeatures, PrecisionOperator
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob, residual
 from gpbridge.solvers import ConjugateGradients
@@ -105,11 +105,10 @@ def find_mode_by_products(
         gain, value = new - value, new
         if gain <= _TOLERANCE * (1 + abs(value)):
             return SampledMode(values, omega)
-    warnings.warn(
+    warn_user(
         f"The optimum of the linear model was not reached in {_STEPS} Newton steps: "
         f"the last one gained {gain:.2g} nats of {value:.6g}. The prior variance may "
         "be extreme, or the labels separable without noise.",
         NotConvergedWarning,
-        stacklevel=2,
     )
     return SampledMode(values, omega)

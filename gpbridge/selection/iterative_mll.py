@@ -36,6 +36,7 @@ from gpbridge.checks import (
     NotConvergedWarning,
     check_choice,
     check_positive,
+    warn_user,
 )
 from gpbridge.kernel_operator import quadratic_form, working_dtype
 from gpbridge.posterior_draws import mean_values, solve_columns
@@ -192,12 +193,11 @@ def fit_iterative(
     model._forget()
     model._initial = ascent.value if ascent.own else None
     if not solution.converged:
-        warnings.warn(
+        warn_user(
             f"The solve of the last step ended at a relative residual of "
             f"{solution.residual_norm:.1e} after {solution.passes:.3g} passes. Give "
             "the solver more passes, or take more steps.",
             NotConvergedWarning,
-            stacklevel=2,
         )
     return fit
 

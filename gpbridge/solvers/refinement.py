@@ -12,7 +12,6 @@ In: an operator, right-hand sides and a generator of steps. Out: a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,12 @@ from linear_operator import LinearOperator, to_linear_operator
 from torch import Tensor
 from tqdm import tqdm
 
-from gpbridge.checks import NotConvergedWarning, ShapeError, check_finite
+from gpbridge.checks import (
+    NotConvergedWarning,
+    ShapeError,
+    check_finite,
+    warn_user,
+)
 from gpbridge.partial_products import exact_products, full_precision, precision
 from gpbridge.solvers.factors import IndefiniteError, raise_indefinite
 from gpbridge.types import Solution
@@ -326,13 +330,12 @@ def check_system(
 def warn_not_converged(solver: Any, solution: Solution, diverged: bool = False) -> None:
     """Say how far a solver came, and what to do."""
     how = "diverged" if diverged else "stopped"
-    warnings.warn(
+    warn_user(
         f"{solver.name} {how} after {solution.iterations} iterations "
         f"({solution.passes:.1f} passes over the matrix) at a relative residual of "
         f"{solution.residual_norm:.1e}, and not {solver.tolerance:.1e}. "
         f"{solver.remedy}",
         NotConvergedWarning,
-        stacklevel=4,
     )
 
 

@@ -66,7 +66,7 @@ def exact_gradients(model, X, Y):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("estimator", ["pathwise", "standard"])
 def test_probes_that_have_their_law_exactly_give_the_gradient_exactly(estimator, m):
-    X, model = points(40), build(m=m)
+    X, model = points(40), build(m=m, compute_dtype=torch.float64)
     Y, n = targets(X, m), len(X)
     exact = exact_gradients(model, X, Y)
     H = oracles.matern(X, X, 0.5, 1.5, 0.75) + 0.125 * torch.eye(n).double()
