@@ -215,7 +215,8 @@ class _Run:
         return short.reshape(-1, short.shape[-1]).any(0)
 
     def exhausted(self) -> bool:
-        return self.passes >= self.limits[0] or self.iterations >= self.limits[1]
+        # Shares of a pass need not add up to one exactly.
+        return self.passes > self.limits[0] - 1e-6 or self.iterations >= self.limits[1]
 
     def round(self, wanting: Tensor) -> None:
         todo = wanting.nonzero()[:, 0]
