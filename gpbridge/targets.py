@@ -34,6 +34,7 @@ from gpbridge.likelihoods import (
     GAUSSIAN,
     LogisticLikelihood,
     check_label_model,
+    is_gaussian,
     log_prob,
     noise_covariance,
     refuse,
@@ -220,6 +221,23 @@ def _(likelihood, Y, num_outputs, num_rows, dtype=None, name="train_Y"):
     check_finite(**{name: labels})
     check_binary(labels, name)
     return labels.to(dtype or torch.get_default_dtype())
+
+
+def check_not_probabilities(likelihood: Likelihood, f: Tensor) -> None:
+    """Require logits of a softmax likelihood, where rows ``n x m`` sum to one.
+
+    Raises:
+        ValueError: If the outputs are the probabilities of a softmax already.
+    """
+    if is_gaussian(likelihood) or f.shape[-1] < 2:
+        return
+    sums = (f.sum(-1) - 1).abs().max()
+    if bool((f >= 0).all()) and bool(sums < 1e-4):
+        raise ValueError(
+            "The network must return logits, but its outputs are positive and sum to "
+            "one at every training point, as those of a softmax do. Leave out its last "
+            "layer, nn.Softmax; nn.LogSoftmax may stay."
+        )
 
 
 def warn_if_logits(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:

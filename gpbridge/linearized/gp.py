@@ -80,7 +80,11 @@ from gpbridge.outcomes import (
     target_distribution,
 )
 from gpbridge.randomness import fresh
-from gpbridge.targets import check_targets, warn_if_logits
+from gpbridge.targets import (
+    check_not_probabilities,
+    check_targets,
+    warn_if_logits,
+)
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Evidence, FitResult
 
@@ -221,6 +225,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             self._apply_noise_option(targets - outputs.to(targets))
         else:
             check_no_noise(noise, likelihood)
+            check_not_probabilities(likelihood, outputs)
             warn_if_logits(likelihood, outputs.to(Z), targets)
         self.fitted: str | None = None
         self.calibration: Calibration | None = None

@@ -221,6 +221,15 @@ def test_one_hot_rows_are_announced_as_a_regression():
     LinearizedGP(network(3), X, rows)
 
 
+def test_a_network_that_ends_in_a_softmax():
+    torch.manual_seed(0)
+    logits = nn.Sequential(nn.Linear(X.shape[-1], 5), nn.Tanh(), nn.Linear(5, 3))
+    logits.double()
+    with pytest.raises(ValueError, match=r"must return logits.*nn\.Softmax"):
+        LinearizedGP(nn.Sequential(logits, nn.Softmax(-1)), X, LABELS)
+    LinearizedGP(nn.Sequential(logits, nn.LogSoftmax(-1)), X, LABELS)
+
+
 def test_noise_that_has_no_variance_per_output():
     with pytest.raises(TypeError, match="cannot be set to one variance per output"):
         LinearizedGP(network(2), X, torch.cat([Y, Y], -1), multitask(1), noise=0.1)
