@@ -102,3 +102,19 @@ class WeightDraws(nn.Module):
                 ]
             )
         return values.to(X.dtype)
+
+
+class JoinedDraws(nn.Module):
+    """Draws of several kinds, one after the other.
+
+    Args:
+        parts: Functions of X with outputs of one width.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        return torch.cat([part(X) for part in self.parts])

@@ -1,0 +1,148 @@
+"""Weights as a Gaussian, as a set and as a mixture, against dense formulas."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from botorch.exceptions.errors import InputDataError
+from torch import nn
+from torch.distributions import LowRankMultivariateNormal
+
+from gpbridge.checks import ShapeError
+from gpbridge.functional import FunctionalNet
+from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.weights import EmpiricalWeights, GaussianWeights, MixtureWeights
+from tests import oracles_sampling as oracles
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    return FunctionalNet(network)
+
+
+def gaussian(net, k=3, seed=0):
+    p = net.num_params
+    variance = 0.5 + torch.rand(p, generator=seeded(seed), dtype=torch.float64)
+    root = random(p, k, seed=seed) if k else None
+    return GaussianWeights(net, random(p, seed=seed + 1), variance, root)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_moments_and_densities_are_those_of_the_dense_gaussian(net, k):
+    weights = gaussian(net, k)
+    U = weights.root if k else torch.zeros(net.num_params, 1).double()
+    dense = torch.diag(weights.variance) + U @ U.mT
+    torch.testing.assert_close(weights.covariance.to_dense(), dense)
+    exact = LowRankMultivariateNormal(weights.mean, U, weights.variance)
+    for shape in ((), (4,), (2, 3)):
+        w = random(*shape, net.num_params, seed=5)
+        torch.testing.assert_close(weights.log_prob(w), exact.log_prob(w))
+    drawn = weights.sample_weights(4000, seeded(3))
+    assert oracles.covariance_errors(drawn - weights.mean, dense).abs().max() < 5
+    error = (drawn.mean(0) - weights.mean) / (dense.diagonal() / 4000).sqrt()
+    assert error.abs().max() < 4.5
+
+
+def test_a_temperature_scales_the_covariance(net):
+    weights = gaussian(net)
+    half = weights.temper(0.25)
+    torch.testing.assert_close(
+        half.covariance.to_dense(), 0.25 * weights.covariance.to_dense()
+    )
+    base, scaled = (w.sample_weights(3, seeded()) for w in (weights, half))
+    torch.testing.assert_close(scaled - half.mean, 0.5 * (base - weights.mean))
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="scale must be"):
+            weights.temper(scale)
+
+
+def test_a_point_is_a_gaussian_without_covariance(net):
+    point = GaussianWeights(net, random(net.num_params))
+    assert torch.equal(point.covariance.to_dense(), torch.zeros(17, 17).double())
+    assert torch.equal(point.sample_weights(2), point.mean.expand(2, -1))
+    with pytest.raises(ValueError, match="have no density"):
+        point.log_prob(point.mean)
+
+
+def test_draws_are_frozen_functions(net):
+    weights, X = gaussian(net), random(4, 5, 2)
+    draws = weights.draw(6, seeded(1))
+    assert isinstance(draws, FunctionDraws) and isinstance(weights, WeightPosterior)
+    values = draws(X)
+    assert values.shape == (6, 4, 5, 2) and torch.equal(values, draws(X))
+    params = net.unflatten(draws.weights[3])
+    torch.testing.assert_close(values[3], net.apply_network(params, X))
+    X.requires_grad_()
+    assert torch.autograd.grad(draws(X).sum(), X)[0].abs().min() > 0
+    torch.testing.assert_close(weights.draw(6, seeded(1))(X), values)
+
+
+def test_states_and_copies(net):
+    weights, other = gaussian(net), gaussian(net, seed=7)
+    other.load_state_dict(weights.state_dict())
+    w = random(net.num_params)
+    assert torch.equal(other.log_prob(w), weights.log_prob(w))
+    for twin in (copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))):
+        assert torch.equal(twin.log_prob(w), weights.log_prob(w))
+
+
+def test_members_come_evenly(net):
+    members = EmpiricalWeights(net, random(3, net.num_params))
+    assert torch.equal(members.draw().weights, members.weights)
+    some = members.draw(2, seeded()).weights
+    assert len(some.unique(dim=0)) == 2
+    _, counts = members.draw(7, seeded()).weights.unique(dim=0, return_counts=True)
+    assert sorted(counts.tolist()) == [2, 2, 3]
+
+
+def test_a_mixture_draws_from_every_part(net):
+    points = [GaussianWeights(net, random(net.num_params, seed=i)) for i in range(3)]
+    draws, X = MixtureWeights(points).draw(7, seeded()), random(4, 2)
+    values = draws(X)
+    assert values.shape == (7, 4, 2)
+    each = torch.cat([p.draw(1)(X) for p in points])
+    found = (values[:, None] - each).abs().amax((-2, -1)) < 1e-12
+    assert sorted(found.sum(0).tolist()) == [2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda net: GaussianWeights(net, torch.zeros(3)), ShapeError, "mean must be"),
+        (
+            lambda net: GaussianWeights(net, torch.zeros(17), -torch.ones(17)),
+            ValueError,
+            "variance must be at least zero, but is as low as -1",
+        ),
+        (
+            lambda net: GaussianWeights(net, torch.zeros(17), None, torch.ones(2, 17)),
+            ShapeError,
+            r"root must be ``17 x 17``.*\(2, 17\)",
+        ),
+        (
+            lambda net: EmpiricalWeights(net, torch.zeros(0, 17)),
+            ShapeError,
+            "at least one row",
+        ),
+        (lambda net: MixtureWeights([]), ValueError, "at least one posterior"),
+        (
+            lambda net: GaussianWeights(net, torch.full((17,), torch.nan)),
+            InputDataError,
+            "mean contains NaN",
+        ),
+    ],
+)
+def test_bad_input(net, build, error, message):
+    with pytest.raises(error, match=message):
+        build(net)
