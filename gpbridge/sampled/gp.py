@@ -382,7 +382,9 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
             generator = fresh(generator)
             if num_samples > self.num_samples:
                 draw = self._draw_prior(num_samples, generator, base.prior.kernel)
-                seed = int(torch.randint(2**31 - 1, (), generator=generator))
+                device = generator.device
+                seed = torch.randint(2**31 - 1, (), generator=generator, device=device)
+                seed = int(seed)
                 whole = self._solve()
                 base = solve_representers(
                     draw,
@@ -401,10 +403,10 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         else:
             X, weights = correction.joined(base)
         drawn = PosteriorDraw(
-            base.prior,
+            copy.deepcopy(base.prior),  # the draw's own, to move or to convert
             X,
             weights,
-            base.mean,
+            copy.deepcopy(base.mean),
             copy.deepcopy(getattr(self, "input_transform", None)),
             copy.deepcopy(getattr(self, "outcome_transform", None)),
             base.solution,

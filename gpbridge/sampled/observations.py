@@ -111,6 +111,12 @@ def check_parts(kernel: Kernel, likelihood: Likelihood, X: Tensor, m: int) -> No
             "likelihood must be a GaussianLikelihood or FixedNoiseGaussianLikelihood, "
             f"but is {type(likelihood).__name__}."
         )
+    if isinstance(likelihood, GaussianLikelihood) and likelihood.noise.numel() != 1:
+        raise ShapeError(
+            "likelihood must have one noise variance, which all points and outputs "
+            f"share, but has {likelihood.noise.numel()}. Put one model per output in a "
+            "ModelList."
+        )
     if isinstance(likelihood, FixedNoiseGaussianLikelihood):
         if m > 1 or likelihood.noise.shape != (len(X),):
             raise ShapeError(

@@ -38,7 +38,7 @@ from gpbridge.checks import (
     check_positive,
     warn_user,
 )
-from gpbridge.kernel_operator import quadratic_form, working_dtype
+from gpbridge.kernel_operator import quadratic_form
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
@@ -159,6 +159,14 @@ def fit_iterative(
     check_choice("estimator", estimator, ("pathwise", "standard"))
     num_probes = model.num_samples if num_probes is None else num_probes
     check_positive(num_probes=num_probes, steps=steps, learning_rate=learning_rate)
+    if subset_start is not None and not isinstance(subset_start, SubsetStart):
+        raise TypeError(
+            f"subset_start must be a SubsetStart(...), but is {subset_start!r}."
+        )
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
+        )
     if model._new is not None:
         raise ValueError(
             "The model was conditioned on a batch of observations, of which there is "
@@ -171,7 +179,7 @@ def fit_iterative(
     if checkpoint is None or not Path(checkpoint).exists():
         ascent.start(subset_start, generator)
     else:
-        ascent.load_state_dict(load_state(checkpoint))
+        ascent.load_state_dict(load_state(checkpoint, model._train_X.device))
     fit, solution = ascent.fit, ascent.solution
     done = len(fit.passes)
     bar = tqdm(
@@ -280,12 +288,17 @@ class _Ascent:
         loss.backward()
         _record(self.fit.gradients, ((name, -p.grad) for name, p in self.named))
         self.optimizer.step()
+        for name, p in self.named:
+            if not bool(torch.isfinite(p).all()):
+                raise ValueError(
+                    f"Step {len(self.fit.passes)} made {name} infinite. Lower "
+                    f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
+                )
         _record(self.fit.hyperparameters, _values(self.work))
 
     def key(self) -> dict[str, object]:
         """What a resumed run must have in common with the interrupted one."""
-        data = zlib.crc32(self.data.X.cpu().numpy().tobytes())
-        data = zlib.crc32(self.data.Y.cpu().numpy().tobytes(), data)
+        data = _checksum(torch.cat([self.data.X, self.data.Y], -1))
         return {
             "estimator": self.estimator,
             "num_probes": self.work.num_samples,
@@ -294,7 +307,7 @@ class _Ascent:
             "warm_start": self.warm_start,
             "seed": int(self.work._seed),
             "data": f"{tuple(self.data.X.shape)}, checksum {data:x}",
-            "parameters": [name for name, _ in self.named],
+            "model": _structure(self.work),
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -312,12 +325,18 @@ class _Ascent:
     def load_state_dict(self, state: dict) -> None:
         """Go on where another run stopped, to the same numbers."""
         for name, own in self.key().items():
-            if state["key"].get(name) != own:
-                raise ValueError(
-                    f"The checkpoint is of another run: its {name} is "
-                    f"{state['key'].get(name)}, and now {own}. Pass the same options "
-                    "and data, or another file."
+            theirs = state["key"].get(name)
+            if theirs == own:
+                continue
+            if name == "model":  # only what differs
+                theirs, own = (
+                    sorted(set(theirs) - set(own)),
+                    sorted(set(own) - set(theirs)),
                 )
+            raise ValueError(
+                f"The checkpoint is of another run: its {name} is {theirs}, and now "
+                f"{own}. Pass the same options and data, or another file."
+            )
         with torch.no_grad():
             for (_, p), value in zip(self.named, state["parameters"], strict=True):
                 p.copy_(value)
@@ -329,6 +348,32 @@ class _Ascent:
             self.probes = self.probes.to(device)
         self.solution = Solution(*state["solution"])
         self.fit = IterativeFit(**state["fit"])
+
+
+def _structure(work: SampledGP) -> list[str]:
+    """Modules with their plain options, shapes, and the values that are not learnt."""
+    found = [f"num_features={work.num_features}", f"compute_dtype={work.compute_dtype}"]
+    for part in ("covar_module", "mean_module", "likelihood"):
+        for name, module in getattr(work, part).named_modules():
+            options = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, int | float | str) and key != "training"
+            }
+            noise = getattr(module, "noise", None)
+            if isinstance(noise, Tensor) and "noise" in vars(module):  # is fixed
+                options["noise"] = f"checksum {_checksum(noise):x}"
+            shown = f"{part}.{name}".rstrip(".")
+            found.append(f"{shown}: {type(module).__name__} {options}")
+    for name, p in work.named_parameters():
+        value = "learnt" if p.requires_grad else f"checksum {_checksum(p):x}"
+        found.append(f"{name}: {tuple(p.shape)}, {value}")
+    found += [f"{name}: {prior}" for name, _, prior, *_ in work.named_priors()]
+    return found
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.detach().double().cpu().numpy().tobytes())
 
 
 def _surrogate(
@@ -344,7 +389,6 @@ def _surrogate(
         work.noise_variance,
         torch.cat([v, -weight * left], -1),
         torch.cat([v, right], -1),
-        working_dtype(work.covar_module, work.noise_variance, work.compute_dtype),
     )
     total = 0.5 * quadratic + (v * mean_values(work.mean_module, data.X, m)).sum()
     return total + log_priors(work)
