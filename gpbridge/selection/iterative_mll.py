@@ -140,6 +140,7 @@ def fit_iterative(
         TypeError: If the model is not a SampledGP.
         ValueError: If an option is not one of its choices, nothing is to be learnt, or
             the checkpoint is of other data or options.
+        FileNotFoundError: If the folder of the checkpoint does not exist.
 
     Warns:
         NotConvergedWarning: If the last solve ended above the solver's tolerance.
@@ -261,6 +262,12 @@ class _Ascent:
             )
             if self.probes is not None:
                 rhs = torch.cat([rhs[:, :m], self.probes], -1)
+        if not bool(torch.isfinite(rhs).all()):
+            raise ValueError(
+                f"After {len(fit.passes)} steps the hyperparameters are so extreme that "
+                f"draws from the prior overflow: {self.extremes()}. Lower "
+                f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             self.solution = solution = solve_columns(
@@ -278,6 +285,11 @@ class _Ascent:
         fit.converged.append(solution.converged)
         return solution
 
+    def extremes(self) -> str:
+        """Each hyperparameter's largest value."""
+        values = _values(self.work)
+        return ", ".join(f"{name} = {value.max():.3g}" for name, value in values)
+
     def move(self) -> None:
         """One step of Adam along the gradient that the solution gives."""
         m = self.data.Y.shape[-1]
@@ -288,12 +300,6 @@ class _Ascent:
         loss.backward()
         _record(self.fit.gradients, ((name, -p.grad) for name, p in self.named))
         self.optimizer.step()
-        for name, p in self.named:
-            if not bool(torch.isfinite(p).all()):
-                raise ValueError(
-                    f"Step {len(self.fit.passes)} made {name} infinite. Lower "
-                    f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
-                )
         _record(self.fit.hyperparameters, _values(self.work))
 
     def key(self) -> dict[str, object]:
@@ -329,10 +335,7 @@ class _Ascent:
             if theirs == own:
                 continue
             if name == "model":  # only what differs
-                theirs, own = (
-                    sorted(set(theirs) - set(own)),
-                    sorted(set(own) - set(theirs)),
-                )
+                theirs, own = set(theirs) - set(own), set(own) - set(theirs)
             raise ValueError(
                 f"The checkpoint is of another run: its {name} is {theirs}, and now "
                 f"{own}. Pass the same options and data, or another file."
