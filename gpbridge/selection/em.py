@@ -161,7 +161,9 @@ class SampleBasedEM:
         dimension = self._dimensions(draws, per_output)  # groups x s
         gamma = self._limited(dimension.mean(-1))
         noise = self._noise_variance()
-        error = dimension.std(-1) / dimension.shape[-1] ** 0.5
+        error = torch.full_like(gamma, math.inf)  # of one draw nothing is known
+        if dimension.shape[-1] > 1:
+            error = dimension.std(-1) / dimension.shape[-1] ** 0.5
         self.history.append(
             EMStep(
                 before.tolist(),

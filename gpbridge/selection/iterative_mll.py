@@ -264,7 +264,7 @@ class _Ascent:
                 rhs = torch.cat([rhs[:, :m], self.probes], -1)
         if not bool(torch.isfinite(rhs).all()):
             raise ValueError(
-                f"After {len(fit.passes)} steps the hyperparameters are so extreme that "
+                f"After {len(fit.passes)} steps the hyperparameters are extreme, and "
                 f"draws from the prior overflow: {self.extremes()}. Lower "
                 f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
             )
