@@ -26,8 +26,8 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ShapeError, check_finite, check_inputs
 from gpbridge.kernel_operator import cross_products, solving_operator
-from gpbridge.prior_draws import TILE_BYTES, PriorDraw, row_normals
-from gpbridge.randomness import fresh
+from gpbridge.prior_draws import TILE_BYTES, PriorDraw
+from gpbridge.randomness import fresh, row_normals
 from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
 

@@ -246,32 +246,4 @@ def _take(feature_map: FeatureMap, samples: Tensor) -> FeatureMap:
     return chosen
 
 
-def row_normals(num_rows: int, num_columns: int, seed: int) -> Tensor:
-    """Standard normals ``n x c`` whose first rows do not depend on the number of rows.
-
-    Data that grow keep the noise that was drawn for the old points.
-
-    Args:
-        num_rows: The number n of rows.
-        num_columns: The number c of columns.
-        seed: Below 2^31. Two seeds have independent rows, and so has a generator with
-            this seed.
-
-    Returns:
-        The normals, float64 on the CPU.
-    """
-    # Not the seed itself: noise that repeats the numbers of a prior draw's weights
-    # makes posterior covariances wrong.
-    generator = Generator().manual_seed(2**31 + seed)
-    blocks = []
-    for start in range(0, num_rows, _BLOCK):
-        # Drawn whole: the last numbers of a call depend on how many there are.
-        block = torch.randn(
-            _BLOCK, num_columns, generator=generator, dtype=torch.float64
-        )
-        blocks.append(block[: num_rows - start])
-    return torch.cat(blocks) if blocks else torch.zeros(0, num_columns).double()
-
-
-_BLOCK = 256  # rows whose noise is drawn together
 _ROWS = 64  # enough for a matrix product to be fast

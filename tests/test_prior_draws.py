@@ -10,7 +10,8 @@ from torch import nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import DeepKernel, FeatureKernel, NeuralTangentKernel
-from gpbridge.prior_draws import draw_prior, row_normals
+from gpbridge.prior_draws import draw_prior
+from gpbridge.randomness import row_normals
 from gpbridge.testing import assert_gradients_match_finite_differences
 from gpbridge.types import FunctionDraws
 from tests import oracles_sampling as oracles
@@ -149,16 +150,6 @@ def test_float32_kernels_have_float32_draws():
     draw = draw_prior(MaternKernel(1.5), 2, 3)
     assert draw(points(4).float()).dtype == torch.float32
     assert draw(points(4)).dtype == torch.float64
-
-
-def test_rows_keep_their_normals_when_rows_are_added():
-    whole = row_normals(700, 3, seed=5)
-    same_seed = torch.randn(2100, generator=seeded(5), dtype=torch.float64)
-    assert not torch.isin(whole, same_seed).any()
-    for n in (0, 1, 15, 256, 300):
-        assert torch.equal(row_normals(n, 3, seed=5), whole[:n])
-    assert abs(whole.mean()) < 4 / 2100**0.5
-    assert abs(whole.var() - 1) < 4 * (2 / 2100) ** 0.5
 
 
 class TestRefusals:
