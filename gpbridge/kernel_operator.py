@@ -9,7 +9,7 @@ gradients to hyperparameters. GPyTorch's own lazy covariance becomes such an ope
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from gpytorch.kernels import GridKernel, InducingPointKernel, Kernel, ScaleKernel
@@ -17,7 +17,6 @@ from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator import LinearOperator
 from linear_operator.operators import DiagLinearOperator, SumLinearOperator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from gpbridge import kernel_tiles
 from gpbridge.checks import (
@@ -57,15 +56,17 @@ class KernelMatrixOperator(LinearOperator):
 
     Use it where H does not fit into memory: a product with k columns evaluates
     :math:`n^2/2` kernel entries (each tile serves twice) and holds n k numbers and one
-    tile. Products are accumulated in float64. Gradients reach the inputs and the noise;
-    kernel hyperparameters are constants here, and :func:`quadratic_form` differentiates
-    in them.
+    tile. Kernels with f features, fewer than points, cost n f k instead, and their n f
+    numbers are held up to 256 MiB; beyond, they are evaluated twice per product.
+    Products are accumulated in float64. Gradients reach the inputs and the noise, by
+    tiles that are evaluated again in the backward pass; kernel hyperparameters are
+    constants here, and :func:`quadratic_form` differentiates in them.
 
     Args:
         X: Inputs ``batch_shape x n x d``.
         noise: Noise variances, ``batch_shape x n`` or one number; zero is allowed.
         kernel: One output per input, no batch shape; its hyperparameters are read at
-            each product.
+            each product. What it depends on must be parameters or buffers.
         compute_dtype: Of the tiles; ``torch.float32`` is two to three times as fast,
             with an error of about 1e-6 outputscale per entry. Then
             :func:`~gpbridge.partial_products.exact_products` still are in X's dtype.
@@ -99,7 +100,8 @@ class KernelMatrixOperator(LinearOperator):
         super().__init__(X, noise, kernel=held, compute_dtype=compute_dtype)
         self.X, self.noise = X, noise
         self.kernel, self.compute_dtype = held.kernel, compute_dtype
-        self._prepared: dict = {}
+        self._prepared: dict[torch.dtype | None, kernel_tiles.Tiles] = {}
+        self._state: Tensor | None = None  # of the kernel that was prepared
 
     def _size(self):
         return torch.Size((*self.X.shape[:-1], self.X.shape[-2]))
@@ -108,21 +110,18 @@ class KernelMatrixOperator(LinearOperator):
         return self
 
     def _tiles(self, dtype: torch.dtype | None) -> kernel_tiles.Tiles:
-        # By value: setters of upstream change data behind the version counter.
-        values = kernel_tiles.hyperparameters(self.kernel)
-        accuracy = kernel_tiles.ACCURACY
-        if values and self.noise.numel():
-            share = self.noise.detach().min().item() / max(values[0], 1e-300)
-            accuracy = min(accuracy, _ERROR * share)
-        key = dtype, (accuracy, values)
-        if key not in self._prepared:
-            current = {k: t for k, t in self._prepared.items() if k[1] == key[1]}
-            X = self.X.detach()
-            current[key] = kernel_tiles.prepare(
-                self.kernel, X, dtype=dtype, accuracy=accuracy
+        # One look at the hyperparameters per product, all of them at once.
+        state = kernel_tiles.state(self.kernel)
+        if self._state is None or not torch.equal(state, self._state):
+            self._state, self._prepared = state.clone(), {}
+        if dtype not in self._prepared:
+            self._prepared[dtype] = kernel_tiles.prepare(
+                self.kernel,
+                self.X.detach(),
+                dtype=dtype,
+                accuracy=distance_accuracy(self.kernel, self.noise),
             )
-            self._prepared = current
-        return self._prepared[key]
+        return self._prepared[dtype]
 
     def _matmul(self, rhs):
         if rhs.dim() == 1:
@@ -153,12 +152,13 @@ class KernelMatrixOperator(LinearOperator):
         return (product + self.noise[:, None] * rhs).to(rhs.dtype)
 
     def _differentiable_product(self, rhs: Tensor) -> Tensor:
-        def rows(x: Tensor) -> Tensor:
-            return self.kernel(x, self.X).to_dense() @ rhs
-
         step = _points_per_tile(self.X)
-        parts = [_forgetful(rows, x) for x in self.X.split(step)]
-        return torch.cat(parts) + self.noise[:, None] * rhs
+        parts = list(zip(self.X.split(step), rhs.split(step), strict=True))
+        products = [
+            sum(_ForgetfulTile.apply(self.kernel, x, z, v) for z, v in parts)
+            for x, _ in parts
+        ]
+        return torch.cat(products) + self.noise[:, None] * rhs
 
     def _diagonal(self):
         return self.kernel(self.X, diag=True).to(self.X) + self.noise
@@ -284,15 +284,26 @@ def solving_operator(
     return covariance_operator(kernel, X, noise, dtype)
 
 
+@torch.no_grad()
 def working_dtype(
     kernel: Kernel, noise: Tensor, compute_dtype: torch.dtype | None = None
 ) -> torch.dtype | None:
     """The rule of :func:`solving_operator`; None for the dtype of the inputs."""
-    values = kernel_tiles.hyperparameters(kernel)
-    if compute_dtype is None and values and noise.numel():
-        if values[0] <= _AMPLITUDE * noise.min().item():
+    found = kernel_tiles.stationary_part(kernel)
+    if compute_dtype is None and found is not None and noise.numel():
+        if float(found[1]) <= _AMPLITUDE * noise.min().item():
             return torch.float32
     return compute_dtype
+
+
+@torch.no_grad()
+def distance_accuracy(kernel: Kernel, noise: Tensor) -> float:
+    """How precise squared distances must be, so that errors stay below the noise."""
+    found = kernel_tiles.stationary_part(kernel)
+    if found is None or not noise.numel():
+        return kernel_tiles.ACCURACY
+    share = noise.min().item() / max(float(found[1]), 1e-300)
+    return min(kernel_tiles.ACCURACY, _ERROR * share)
 
 
 def cross_products(
@@ -389,9 +400,33 @@ def _stationary_form(
     return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
 
 
-def _forgetful(function, *args: Tensor) -> Tensor:
-    """Call, keeping nothing for the backward pass but the arguments."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+class _ForgetfulTile(torch.autograd.Function):
+    """Product of a tile with columns, which is evaluated again in the backward pass."""
+
+    # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, x: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, z, v)
+        return kernel(x, z).to_dense() @ v
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        # Views, since on the diagonal both sets of points are one tensor.
+        args = [t.view_as(t) if again else t.detach() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            if not again:
+                args = [t.requires_grad_() for t in args]
+            x, z, v = args
+            product = ctx.kernel(x, z).to_dense() @ v
+        wanted = [t for t in args if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                product, wanted, gradient, create_graph=again, allow_unused=True
+            )
+        )
+        return None, *(next(found) if t.requires_grad else None for t in args)
 
 
 def _points_per_tile(X: Tensor) -> int:

@@ -27,7 +27,10 @@ from gpbridge.kernels.compositions import (
 from gpbridge.randomness import fresh, standard_normal
 
 TILE_BYTES = 2**26  # of features or covariances at a time
-WAVES = 2**17  # numbers at a time, which stay in the cache
+WAVES = {"cpu": 2**17, "cuda": 2**26}
+"""Numbers at a time by type of device: what stays in the cache, or what fills a GPU."""
+
+_ROWS = {"cpu": 64, "cuda": 4096}  # enough for a matrix product to be fast
 NUM_FEATURES = 512
 
 
@@ -182,9 +185,12 @@ def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
     """Values of all draws, ``n x d`` to ``n x s x m``."""
     if _own_frequencies(feature_map):
         W, x = feature_map.weight, feature_map.input_transform(rows)
-        few = max(1, WAVES // (_ROWS * W.shape[1]))  # draws at a time
+        kind = rows.device.type
+        height = _ROWS.get(kind, _ROWS["cuda"])
+        numbers = WAVES.get(kind, WAVES["cuda"])
+        few = max(1, numbers // (height * W.shape[1]))  # draws at a time
         parts = [
-            torch.cat([_waves(feature_map, v, z, V) for z in x.split(_ROWS)])
+            torch.cat([_waves(feature_map, v, z, V) for z in x.split(height)])
             for V, v in zip(W.split(few), w.split(few, 1), strict=True)
         ]
         return torch.cat(parts, 1)
@@ -244,6 +250,3 @@ def _take(feature_map: FeatureMap, samples: Tensor) -> FeatureMap:
         if isinstance(part, KernelFeatureMap) and part.weight.dim() == 3:
             part.weight = part.weight[samples]
     return chosen
-
-
-_ROWS = 64  # enough for a matrix product to be fast

@@ -8,6 +8,7 @@ import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, RQKernel, ScaleKernel
 from torch import nn
 
+from gpbridge import prior_draws
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import DeepKernel, FeatureKernel, NeuralTangentKernel
 from gpbridge.prior_draws import draw_prior
@@ -150,6 +151,18 @@ def test_float32_kernels_have_float32_draws():
     draw = draw_prior(MaternKernel(1.5), 2, 3)
     assert draw(points(4).float()).dtype == torch.float32
     assert draw(points(4)).dtype == torch.float64
+
+
+def test_waves_are_added_in_blocks_by_type_of_device(monkeypatch):
+    draw = draw_prior(MaternKernel(1.5).double(), 2, 7, num_features=8)
+    X = points(50)
+    whole = draw(X)
+    for device in ("cpu", "cuda"):  # any other type is as a GPU
+        monkeypatch.setitem(prior_draws.WAVES, device, 4 * 5 * 2)
+        monkeypatch.setitem(prior_draws._ROWS, device, 5)
+        torch.testing.assert_close(draw(X), whole, **EXACT)
+        monkeypatch.delitem(prior_draws.WAVES, "cpu", raising=False)
+        monkeypatch.delitem(prior_draws._ROWS, "cpu", raising=False)
 
 
 class TestRefusals:
