@@ -174,6 +174,11 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="RQKernel has no feature map"):
             draw_prior(RQKernel(), 2)
 
+    @pytest.mark.parametrize("num_samples", [1, 4])
+    def test_odd_numbers_of_features(self, num_samples):
+        with pytest.raises(ValueError, match="num_features must be even, .* 7. Try 8."):
+            draw_prior(RBFKernel(), 2, num_samples, num_features=7)
+
     def test_no_samples(self):
         with pytest.raises(ValueError, match="num_samples must be positive"):
             draw_prior(RBFKernel(), 2, 0)
