@@ -7,7 +7,10 @@ squared distances are one matrix product of augmented inputs,
 .. math::
     \|a - b\|^2 = (-2 a, \|a\|^2, 1) \cdot (b, 1, \|b\|^2),
 
-and the profile is applied in place. All other kernels are called as they are.
+and the profile is applied in place. Kernels with fewer features than points, as those
+of networks, are multiplied through their features, :math:`\Phi (\Phi^\top V)`: no tile
+is formed, and a network is evaluated once or twice per point, not once per tile. Sums
+add their terms within a tile. All other kernels are called as they are.
 
 In: a kernel and two sets of points. Out: products and dense tiles, without gradients.
 Next: ``kernel_operator`` adds the noise.
@@ -24,7 +27,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    LinearKernel,
+    MaternKernel,
+    RBFKernel,
+    ScaleKernel,
+)
+from linear_operator import to_dense
 from torch import Tensor
 
 TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
@@ -33,7 +44,10 @@ TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 ACCURACY = 5e-5
 """Of squared distances, where nothing is known about the noise."""
 
-_WIDEST = 1024  # rows of a tile: longer ones gain nothing
+FEATURE_BYTES = 256 * 2**20
+"""Of the features of all points that are held, and of those that are formed at once."""
+
+_WIDEST = {"cpu": 1024, "cuda": 8192}  # rows of a tile: longer ones gain nothing
 
 
 class Tiles(NamedTuple):
@@ -41,6 +55,7 @@ class Tiles(NamedTuple):
 
     ``left`` and ``right`` hold one row per point; ``evaluate`` maps some rows of each,
     with the places ``(rows, columns)`` of equal points, to a new dense tile.
+    ``features`` maps some rows to their features, where products go through these.
     """
 
     left: Tensor
@@ -48,6 +63,8 @@ class Tiles(NamedTuple):
     evaluate: Callable[[Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
     amplitude: float
     dtype: torch.dtype
+    features: Callable[[Tensor], Tensor] | None = None
+    num_features: int = 0
 
 
 @torch.no_grad()
@@ -69,17 +86,68 @@ def prepare(
             dtype are rougher, they alone are computed in float64.
 
     Returns:
-        The prepared kernel; hyperparameters are copied where there is a fast form.
+        The prepared kernel; hyperparameters are copied where there is a fast form, and
+        features are held up to ``FEATURE_BYTES``.
     """
     dtype = left.dtype if dtype is None else dtype
-    found = stationary_part(kernel)
-    if found is None:
+    base, amplitude = _without_scales(kernel)
+    a, b = _selected(kernel, left), right
+    if right is not None:
+        b = _selected(kernel, right)
+    if stationary_part(base) is not None:
+        tiles = _stationary(base, a, b, dtype, accuracy)
+    elif type(base) is AdditiveKernel and not base.batch_shape:
+        terms = [prepare(term, a, b, dtype, accuracy) for term in base.kernels]
+        tiles = _added(terms, dtype)
+    else:
+        tiles = _by_features(base, a, b, dtype)
+    if tiles is None:
         right = left if right is None else right
         return Tiles(left, right, _upstream(kernel, dtype), 1.0, dtype)
-    base, amplitude = found
-    if kernel.active_dims is not None:
-        left = left.index_select(-1, kernel.active_dims)
-        right = None if right is None else right.index_select(-1, kernel.active_dims)
+    return tiles._replace(amplitude=float(amplitude) * tiles.amplitude)
+
+
+def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
+    """The base kernel and its amplitude, where there is a formula for the tiles."""
+    kernel, amplitude = _without_scales(kernel)
+    fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
+    return (kernel, amplitude) if fast else None
+
+
+@torch.no_grad()
+def state(kernel: Kernel) -> Tensor:
+    """All numbers that a kernel depends on, in one vector.
+
+    What :func:`prepare` copies is valid as long as this is equal. One comparison of
+    values: setters of upstream change data behind the version counter.
+    """
+    tensors = [*kernel.parameters(), *kernel.buffers()]
+    numbers = [tensor.reshape(-1).double() for tensor in tensors]
+    return torch.cat(numbers) if numbers else torch.zeros(0)
+
+
+def _without_scales(kernel: Kernel) -> tuple[Kernel, Tensor | float]:
+    amplitude = 1.0
+    while type(kernel) is ScaleKernel and not kernel.batch_shape:
+        amplitude = kernel.outputscale * amplitude
+        kernel = kernel.base_kernel
+    return kernel, amplitude
+
+
+def _selected(kernel: Kernel, X: Tensor) -> Tensor:
+    # As upstream: by the outermost kernel, whose scales call what is inside directly.
+    if kernel.active_dims is None:
+        return X
+    return X.index_select(-1, kernel.active_dims)
+
+
+def _stationary(
+    base: Kernel,
+    left: Tensor,
+    right: Tensor | None,
+    dtype: torch.dtype,
+    accuracy: float,
+) -> Tiles:
     stretch, profile = _PROFILES[getattr(base, "nu", math.inf)]
     scale = stretch / base.lengthscale.detach().double()
     # Centred: the smaller the norms, the less cancels in the squared distance.
@@ -103,27 +171,85 @@ def prepare(
             tile[equal] = 0.0
         return profile(tile)
 
-    return Tiles(a, b, evaluate, float(amplitude), dtype)
+    return Tiles(a, b, evaluate, 1.0, dtype)
 
 
-def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
-    """The base kernel and its amplitude, where there is a fast form."""
-    amplitude = 1.0
-    while type(kernel) is ScaleKernel and not kernel.batch_shape:
-        amplitude = kernel.outputscale * amplitude
-        kernel = kernel.base_kernel
-    fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
-    return (kernel, amplitude) if fast else None
+def _by_features(
+    base: Kernel, left: Tensor, right: Tensor | None, dtype: torch.dtype
+) -> Tiles | None:
+    """Products through features, where a kernel has fewer of them than points."""
+    features = _feature_function(base, dtype)
+    points = max(len(left), 0 if right is None else len(right))
+    if features is None or not points:
+        return None
+    some = left if len(left) else right
+    f = features(some[:1]).shape[-1]
+    if f > points:
+        return None  # a tile may cost less than its features
+    total = len(left) + (0 if right is None else len(right))
+    if 8 * total * f > FEATURE_BYTES:
+        right = left if right is None else right
+        called = _upstream(base, dtype, selected=True)
+        return Tiles(left, right, called, 1.0, dtype, features, f)
+
+    def evaluate(rows, columns, equal=None):
+        return rows @ columns.mT
+
+    a = _evaluated(features, left, f)
+    b = a if right is None else _evaluated(features, right, f)
+    return Tiles(a, b, evaluate, 1.0, dtype, lambda rows: rows, f)
 
 
-@torch.no_grad()
-def hyperparameters(kernel: Kernel) -> tuple[float, ...]:
-    """The numbers that :func:`prepare` copies; none where it calls the kernel."""
-    found = stationary_part(kernel)
-    if found is None:
-        return ()
-    base, amplitude = found
-    return float(amplitude), *base.lengthscale.reshape(-1).tolist()
+def _evaluated(features: Callable, X: Tensor, f: int) -> Tensor:
+    parts = [features(x) for x in X.split(_feature_rows(f))]
+    return torch.cat(parts)
+
+
+def _feature_rows(f: int) -> int:
+    return max(1, FEATURE_BYTES // (8 * max(f, 1)))
+
+
+def _feature_function(kernel: Kernel, dtype: torch.dtype) -> Callable | None:
+    """Features of points whose columns are already selected, ``n x d`` to ``n x f``."""
+    if kernel.batch_shape:
+        return None
+    if type(kernel) is LinearKernel:
+        own = kernel.raw_variance.dtype
+        return lambda x: (x.to(own) * kernel.variance.sqrt()).to(dtype)
+    if not hasattr(kernel, "features"):  # those of ours that have finitely many
+        return None
+    own = _dtype_of(kernel)
+    return lambda x: kernel.features(x if own is None else x.to(own)).to(dtype)
+
+
+def _added(terms: list[Tiles], dtype: torch.dtype) -> Tiles:
+    """The sum of prepared kernels: their rows side by side, their tiles added."""
+    widths = [term.left.shape[-1] for term in terms]
+    own = [term.left.dtype for term in terms]
+    wide = torch.float64 if torch.float64 in own else own[0]
+    left, right = (
+        torch.cat([getattr(term, side).to(wide) for term in terms], -1)
+        for side in ("left", "right")
+    )
+
+    def evaluate(rows, columns, equal=None):
+        total = 0.0
+        pairs = zip(rows.split(widths, -1), columns.split(widths, -1), strict=True)
+        for term, kind, (a, b) in zip(terms, own, pairs, strict=True):
+            tile = term.evaluate(a.to(kind), b.to(kind), equal).mul_(term.amplitude)
+            total = tile.add_(total)
+        return total
+
+    if any(term.features is None for term in terms):
+        return Tiles(left, right, evaluate, 1.0, dtype)
+
+    def features(rows):
+        parts = zip(terms, own, rows.split(widths, -1), strict=True)
+        each = [t.amplitude**0.5 * t.features(x.to(kind)) for t, kind, x in parts]
+        return torch.cat(each, -1)
+
+    f = sum(term.num_features for term in terms)
+    return Tiles(left, right, evaluate, 1.0, dtype, features, f)
 
 
 def _gaussian(squared: Tensor) -> Tensor:
@@ -169,15 +295,25 @@ _PROFILES = {
 }
 
 
-def _upstream(kernel: Kernel, dtype: torch.dtype) -> Callable:
-    own = next((p.dtype for p in kernel.parameters() if p.is_floating_point()), None)
+def _dtype_of(kernel: Kernel) -> torch.dtype | None:
+    floats = (p.dtype for p in kernel.parameters() if p.is_floating_point())
+    return next(floats, None)
+
+
+def _upstream(kernel: Kernel, dtype: torch.dtype, selected: bool = False) -> Callable:
+    own = _dtype_of(kernel)
+    # Without __call__ it is upstream's plain function of selected columns.
+    matrix = kernel.forward if selected else kernel
 
     def evaluate(rows, columns, equal=None):
         if own is not None:
             rows, columns = rows.to(own), columns.to(own)
-        tile = kernel(rows, columns).to_dense().to(dtype)
+        # Always a new tensor, which a sum may overwrite.
+        tile = to_dense(matrix(rows, columns)).to(dtype, copy=True)
         if equal is not None:  # upstream's distance of a point to itself is rounded
-            tile[equal] = kernel(rows[equal[0]], diag=True).to(dtype)
+            tile[equal] = to_dense(
+                matrix(rows[equal[0]], rows[equal[0]], diag=True)
+            ).to(dtype)
         return tile
 
     return evaluate
@@ -188,31 +324,71 @@ def _upstream(kernel: Kernel, dtype: torch.dtype) -> Callable:
 
 def _shape(tiles: Tiles, rows: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    budget = TILE_BYTES.get(tiles.left.device.type, TILE_BYTES["cuda"])
-    numbers = budget // tiles.left.element_size()
-    height = min(max(rows, 1), _WIDEST, max(1, math.isqrt(numbers)))
+    kind = tiles.left.device.type
+    numbers = _by_device(TILE_BYTES, kind) // tiles.left.element_size()
+    height = min(max(rows, 1), _by_device(_WIDEST, kind), max(1, math.isqrt(numbers)))
     return height, max(1, numbers // height)
+
+
+def _by_device(sizes: dict[str, int], kind: str) -> int:
+    return sizes.get(kind, sizes["cuda"])
 
 
 def _spans(n: int, width: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + width, n)) for start in range(0, n, width))
 
 
-def _meetings(rows: Tensor, width: int, n: int) -> list[tuple[Tensor, Tensor] | None]:
-    """Where the row of a point meets the column of the same point, by tile."""
-    order = rows.argsort()
-    columns = rows[order]
-    starts = torch.arange(0, n + width, width, device=rows.device)
-    bounds = torch.searchsorted(columns, starts).tolist()
-    found = []
-    for i, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        found.append((order[lo:hi], columns[lo:hi] - i * width) if hi > lo else None)
-    return found
+def _meetings(
+    rows: Tensor | slice, n: int, height: int, width: int, device: torch.device
+) -> list[list[tuple[Tensor, Tensor] | None]]:
+    """Where the row of a point meets the column of the same point, by tile.
+
+    Row numbers on a device are looked at once, and a range of them never.
+    """
+    if isinstance(rows, slice):
+        named = range(n)[rows]
+        numbers = torch.arange(named.start, named.stop, device=device)
+        starts = range(0, n + width, width)
+        bounds = [
+            [min(max(start - named.start - top, 0), bottom - top) for start in starts]
+            for top, bottom in _spans(len(named), height)
+        ]
+    else:
+        numbers = rows
+        starts = torch.arange(0, n + width, width, device=device)
+    orders, columns = [], []
+    for part in numbers.split(height) if len(numbers) else ():
+        order = part.argsort()
+        orders.append(order)
+        columns.append(part[order])
+    if not isinstance(rows, slice):
+        found = [torch.searchsorted(part, starts) for part in columns]
+        bounds = torch.stack(found).tolist() if found else []
+    return [
+        [
+            (order[lo:hi], part[lo:hi] - i * width) if hi > lo else None
+            for i, (lo, hi) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        ]
+        for order, part, edges in zip(orders, columns, bounds, strict=True)
+    ]
 
 
 def _columns_first(V: Tensor, tiles: Tiles) -> Tensor:
     """``n x k`` as ``k x n`` in the dtype of the tiles, in one copy."""
     return V.mT.to(tiles.dtype, memory_format=torch.contiguous_format)
+
+
+def _through_features(tiles: Tiles, left: Tensor, right: Tensor, V: Tensor) -> Tensor:
+    """Features of the left points times those of the right times V, in float64."""
+    step, V = _feature_rows(tiles.num_features), V.to(tiles.dtype)
+    inner = V.new_zeros(tiles.num_features, V.shape[-1], dtype=torch.float64)
+    for x, v in zip(right.split(step), V.split(step), strict=True):
+        inner += tiles.features(x).mT @ v
+    inner = inner.mul_(tiles.amplitude).to(tiles.dtype)
+    product = V.new_empty(len(left), V.shape[-1], dtype=torch.float64)
+    for top, bottom in _spans(len(left), step):
+        product[top:bottom] = tiles.features(left[top:bottom]) @ inner
+    return product
 
 
 @torch.no_grad()
@@ -230,18 +406,17 @@ def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
     """
     n = len(tiles.right)
     left = tiles.left if rows is None else tiles.left[rows]
+    if tiles.features is not None:
+        return _through_features(tiles, left, tiles.right, V)
     Vt = _columns_first(V, tiles)  # k x t
     total = Vt.new_zeros(len(Vt), len(left), dtype=torch.float64)
     height, width = _shape(tiles, len(left))
-    if isinstance(rows, slice):
-        rows = torch.arange(n, device=V.device)[rows]
-    for top, bottom in _spans(len(left), height):
-        some = left[top:bottom]
-        part = total[:, top:bottom]
-        equal = None if rows is None else _meetings(rows[top:bottom], width, n)
+    meets = None if rows is None else _meetings(rows, n, height, width, V.device)
+    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+        some, part = left[top:bottom], total[:, top:bottom]
         for i, (start, stop) in enumerate(_spans(n, width)):
-            meets = None if equal is None else equal[i]
-            tile = tiles.evaluate(some, tiles.right[start:stop], meets)
+            equal = None if meets is None else meets[j][i]
+            tile = tiles.evaluate(some, tiles.right[start:stop], equal)
             _accumulate(part, Vt[:, start:stop], tile.mT)
     return total.mul_(tiles.amplitude).mT
 
@@ -251,15 +426,16 @@ def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor
     """Product of some columns of a symmetric kernel matrix with ``b x k``, float64."""
     n = len(tiles.right)
     left = tiles.left[columns]
-    if isinstance(columns, slice):
-        columns = torch.arange(n, device=U.device)[columns]
+    if tiles.features is not None:
+        return _through_features(tiles, tiles.right, left, U)
     Ut = _columns_first(U, tiles)  # k x b
     total = Ut.new_zeros(len(Ut), n, dtype=torch.float64)
     height, width = _shape(tiles, len(left))
-    for top, bottom in _spans(len(left), height):
-        equal = _meetings(columns[top:bottom], width, n)
+    meets = _meetings(columns, n, height, width, U.device)
+    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+        some = left[top:bottom]
         for i, (start, stop) in enumerate(_spans(n, width)):
-            tile = tiles.evaluate(left[top:bottom], tiles.right[start:stop], equal[i])
+            tile = tiles.evaluate(some, tiles.right[start:stop], meets[j][i])
             _accumulate(total[:, start:stop], Ut[:, top:bottom], tile)
     return total.mul_(tiles.amplitude).mT
 
@@ -268,6 +444,8 @@ def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor
 def multiply_all(tiles: Tiles, V: Tensor) -> Tensor:
     """Product of a symmetric kernel matrix with ``n x k``: each tile is used twice."""
     n = len(tiles.left)
+    if tiles.features is not None:
+        return _through_features(tiles, tiles.left, tiles.right, V)
     Vt = _columns_first(V, tiles)
     total = Vt.new_zeros(len(Vt), n, dtype=torch.float64)
     width = min(_shape(tiles, n))
@@ -295,13 +473,13 @@ def _accumulate(total: Tensor, some: Tensor, tile: Tensor) -> None:
 def dense_rows(tiles: Tiles, rows: Tensor | slice) -> Tensor:
     """Some rows of a symmetric kernel matrix, ``b x n``."""
     n, left = len(tiles.right), tiles.left[rows]
-    numbers = torch.arange(n, device=left.device)[rows]
     result = left.new_empty(len(left), n, dtype=tiles.dtype)
     height, width = _shape(tiles, len(left))
-    for top, bottom in _spans(len(left), height):
-        equal = _meetings(numbers[top:bottom], width, n)
+    meets = _meetings(rows, n, height, width, left.device)
+    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+        some = left[top:bottom]
         for i, (start, stop) in enumerate(_spans(n, width)):
-            tile = tiles.evaluate(left[top:bottom], tiles.right[start:stop], equal[i])
+            tile = tiles.evaluate(some, tiles.right[start:stop], meets[j][i])
             torch.mul(tile, tiles.amplitude, out=result[top:bottom, start:stop])
     return result
 
