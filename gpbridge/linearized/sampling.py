@@ -42,6 +42,7 @@ from torch import Tensor
 
 from gpbridge.data_features import DataFeatures, OutputOperator, PrecisionOperator
 from gpbridge.features import TangentFeatures
+from gpbridge.partial_products import precision
 from gpbridge.prediction import Projection
 from gpbridge.randomness import standard_normal
 from gpbridge.types import Solution, Solver
@@ -172,7 +173,7 @@ def solve_within(
         if relative is None or bool((relative * size <= wanted).all()):
             break
         tolerance = (0.9 * wanted / size.clamp_min(1e-300)).min().item()
-        tolerance = max(tolerance, _TIGHTEST)
+        tolerance = max(tolerance, _TIGHTEST, 10 * precision(operator))
         if tolerance >= solver.tolerance:
             break
         solver = replace(solver, tolerance=tolerance)

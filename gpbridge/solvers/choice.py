@@ -6,6 +6,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.checks import check_share
+from gpbridge.kernel_operator import tiled
 from gpbridge.partial_products import (
     diagonal,
     has_cheap_columns,
@@ -38,6 +39,7 @@ def choose_solver(
     Returns:
         A solver with default options.
     """
+    operator = tiled(operator)
     tolerance = _by_noise(operator) if tolerance is None else tolerance
     check_share(tolerance=tolerance)
     if operator.shape[-1] <= _DENSE:

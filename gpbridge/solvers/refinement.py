@@ -28,6 +28,7 @@ from gpbridge.checks import (
     check_finite,
     warn_user,
 )
+from gpbridge.kernel_operator import tiled
 from gpbridge.partial_products import exact_products, full_precision, precision
 from gpbridge.solvers.factors import (
     IndefiniteError,
@@ -126,6 +127,7 @@ def refine(
     """
     if isinstance(operator, Tensor):
         operator = to_linear_operator(operator)
+    operator = tiled(operator)
     check_system(operator, rhs, initial)
     options = {"max_iterations": max_iterations, "cache": cache, "batched": batched}
     if rhs.dim() > 2 and not operator.shape[:-2]:

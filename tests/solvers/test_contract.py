@@ -212,6 +212,15 @@ def test_a_batch_on_one_side_only(solver, of_operator):
 
 
 @every_solver
+def test_the_covariance_of_gpytorch_is_an_operator(solver):
+    X, b = random(30, 2), random(30, 2, seed=1)
+    kernel = MaternKernel(1.5).double().requires_grad_(False)
+    solution = solver(kernel(X).add_diagonal(torch.tensor(0.5)), b)
+    expected = solver(KernelMatrixOperator(X, 0.5, kernel=kernel), b)
+    torch.testing.assert_close(solution.value, expected.value)
+
+
+@every_solver
 def test_operators_that_are_none(solver):
     b = torch.ones(3, 1).double()
     broken = torch.eye(3).double()
