@@ -358,7 +358,7 @@ def _meetings(
         ]
     else:
         numbers = rows
-        starts = torch.arange(0, n + width, width, device=device)
+        starts = torch.arange(0, n + width, width, device=rows.device)
     orders, columns = [], []
     for part in numbers.split(height) if len(numbers) else ():
         order = part.argsort()
