@@ -207,14 +207,19 @@ def draw_posterior_paths(
         Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
     """
     generator = fresh(generator)
-    return draw_matheron_paths(
+    prior_sampler = partial(
+        draw_prior_paths, num_features=num_features, generator=generator
+    )
+    update = partial(_noisy_update, generator=generator, solver=solver)
+    paths = draw_matheron_paths(
         model,
         sample_shape=_sizes(sample_shape),
-        prior_sampler=partial(
-            draw_prior_paths, num_features=num_features, generator=generator
-        ),
-        update_strategy=partial(_noisy_update, generator=generator, solver=solver),
+        prior_sampler=prior_sampler,
+        update_strategy=update,
     )
+    if isinstance(paths, DrawnPath):  # of a model that may not have looked at them
+        generator_of(model, prior_sampler, update)
+    return paths
 
 
 def draw_path_model(
