@@ -1,9 +1,8 @@
 r"""The covariance matrix :math:`H = K + \Sigma` of noisy observations, never held.
 
 In: a kernel, inputs and noise variances. Out: a linear operator whose products evaluate
-the kernel in tiles, products with cross-covariances, and a quadratic form that carries
-gradients to hyperparameters. GPyTorch's own lazy covariance becomes such an operator by
-:func:`tiled`. Next: ``solvers`` solve with it.
+the kernel in tiles, and products with cross-covariances. GPyTorch's own lazy covariance
+becomes such an operator by :func:`tiled`. Next: ``solvers`` solve with it.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from gpbridge.checks import (
     check_inputs,
     check_tensor,
 )
+from gpbridge.kernel_gradients import quadratic_form  # noqa: F401, its old place
 from gpbridge.partial_products import (
     Index,
     column_products,
@@ -42,7 +42,6 @@ from gpbridge.partial_products import (
 
 COMPUTE_DTYPES = (None, torch.float32, torch.float64)
 _AMPLITUDE = 1e4  # in noise variances, up to which float32 tiles lose no pass
-_ERROR = 0.02  # of squared distances, in noise variances over the amplitude
 
 
 class _Held(NamedTuple):
@@ -60,7 +59,8 @@ class KernelMatrixOperator(LinearOperator):
     numbers are held up to 256 MiB; beyond, they are evaluated twice per product.
     Products are accumulated in float64. Gradients reach the inputs and the noise, by
     tiles that are evaluated again in the backward pass; kernel hyperparameters are
-    constants here, and :func:`quadratic_form` differentiates in them.
+    constants here: :func:`~gpbridge.kernel_gradients.quadratic_form` has their
+    derivatives.
 
     Args:
         X: Inputs ``batch_shape x n x d``.
@@ -119,7 +119,7 @@ class KernelMatrixOperator(LinearOperator):
                 self.kernel,
                 self.X.detach(),
                 dtype=dtype,
-                accuracy=distance_accuracy(self.kernel, self.noise),
+                accuracy=kernel_tiles.distance_accuracy(self.kernel, self.noise),
             )
         return self._prepared[dtype]
 
@@ -152,7 +152,7 @@ class KernelMatrixOperator(LinearOperator):
         return (product + self.noise[:, None] * rhs).to(rhs.dtype)
 
     def _differentiable_product(self, rhs: Tensor) -> Tensor:
-        step = _points_per_tile(self.X)
+        step = kernel_tiles.points_per_tile(self.X)
         parts = list(zip(self.X.split(step), rhs.split(step), strict=True))
         products = [
             sum(_ForgetfulTile.apply(self.kernel, x, z, v) for z, v in parts)
@@ -296,16 +296,6 @@ def working_dtype(
     return compute_dtype
 
 
-@torch.no_grad()
-def distance_accuracy(kernel: Kernel, noise: Tensor) -> float:
-    """How precise squared distances must be, so that errors stay below the noise."""
-    found = kernel_tiles.stationary_part(kernel)
-    if found is None or not noise.numel():
-        return kernel_tiles.ACCURACY
-    share = noise.min().item() / max(float(found[1]), 1e-300)
-    return min(kernel_tiles.ACCURACY, _ERROR * share)
-
-
 def cross_products(
     kernel: Kernel,
     X_test: Tensor,
@@ -328,76 +318,6 @@ def cross_products(
     check_inputs(X_test, "X_test", X.shape[-1])
     tiles = kernel_tiles.prepare(kernel, X_test.detach(), X.detach(), compute_dtype)
     return kernel_tiles.multiply_rows(tiles, V.detach()).to(V.dtype)
-
-
-def quadratic_form(
-    kernel: Kernel,
-    X: Tensor,
-    noise: Tensor,
-    left: Tensor,
-    right: Tensor,
-    compute_dtype: torch.dtype | None = None,
-) -> Tensor:
-    r"""The sum :math:`\mathrm{tr}(L^\top H R)`, differentiable in hyperparameters.
-
-    Gradients reach the kernel's hyperparameters and the noise; ``left`` and ``right``
-    are constants. With :math:`G = L R^\top` the form is a sum of entries of
-    :math:`G \circ H`, which is differentiated tile by tile as it is summed: a tile and
-    its mirror image in one, nothing is kept or computed twice, and memory is that of a
-    few tiles. Derivatives are of first order.
-
-    Args:
-        kernel: One output per input, no batch shape.
-        X: Inputs ``n x d``.
-        noise: Noise variances ``n``, or one number.
-        left: L, ``n x k``.
-        right: R, ``n x k``.
-        compute_dtype: Of the tiles of kernels that have a fast form; default that of
-            the inputs.
-
-    Returns:
-        A scalar.
-    """
-    L, R = left.detach(), right.detach()
-    noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
-    of_noise = (noise.reshape(-1, 1) * L * R).sum()
-    if kernel_tiles.stationary_part(kernel) is not None:
-        return of_noise + _stationary_form(kernel, X.detach(), L, R, compute_dtype)
-    learnt = [p for p in kernel.parameters() if p.requires_grad]
-    if not torch.is_grad_enabled():
-        learnt = []
-    gradients = [torch.zeros_like(p) for p in learnt]
-    step = _points_per_tile(X)
-    total = torch.zeros((), dtype=X.dtype, device=X.device)
-    parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
-    for i, (x, l_x, r_x) in enumerate(parts):
-        for z, l_z, r_z in parts[i:]:
-            G = l_x @ r_z.mT
-            if z is not x:
-                G += r_x @ l_z.mT
-            # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
-            with torch.set_grad_enabled(bool(learnt)):
-                tile = (kernel(x, z).to_dense() * G).sum()
-            if learnt:
-                found = torch.autograd.grad(tile, learnt, allow_unused=True)
-                for gradient, new in zip(gradients, found, strict=True):
-                    gradient += 0 if new is None else new
-            total += tile.detach()
-    total = total + of_noise
-    for p, gradient in zip(learnt, gradients, strict=True):
-        total = total + ((p - p.detach()) * gradient).sum()
-    return total
-
-
-def _stationary_form(
-    kernel: Kernel, X: Tensor, L: Tensor, R: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    """The sum of L R' times the kernel matrix, by formulas for its derivatives."""
-    base, amplitude = kernel_tiles.stationary_part(kernel)
-    total, slopes = kernel_tiles.weighted_sum(kernel, X, L, R, dtype)
-    # A shared lengthscale is broadcast, so that its derivatives add up.
-    logs = base.lengthscale.log().reshape(-1)
-    return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
 
 
 class _ForgetfulTile(torch.autograd.Function):
@@ -427,11 +347,6 @@ class _ForgetfulTile(torch.autograd.Function):
             )
         )
         return None, *(next(found) if t.requires_grad else None for t in args)
-
-
-def _points_per_tile(X: Tensor) -> int:
-    budget = kernel_tiles.TILE_BYTES.get(X.device.type, 2**28)
-    return max(1, int((budget / X.element_size()) ** 0.5))
 
 
 def _check(kernel: Kernel, X: Tensor, noise: Tensor, dtype: object) -> None:

@@ -13,7 +13,7 @@ is formed, and a network is evaluated once or twice per point, not once per tile
 add their terms within a tile. All other kernels are called as they are.
 
 In: a kernel and two sets of points. Out: products and dense tiles, without gradients.
-Next: ``kernel_operator`` adds the noise.
+Next: ``kernel_gradients`` has derivatives, ``kernel_operator`` adds the noise.
 
 References:
     Wang, Pleiss, Gardner, Tyree, Weinberger, Wilson, Exact Gaussian processes on a
@@ -47,6 +47,7 @@ ACCURACY = 5e-5
 FEATURE_BYTES = 256 * 2**20
 """Of the features of all points that are held, and of those that are formed at once."""
 
+_ERROR = 0.02  # of squared distances, in noise variances over the amplitude
 _WIDEST = {"cpu": 1024, "cuda": 8192}  # rows of a tile: longer ones gain nothing
 
 
@@ -112,6 +113,16 @@ def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
     kernel, amplitude = _without_scales(kernel)
     fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
     return (kernel, amplitude) if fast else None
+
+
+@torch.no_grad()
+def distance_accuracy(kernel: Kernel, noise: Tensor) -> float:
+    """How precise squared distances must be, so that errors stay below the noise."""
+    found = stationary_part(kernel)
+    if found is None or not noise.numel():
+        return ACCURACY
+    share = noise.min().item() / max(float(found[1]), 1e-300)
+    return min(ACCURACY, _ERROR * share)
 
 
 @torch.no_grad()
@@ -271,20 +282,6 @@ def _matern52(squared: Tensor) -> Tensor:
     return squared.mul_(decay.neg_().exp_())
 
 
-def _with_slope(squared: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """The kernel as a function of the squared scaled distance, and its derivative."""
-    if nu == math.inf:
-        value = torch.exp(-squared)
-        return value, -value
-    r = squared.sqrt()
-    decay = torch.exp(-r)
-    if nu == 0.5:  # the slope will meet a squared distance: zero at zero
-        return decay, torch.where(r > 0, -0.5 * decay / r, 0.0)
-    if nu == 1.5:
-        return decay * (1 + r), -0.5 * decay
-    return decay * (1 + r + squared / 3), decay * (1 + r) / -6
-
-
 # By smoothness: the factor of the inputs, and the kernel of the squared distance.
 # Rasmussen and Williams (2006), eqs. (4.9) and (4.17).
 _PROFILES = {
@@ -322,7 +319,7 @@ def _upstream(kernel: Kernel, dtype: torch.dtype, selected: bool = False) -> Cal
 # --- products
 
 
-def _shape(tiles: Tiles, rows: int) -> tuple[int, int]:
+def shape(tiles: Tiles, rows: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
     kind = tiles.left.device.type
     numbers = _by_device(TILE_BYTES, kind) // tiles.left.element_size()
@@ -330,11 +327,17 @@ def _shape(tiles: Tiles, rows: int) -> tuple[int, int]:
     return height, max(1, numbers // height)
 
 
+def points_per_tile(X: Tensor) -> int:
+    """Rows and columns of a square tile of a kernel that is called as it is."""
+    return max(1, math.isqrt(_by_device(TILE_BYTES, X.device.type) // X.element_size()))
+
+
 def _by_device(sizes: dict[str, int], kind: str) -> int:
     return sizes.get(kind, sizes["cuda"])
 
 
-def _spans(n: int, width: int) -> Iterator[tuple[int, int]]:
+def spans(n: int, width: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of n rows in parts of a width."""
     return ((start, min(start + width, n)) for start in range(0, n, width))
 
 
@@ -351,11 +354,11 @@ def _meetings(
         starts = range(0, n + width, width)
         bounds = [
             [min(max(start - named.start - top, 0), bottom - top) for start in starts]
-            for top, bottom in _spans(len(named), height)
+            for top, bottom in spans(len(named), height)
         ]
     else:
         numbers = rows
-        starts = torch.arange(0, n + width, width, device=device)
+        starts = torch.arange(0, n + width, width, device=rows.device)
     orders, columns = [], []
     for part in numbers.split(height) if len(numbers) else ():
         order = part.argsort()
@@ -386,7 +389,7 @@ def _through_features(tiles: Tiles, left: Tensor, right: Tensor, V: Tensor) -> T
         inner += tiles.features(x).mT @ v
     inner = inner.mul_(tiles.amplitude).to(tiles.dtype)
     product = V.new_empty(len(left), V.shape[-1], dtype=torch.float64)
-    for top, bottom in _spans(len(left), step):
+    for top, bottom in spans(len(left), step):
         product[top:bottom] = tiles.features(left[top:bottom]) @ inner
     return product
 
@@ -410,11 +413,11 @@ def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
         return _through_features(tiles, left, tiles.right, V)
     Vt = _columns_first(V, tiles)  # k x t
     total = Vt.new_zeros(len(Vt), len(left), dtype=torch.float64)
-    height, width = _shape(tiles, len(left))
+    height, width = shape(tiles, len(left))
     meets = None if rows is None else _meetings(rows, n, height, width, V.device)
-    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+    for j, (top, bottom) in enumerate(spans(len(left), height)):
         some, part = left[top:bottom], total[:, top:bottom]
-        for i, (start, stop) in enumerate(_spans(n, width)):
+        for i, (start, stop) in enumerate(spans(n, width)):
             equal = None if meets is None else meets[j][i]
             tile = tiles.evaluate(some, tiles.right[start:stop], equal)
             _accumulate(part, Vt[:, start:stop], tile.mT)
@@ -430,11 +433,11 @@ def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor
         return _through_features(tiles, tiles.right, left, U)
     Ut = _columns_first(U, tiles)  # k x b
     total = Ut.new_zeros(len(Ut), n, dtype=torch.float64)
-    height, width = _shape(tiles, len(left))
+    height, width = shape(tiles, len(left))
     meets = _meetings(columns, n, height, width, U.device)
-    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+    for j, (top, bottom) in enumerate(spans(len(left), height)):
         some = left[top:bottom]
-        for i, (start, stop) in enumerate(_spans(n, width)):
+        for i, (start, stop) in enumerate(spans(n, width)):
             tile = tiles.evaluate(some, tiles.right[start:stop], meets[j][i])
             _accumulate(total[:, start:stop], Ut[:, top:bottom], tile)
     return total.mul_(tiles.amplitude).mT
@@ -448,10 +451,10 @@ def multiply_all(tiles: Tiles, V: Tensor) -> Tensor:
         return _through_features(tiles, tiles.left, tiles.right, V)
     Vt = _columns_first(V, tiles)
     total = Vt.new_zeros(len(Vt), n, dtype=torch.float64)
-    width = min(_shape(tiles, n))
-    for top, bottom in _spans(n, width):
+    width = min(shape(tiles, n))
+    for top, bottom in spans(n, width):
         own = torch.arange(bottom - top, device=V.device)
-        for start, stop in _spans(bottom, width):
+        for start, stop in spans(bottom, width):
             equal = (own, own) if start == top else None
             tile = tiles.evaluate(
                 tiles.left[top:bottom], tiles.right[start:stop], equal
@@ -474,11 +477,11 @@ def dense_rows(tiles: Tiles, rows: Tensor | slice) -> Tensor:
     """Some rows of a symmetric kernel matrix, ``b x n``."""
     n, left = len(tiles.right), tiles.left[rows]
     result = left.new_empty(len(left), n, dtype=tiles.dtype)
-    height, width = _shape(tiles, len(left))
+    height, width = shape(tiles, len(left))
     meets = _meetings(rows, n, height, width, left.device)
-    for j, (top, bottom) in enumerate(_spans(len(left), height)):
+    for j, (top, bottom) in enumerate(spans(len(left), height)):
         some = left[top:bottom]
-        for i, (start, stop) in enumerate(_spans(n, width)):
+        for i, (start, stop) in enumerate(spans(n, width)):
             tile = tiles.evaluate(some, tiles.right[start:stop], meets[j][i])
             torch.mul(tile, tiles.amplitude, out=result[top:bottom, start:stop])
     return result
@@ -490,53 +493,3 @@ def dense_block(tiles: Tiles, rows: Tensor | slice) -> Tensor:
     left, right = tiles.left[rows], tiles.right[rows]
     own = torch.arange(len(left), device=left.device)
     return tiles.amplitude * tiles.evaluate(left, right, (own, own))
-
-
-@torch.no_grad()
-def weighted_sum(
-    kernel: Kernel,
-    X: Tensor,
-    L: Tensor,
-    R: Tensor,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""The sum of :math:`G \circ K` with :math:`G = L R^\top`, and its derivatives.
-
-    For kernels with a fast form, at unit amplitude; each tile serves twice.
-
-    Args:
-        kernel: Of which :func:`stationary_part` is known.
-        X: Points ``n x d``.
-        L: Left factor ``n x k``.
-        R: Right factor ``n x k``.
-        dtype: Of the tiles, whose sums are added in the dtype of X; default that.
-
-    Returns:
-        The sum, and its derivative in the logarithm of each lengthscale, ``d``.
-    """
-    base, _ = stationary_part(kernel)
-    dtype = X.dtype if dtype is None else dtype
-    tiles = prepare(kernel, X, dtype=dtype)
-    points = tiles.right[:, :-2].to(dtype)  # scaled and centred
-    L, R = L.to(dtype), R.to(dtype)
-    squares = points.square()
-    nu = getattr(base, "nu", math.inf)
-    total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
-    width = min(_shape(tiles, len(X)))
-    for top, bottom in _spans(len(X), width):
-        for start, stop in _spans(bottom, width):
-            G = L[top:bottom] @ R[start:stop].mT
-            squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
-            squared = squared.to(dtype).clamp_(min=0.0)
-            if start == top:
-                squared.fill_diagonal_(0.0)
-            else:
-                G.addmm_(R[top:bottom], L[start:stop].mT)
-            value, slope = _with_slope(squared, nu)
-            total += (G * value).sum()
-            # sum_ij E_ij (a_id - b_jd)^2, by three products
-            E = G.mul_(slope)
-            a, b = points[top:bottom], points[start:stop]
-            slopes += E.sum(1) @ squares[top:bottom] + E.sum(0) @ squares[start:stop]
-            slopes -= 2 * (a * (E @ b)).sum(0)
-    return total, -2 * slopes

@@ -170,12 +170,24 @@ def draw_posterior_paths(
 
     Prior and noise are drawn once, so a path is a function: deterministic,
     differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness: all
-    paths share their Fourier features, whose error shows in small variances. For
-    variances of many draws :func:`condition` a :func:`draw_prior`, or take a
-    :class:`~gpbridge.SampledGP`: each draw has its own features there.
+    paths share their Fourier features, whose error shows in variances that are small
+    beside the prior's. Measured with 400 points in 4 dimensions, botorch's default
+    kernel and a noise variance of 1e-4: the variance of 512 paths was .88 to .98 of the
+    exact one in the mean over points and at single points .67 to 2.7 (three seeds, 1024
+    features); .94 to 1.09 in the mean with 8192. With a Matern kernel whose learnt
+    amplitude was 5e5 noise variances it was .14 to .20 with 1024 features, and .2 to 8
+    with 8192. So where variances of many draws matter, :func:`condition` a
+    :func:`draw_prior`, or take a :class:`~gpbridge.SampledGP`: each draw has its own
+    features there, which is without bias (1.00 to 1.01 in the first case, .4 to 1.5 in
+    the second, by chance). At points that are known, ``model.posterior(X).rsample()``
+    is exact.
+
+    Models that draw by themselves (:class:`~gpbridge.SampledGP`,
+    :class:`~gpbridge.LinearizedGP`) give paths of their own draws: their features and
+    solver are those that they were built with, and are refused as options here.
 
     Args:
-        model: An exact GP with Gaussian noise, or a list of them.
+        model: An exact GP with Gaussian noise, one that draws by itself, or a list.
         sample_shape: Shape of the sample dimensions, or the number of paths.
         num_features: Fourier features of each part that needs them, an even number;
             default 1024.
@@ -187,18 +199,27 @@ def draw_posterior_paths(
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
 
+    Raises:
+        TypeError: If ``sample_shape`` is neither a shape nor a number.
+        ValueError: If an option is given that the model's own draws cannot obey.
+
     References:
         Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
     """
     generator = fresh(generator)
-    return draw_matheron_paths(
+    prior_sampler = partial(
+        draw_prior_paths, num_features=num_features, generator=generator
+    )
+    update = partial(_noisy_update, generator=generator, solver=solver)
+    paths = draw_matheron_paths(
         model,
         sample_shape=_sizes(sample_shape),
-        prior_sampler=partial(
-            draw_prior_paths, num_features=num_features, generator=generator
-        ),
-        update_strategy=partial(_noisy_update, generator=generator, solver=solver),
+        prior_sampler=prior_sampler,
+        update_strategy=update,
     )
+    if isinstance(paths, DrawnPath):  # of a model that may not have looked at them
+        generator_of(model, prior_sampler, update)
+    return paths
 
 
 def draw_path_model(

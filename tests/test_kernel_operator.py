@@ -1,4 +1,3 @@
-import pickle
 import unittest
 
 import pytest
@@ -24,7 +23,6 @@ from gpbridge.kernel_operator import (
     KernelMatrixOperator,
     covariance_operator,
     cross_products,
-    quadratic_form,
     solving_operator,
     tiled,
     working_dtype,
@@ -242,29 +240,6 @@ def test_changed_hyperparameters_are_seen():
     check()
     kernel.outputscale = 0.3  # upstream's setter
     check()
-
-
-@pytest.mark.parametrize("name", [n for n in KERNELS if n != "varying diagonal"])
-def test_the_quadratic_form_and_its_gradients(name):
-    kernel = pickle.loads(pickle.dumps(KERNELS[name]))
-    X, L, R = random(50, 3), random(50, 2, seed=1), random(50, 2, seed=2)
-    noise = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    leaves = [noise, *(p for p in kernel.parameters() if p.requires_grad)]
-    H = kernel(X).to_dense() + noise * torch.eye(50).double()
-    exact = (L * (H @ R)).sum()
-    expected = torch.autograd.grad(exact, leaves)
-    got = quadratic_form(kernel, X, noise, L, R)
-    torch.testing.assert_close(got, exact, **EXACT)
-    for a, b in zip(torch.autograd.grad(got, leaves), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_one_noise_variance_per_point_in_the_quadratic_form():
-    X, V = random(30, 3), random(30, 2, seed=1)
-    noise = random(30, seed=2).abs().requires_grad_()
-    form = quadratic_form(KERNELS["gaussian"], X, noise, V, V)
-    (grad,) = torch.autograd.grad(form, noise)
-    torch.testing.assert_close(grad, V.square().sum(-1), **EXACT)
 
 
 def test_the_operator_does_not_convert_the_kernel_of_the_caller():

@@ -11,7 +11,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood
 from gpytorch.means import ZeroMean
 
-from gpbridge import SampledGP
+from gpbridge import LinearizedGP, SampledGP
 from gpbridge.checks import ShapeError
 from gpbridge.models import NetworkKernelGP
 from gpbridge.pathwise import (
@@ -137,9 +137,13 @@ def test_a_number_of_paths_is_a_sample_shape():
 
 class TestRefusals:
     @pytest.mark.parametrize("option", ["num_features", "solver"])
-    def test_options_that_a_sampled_gp_cannot_obey(self, option):
+    @pytest.mark.parametrize("kind", [SampledGP, LinearizedGP])
+    def test_options_that_a_models_own_draws_cannot_obey(self, kind, option):
         X = points(20)
-        model = SampledGP(X, targets(X), MaternKernel(2.5))
+        if kind is SampledGP:
+            model = SampledGP(X, targets(X), MaternKernel(2.5))
+        else:
+            model = LinearizedGP(torch.nn.Linear(2, 1).double(), X, targets(X))
         value = {"num_features": 64, "solver": SOLVER}[option]
         with pytest.raises(ValueError, match=f"{option} has no effect .* model.draw"):
             draw_posterior_paths(model, 3, **{option: value})
