@@ -283,7 +283,17 @@ class SampleBasedEM:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where another run on the same model stopped, to the same numbers."""
+        """Continue where another run on the same model stopped, to the same numbers.
+
+        Raises:
+            ValueError: If the dictionary is not a state of this class.
+        """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(
+                f"state lacks {', '.join(missing)}: it must be what state_dict() of a "
+                "SampleBasedEM returned."
+            )
         self.model.prior_variance = state["prior_variance"]
         if state["noise_variance"] is not None:
             noise = torch.tensor(state["noise_variance"], dtype=torch.float64)

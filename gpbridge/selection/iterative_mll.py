@@ -73,11 +73,15 @@ class IterativeFit:
     converged: list[bool] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Steps, passes and the last residual."""
+        """Steps, passes, the last residual, and where the hyperparameters ended."""
         last = f", last residual {self.residuals[-1]:.1e}" if self.residuals else ""
+        final = "".join(
+            f", {name.rpartition('.')[-1]} {_shown(values[-1])}"
+            for name, values in self.hyperparameters.items()
+        )
         return (
             f"{type(self).__name__}({len(self.passes)} steps, "
-            f"{self.total_passes:.0f} passes{last})"
+            f"{self.total_passes:.0f} passes{last}{final})"
         )
 
     @property
@@ -351,6 +355,12 @@ class _Ascent:
             self.probes = self.probes.to(device)
         self.solution = Solution(*state["solution"])
         self.fit = IterativeFit(**state["fit"])
+
+
+def _shown(value: Tensor) -> str:
+    if value.numel() == 1:
+        return f"{value.item():.3g}"
+    return f"{value.min().item():.3g} to {value.max().item():.3g}"
 
 
 def _structure(work: SampledGP) -> list[str]:

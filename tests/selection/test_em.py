@@ -252,3 +252,9 @@ def test_a_loose_solver_ends_at_the_same_hyperparameters():
         SampleBasedEM(model).run(12, tolerance=1e-3, progress=False)
         found.append(model.prior_variance.item())
     assert found[0] == pytest.approx(found[1], rel=0.03)
+
+
+def test_a_state_of_something_else():
+    em = SampleBasedEM(sampled("gaussian"))
+    with pytest.raises(ValueError, match="state lacks .*prior_variance"):
+        em.load_state_dict({"a": 1})
