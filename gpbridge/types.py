@@ -86,7 +86,7 @@ class FitResult:
         return (
             f"{type(self).__name__}({type(self.network).__name__}, "
             f"{len(self.fit_rows)} fit rows, {len(self.validation_rows)} validation "
-            f"rows, weight_decay {self.weight_decay:.3g}; last: {recorded or 'nothing'})"
+            f"rows, weight_decay {self.weight_decay:.3g}; last: {recorded})"
         )
 
 
