@@ -203,12 +203,21 @@ def _by_features(
         called = _upstream(base, dtype, selected=True)
         return Tiles(left, right, called, 1.0, dtype, features, f)
 
-    def evaluate(rows, columns, equal=None):
-        return rows @ columns.mT
-
     a = _evaluated(features, left, f)
     b = a if right is None else _evaluated(features, right, f)
-    return Tiles(a, b, evaluate, 1.0, dtype, lambda rows: rows, f)
+    if hasattr(base, "representation"):
+        # The tangent kernel contracts a tile layer by layer, which costs less than the
+        # product of so many features: points are held beside these.
+        a = torch.cat([a, left], -1)
+        b = a if right is None else torch.cat([b, right], -1)
+        called = _upstream(base, dtype, selected=True)
+
+    def evaluate(rows, columns, equal=None):
+        if rows.shape[-1] == f:
+            return rows @ columns.mT
+        return called(rows[:, f:], columns[:, f:], equal)
+
+    return Tiles(a, b, evaluate, 1.0, dtype, lambda rows: rows[:, :f].to(dtype), f)
 
 
 def _evaluated(features: Callable, X: Tensor, f: int) -> Tensor:
