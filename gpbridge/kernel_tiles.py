@@ -185,6 +185,28 @@ def _stationary(
     return Tiles(a, b, evaluate, 1.0, dtype)
 
 
+def feature_part(
+    kernel: Kernel, X: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Kernel, Tensor | float] | None:
+    """Features of a kernel that has fewer of them than there are points.
+
+    Args:
+        kernel: Any kernel without batch shape.
+        X: Points ``n x d``.
+
+    Returns:
+        The function to ``n x f``, differentiable in hyperparameters; the columns of the
+        points that it takes; the kernel that it is of; the amplitude around it.
+    """
+    base, amplitude = _without_scales(kernel)
+    features, X = _feature_function(base, X.dtype), _selected(kernel, X)
+    if features is None or not len(X):
+        return None
+    with torch.no_grad():
+        few = features(X[:1]).shape[-1] <= len(X)
+    return (features, X, base, amplitude) if few else None
+
+
 def _by_features(
     base: Kernel, left: Tensor, right: Tensor | None, dtype: torch.dtype
 ) -> Tiles | None:
@@ -221,11 +243,12 @@ def _by_features(
 
 
 def _evaluated(features: Callable, X: Tensor, f: int) -> Tensor:
-    parts = [features(x) for x in X.split(_feature_rows(f))]
+    parts = [features(x) for x in X.split(feature_rows(f))]
     return torch.cat(parts)
 
 
-def _feature_rows(f: int) -> int:
+def feature_rows(f: int) -> int:
+    """Points whose features are formed at once."""
     return max(1, FEATURE_BYTES // (8 * max(f, 1)))
 
 
@@ -392,7 +415,7 @@ def _columns_first(V: Tensor, tiles: Tiles) -> Tensor:
 
 def _through_features(tiles: Tiles, left: Tensor, right: Tensor, V: Tensor) -> Tensor:
     """Features of the left points times those of the right times V, in float64."""
-    step, V = _feature_rows(tiles.num_features), V.to(tiles.dtype)
+    step, V = feature_rows(tiles.num_features), V.to(tiles.dtype)
     inner = V.new_zeros(tiles.num_features, V.shape[-1], dtype=torch.float64)
     for x, v in zip(right.split(step), V.split(step), strict=True):
         inner += tiles.features(x).mT @ v
