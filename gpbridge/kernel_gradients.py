@@ -15,7 +15,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
-from gpbridge import kernel_tiles
+from gpbridge import kernel_tiles, tile_products
 
 
 def quadratic_form(
@@ -61,7 +61,7 @@ def quadratic_form(
         return of_noise + _feature_form(*found, L, R)
     learnt = _learnt(kernel)
     gradients = [torch.zeros_like(p) for p in learnt]
-    step = kernel_tiles.points_per_tile(X)
+    step = tile_products.points_per_tile(X)
     total = torch.zeros((), dtype=X.dtype, device=X.device)
     parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
     for i, (x, l_x, r_x) in enumerate(parts):
@@ -173,9 +173,9 @@ def weighted_sum(
     squares = points.square()
     nu = getattr(base, "nu", math.inf)
     total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
-    width = min(kernel_tiles.shape(tiles, len(X)))
-    for top, bottom in kernel_tiles.spans(len(X), width):
-        for start, stop in kernel_tiles.spans(bottom, width):
+    width = min(tile_products.shape(tiles, len(X)))
+    for top, bottom in tile_products.spans(len(X), width):
+        for start, stop in tile_products.spans(bottom, width):
             G = L[top:bottom] @ R[start:stop].mT
             squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
             squared = squared.to(dtype).clamp_(min=0.0)
