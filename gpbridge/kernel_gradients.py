@@ -9,12 +9,13 @@ marginal likelihoods with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from gpytorch.kernels import Kernel
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpbridge import kernel_tiles
+from gpbridge import kernel_tiles, tile_products
 
 
 def quadratic_form(
@@ -31,7 +32,9 @@ def quadratic_form(
     are constants. With :math:`G = L R^\top` the form is a sum of entries of
     :math:`G \circ H`, which is differentiated tile by tile as it is summed: a tile and
     its mirror image in one, nothing is kept or computed twice, and memory is that of a
-    few tiles. Derivatives are of first order.
+    few tiles. With fewer features than points it is
+    :math:`\mathrm{tr}((\Phi^\top L)^\top \Phi^\top R)`, and features are evaluated
+    twice. Derivatives are of first order.
 
     Args:
         kernel: One output per input, no batch shape.
@@ -53,11 +56,12 @@ def quadratic_form(
         return of_noise + _stationary_form(
             kernel, X.detach(), noise, L, R, compute_dtype
         )
-    learnt = [p for p in kernel.parameters() if p.requires_grad]
-    if not torch.is_grad_enabled():
-        learnt = []
+    found = kernel_tiles.feature_part(kernel, X.detach())
+    if found is not None:
+        return of_noise + _feature_form(*found, L, R)
+    learnt = _learnt(kernel)
     gradients = [torch.zeros_like(p) for p in learnt]
-    step = kernel_tiles.points_per_tile(X)
+    step = tile_products.points_per_tile(X)
     total = torch.zeros((), dtype=X.dtype, device=X.device)
     parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
     for i, (x, l_x, r_x) in enumerate(parts):
@@ -73,10 +77,51 @@ def quadratic_form(
                 for gradient, new in zip(gradients, found, strict=True):
                     gradient += 0 if new is None else new
             total += tile.detach()
-    total = total + of_noise
+    return of_noise + _with_gradients(total, learnt, gradients)
+
+
+def _learnt(kernel: Kernel) -> list[nn.Parameter]:
+    if not torch.is_grad_enabled():
+        return []
+    return [p for p in kernel.parameters() if p.requires_grad]
+
+
+def _with_gradients(
+    value: Tensor, learnt: list[nn.Parameter], gradients: list[Tensor]
+) -> Tensor:
     for p, gradient in zip(learnt, gradients, strict=True):
-        total = total + ((p - p.detach()) * gradient).sum()
-    return total
+        value = value + ((p - p.detach()) * gradient).sum()
+    return value
+
+
+def _feature_form(
+    features: Callable[[Tensor], Tensor],
+    X: Tensor,
+    base: Kernel,
+    amplitude: Tensor | float,
+    L: Tensor,
+    R: Tensor,
+) -> Tensor:
+    """The sum of L R' times the kernel matrix, through features in blocks of points."""
+    k, learnt = L.shape[-1], _learnt(base)
+    both = torch.cat([L, R], -1).to(X)
+    with torch.no_grad():
+        f = features(X[:1]).shape[-1]
+        parts = list(
+            zip(
+                *(t.split(kernel_tiles.feature_rows(f)) for t in (X, both)), strict=True
+            )
+        )
+        left, right = sum(features(x).mT @ v for x, v in parts).split(k, -1)
+    gradients = [torch.zeros_like(p) for p in learnt]
+    for x, v in parts if learnt else ():
+        with torch.enable_grad():
+            some_left, some_right = (features(x).mT @ v).split(k, -1)
+            value = (some_left * right + left * some_right).sum()
+        found = torch.autograd.grad(value, learnt, allow_unused=True)
+        for gradient, new in zip(gradients, found, strict=True):
+            gradient += 0 if new is None else new
+    return amplitude * _with_gradients((left * right).sum(), learnt, gradients)
 
 
 def _stationary_form(
@@ -128,9 +173,9 @@ def weighted_sum(
     squares = points.square()
     nu = getattr(base, "nu", math.inf)
     total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
-    width = min(kernel_tiles.shape(tiles, len(X)))
-    for top, bottom in kernel_tiles.spans(len(X), width):
-        for start, stop in kernel_tiles.spans(bottom, width):
+    width = min(tile_products.shape(tiles, len(X)))
+    for top, bottom in tile_products.spans(len(X), width):
+        for start, stop in tile_products.spans(bottom, width):
             G = L[top:bottom] @ R[start:stop].mT
             squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
             squared = squared.to(dtype).clamp_(min=0.0)

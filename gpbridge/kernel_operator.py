@@ -17,7 +17,7 @@ from linear_operator import LinearOperator
 from linear_operator.operators import DiagLinearOperator, SumLinearOperator
 from torch import Tensor
 
-from gpbridge import kernel_tiles
+from gpbridge import kernel_tiles, tile_products
 from gpbridge.checks import (
     ShapeError,
     check_choice,
@@ -148,11 +148,11 @@ class KernelMatrixOperator(LinearOperator):
         return self.__class__(X, noise, **self._kwargs)
 
     def _product(self, rhs: Tensor, dtype: torch.dtype | None) -> Tensor:
-        product = kernel_tiles.multiply_all(self._tiles(dtype), rhs)
+        product = tile_products.multiply_all(self._tiles(dtype), rhs)
         return (product + self.noise[:, None] * rhs).to(rhs.dtype)
 
     def _differentiable_product(self, rhs: Tensor) -> Tensor:
-        step = kernel_tiles.points_per_tile(self.X)
+        step = tile_products.points_per_tile(self.X)
         parts = list(zip(self.X.split(step), rhs.split(step), strict=True))
         products = [
             sum(_ForgetfulTile.apply(self.kernel, x, z, v) for z, v in parts)
@@ -317,7 +317,7 @@ def cross_products(
     """
     check_inputs(X_test, "X_test", X.shape[-1])
     tiles = kernel_tiles.prepare(kernel, X_test.detach(), X.detach(), compute_dtype)
-    return kernel_tiles.multiply_rows(tiles, V.detach()).to(V.dtype)
+    return tile_products.multiply_rows(tiles, V.detach()).to(V.dtype)
 
 
 class _ForgetfulTile(torch.autograd.Function):
@@ -388,14 +388,14 @@ def _check(kernel: Kernel, X: Tensor, noise: Tensor, dtype: object) -> None:
 @row_products.register
 def _(operator: KernelMatrixOperator, index: Index, V: Tensor) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    product = kernel_tiles.multiply_rows(tiles, V, index)
+    product = tile_products.multiply_rows(tiles, V, index)
     return (product + operator.noise.detach()[index, None] * V[index]).to(V.dtype)
 
 
 @column_products.register
 def _(operator: KernelMatrixOperator, index: Index, U: Tensor) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    product = kernel_tiles.multiply_columns(tiles, U, index)
+    product = tile_products.multiply_columns(tiles, U, index)
     product[index] += operator.noise.detach()[index, None] * U
     return product.to(U.dtype)
 
@@ -403,7 +403,7 @@ def _(operator: KernelMatrixOperator, index: Index, U: Tensor) -> Tensor:
 @principal_block.register
 def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
     # In the full dtype: blocks are factorised.
-    block = kernel_tiles.dense_block(operator._tiles(None), index)
+    block = tile_products.dense_block(operator._tiles(None), index)
     block.diagonal().add_(operator.noise.detach()[index])
     return block
 
@@ -411,7 +411,7 @@ def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
 @dense_columns.register
 def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    columns = kernel_tiles.dense_rows(tiles, index).to(operator.dtype)  # b x n
+    columns = tile_products.dense_rows(tiles, index).to(operator.dtype)  # b x n
     noise = operator.noise.detach()
     rows = torch.arange(len(noise), device=noise.device)[index]
     columns[torch.arange(len(rows), device=rows.device), rows] += noise[index]

@@ -81,8 +81,8 @@ class Representers(NamedTuple):
     seed: int  # of the noise
     solution: Solution  # without its value
     all_outputs: int  # for which noise is drawn
-    factor: Factor  # of the system, for solvers that factorise
     kept: list[int] | None = None  # of the outputs
+    factor: Factor | None = None  # of the system, for solvers that factorise
 
     @property
     def num_outputs(self) -> int:
@@ -160,9 +160,8 @@ def solve_representers(
     m, value = data.Y.shape[-1], solution.value
     weights = value[:, m:].unflatten(-1, (prior.num_samples, m))
     facts = solution._replace(value=None)
-    return Representers(
-        prior, mean, data, value[:, :m], weights, seed, facts, m, Factor()
-    )
+    solved = prior, mean, data, value[:, :m], weights, seed, facts, m
+    return Representers(*solved, factor=Factor())
 
 
 def right_hand_sides(prior: PriorDraw, mean: Mean, data: Data, seed: int) -> Tensor:
@@ -261,12 +260,13 @@ def correct(
     K = dense(kernel, base.data.X, rows)  # n x (batch n')
     H = solving_operator(kernel, base.data.X, base.data.noise, compute_dtype)
     solver = choose_solver(H) if solver is None else solver
+    factor = Factor() if base.factor is None else base.factor
 
     def solve(rhs: Tensor) -> Tensor:
         if not rhs.numel():
             return rhs.clone()
         if isinstance(solver, Cholesky):
-            return base.factor.solve(H, rhs)
+            return factor.solve(H, rhs)
         return solver(H, rhs.contiguous()).value
 
     W = _ImplicitSolve.apply(K, solve)

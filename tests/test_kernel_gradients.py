@@ -8,6 +8,7 @@ from gpytorch.kernels import MaternKernel
 
 from gpbridge import kernel_operator, kernel_tiles
 from gpbridge.kernel_gradients import quadratic_form
+from gpbridge.kernels import FeatureKernel
 from tests.test_kernel_operator import EXACT, KERNELS, random
 
 
@@ -55,6 +56,24 @@ def test_distances_are_as_precise_as_the_noise_is_low():
         return (gradient / exact - 1).abs().item()
 
     assert error(1e-4) < 2e-6 < 1e-5 < error(1.0)
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_features_are_evaluated_twice_per_point_and_in_blocks(learnt, monkeypatch):
+    monkeypatch.setattr(kernel_tiles, "FEATURE_BYTES", 8 * 6 * 10)
+    rows = []
+
+    def features(x):
+        rows.append(len(x))
+        return torch.cat([x, x.square()], -1)
+
+    kernel = FeatureKernel(features).double().requires_grad_(learnt)
+    X, L, R = random(50, 3), random(50, 2, seed=1), random(50, 2, seed=2)
+    got = quadratic_form(kernel, X, torch.tensor(0.3), L, R)
+    assert sum(rows) <= (100 if learnt else 50) + 2 and max(rows) <= 10
+    with torch.no_grad():
+        exact = (L * (kernel(X).to_dense() @ R + 0.3 * R)).sum()
+    torch.testing.assert_close(got.detach(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_the_old_place_still_has_it():

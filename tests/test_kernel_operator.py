@@ -17,7 +17,7 @@ from linear_operator import settings
 from linear_operator.operators import DiagLinearOperator
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
 
-from gpbridge import kernel_tiles, partial_products
+from gpbridge import kernel_tiles, partial_products, tile_products
 from gpbridge.checks import ShapeError
 from gpbridge.kernel_operator import (
     KernelMatrixOperator,
@@ -311,7 +311,7 @@ def test_a_range_of_rows_meets_its_columns_without_a_look_at_numbers():
     for index in (slice(0, 70), slice(13, 55), slice(69, 70), slice(5, 5)):
         rows = torch.arange(70)[index]
         found, expected = (
-            kernel_tiles._meetings(i, 70, 9, 20, rows.device) for i in (index, rows)
+            tile_products._meetings(i, 70, 9, 20, rows.device) for i in (index, rows)
         )
         for a, b in zip(found, expected, strict=True):
             for one, other in zip(a, b, strict=True):
