@@ -25,7 +25,6 @@ from gpbridge.checks import (
     check_inputs,
     check_tensor,
 )
-from gpbridge.kernel_gradients import quadratic_form  # noqa: F401, its old place
 from gpbridge.partial_products import (
     Index,
     column_products,

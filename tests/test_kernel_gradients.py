@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpytorch.kernels import MaternKernel
 
-from gpbridge import kernel_operator, kernel_tiles
+from gpbridge import kernel_tiles
 from gpbridge.kernel_gradients import quadratic_form
 from gpbridge.kernels import FeatureKernel
 from tests.test_kernel_operator import EXACT, KERNELS, random
@@ -74,7 +74,3 @@ def test_features_are_evaluated_twice_per_point_and_in_blocks(learnt, monkeypatc
     with torch.no_grad():
         exact = (L * (kernel(X).to_dense() @ R + 0.3 * R)).sum()
     torch.testing.assert_close(got.detach(), exact, rtol=1e-6, atol=1e-6)
-
-
-def test_the_old_place_still_has_it():
-    assert kernel_operator.quadratic_form is quadratic_form

@@ -151,9 +151,11 @@ class SampledState:
     def _draw_prior(
         self, num_samples: int, generator: Generator, kernel: Kernel
     ) -> PriorDraw:
+        with torch.no_grad():
+            width = self.transform_inputs(self._train_X[:1]).shape[-1]
         return draw_prior(
             kernel,
-            self._train_X.shape[-1],
+            width,
             num_samples,
             num_outputs=self._targets.shape[-1],
             num_features=self.num_features,

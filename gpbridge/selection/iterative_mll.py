@@ -38,7 +38,7 @@ from gpbridge.checks import (
     check_positive,
     warn_user,
 )
-from gpbridge.kernel_operator import quadratic_form
+from gpbridge.kernel_gradients import quadratic_form
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
