@@ -159,6 +159,26 @@ def check_positive(**values: float | Tensor) -> None:
             raise ValueError(f"{name} must be positive and finite, but is {shown}.")
 
 
+def check_count(**values: int) -> None:
+    """Require whole numbers above zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{name} must be a whole number above zero, but is {value!r}."
+            )
+
+
+def check_share(**values: float) -> None:
+    """Require numbers strictly between zero and one, such as relative residuals."""
+    check_positive(**values)
+    for name, value in values.items():
+        if not value < 1:
+            raise ValueError(
+                f"{name} must be below 1, but is {value}: zero already has a relative "
+                "residual of 1."
+            )
+
+
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Require one of a few words."""
     if value not in choices:

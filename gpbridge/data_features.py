@@ -23,7 +23,7 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.layer_features import LayerFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.operators import JacobianOperator
-from gpbridge.partial_products import smallest_eigenvalue
+from gpbridge.partial_products import precision, smallest_eigenvalue
 
 _CHUNK_BYTES = 64 * 2**20  # features of one chunk of points
 _FEW = 8  # points; where fewer fit into a chunk, products go through the network
@@ -269,3 +269,8 @@ class OutputOperator(_LinearModelOperator):
 @smallest_eigenvalue.register(_LinearModelOperator)
 def _at_least_the_identity(operator: _LinearModelOperator) -> float:
     return 1.0
+
+
+@precision.register(_LinearModelOperator)
+def _of_the_network(operator: _LinearModelOperator) -> float:
+    return torch.finfo(operator.data.net.dtype).eps

@@ -1,21 +1,23 @@
 r"""The covariance matrix :math:`H = K + \Sigma` of noisy observations, never held.
 
 In: a kernel, inputs and noise variances. Out: a linear operator whose products evaluate
-the kernel in tiles, products with cross-covariances, and a quadratic form that carries
-gradients to hyperparameters. Next: ``solvers`` solve with it.
+the kernel in tiles, and products with cross-covariances. GPyTorch's own lazy covariance
+becomes such an operator by :func:`tiled`. Next: ``solvers`` solve with it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import torch
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import GridKernel, InducingPointKernel, Kernel, ScaleKernel
+from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator import LinearOperator
+from linear_operator.operators import DiagLinearOperator, SumLinearOperator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gpbridge import kernel_tiles
+from gpbridge import kernel_tiles, tile_products
 from gpbridge.checks import (
     ShapeError,
     check_choice,
@@ -39,7 +41,6 @@ from gpbridge.partial_products import (
 
 COMPUTE_DTYPES = (None, torch.float32, torch.float64)
 _AMPLITUDE = 1e4  # in noise variances, up to which float32 tiles lose no pass
-_ERROR = 0.02  # of squared distances, in noise variances over the amplitude
 
 
 class _Held(NamedTuple):
@@ -53,15 +54,18 @@ class KernelMatrixOperator(LinearOperator):
 
     Use it where H does not fit into memory: a product with k columns evaluates
     :math:`n^2/2` kernel entries (each tile serves twice) and holds n k numbers and one
-    tile. Products are accumulated in float64. Gradients reach the inputs and the noise;
-    kernel hyperparameters are constants here, and :func:`quadratic_form` differentiates
-    in them.
+    tile. Kernels with f features, fewer than points, cost n f k instead, and their n f
+    numbers are held up to 256 MiB; beyond, they are evaluated twice per product.
+    Products are accumulated in float64. Gradients reach the inputs and the noise, by
+    tiles that are evaluated again in the backward pass; kernel hyperparameters are
+    constants here: :func:`~gpbridge.kernel_gradients.quadratic_form` has their
+    derivatives.
 
     Args:
         X: Inputs ``batch_shape x n x d``.
         noise: Noise variances, ``batch_shape x n`` or one number; zero is allowed.
         kernel: One output per input, no batch shape; its hyperparameters are read at
-            each product.
+            each product. What it depends on must be parameters or buffers.
         compute_dtype: Of the tiles; ``torch.float32`` is two to three times as fast,
             with an error of about 1e-6 outputscale per entry. Then
             :func:`~gpbridge.partial_products.exact_products` still are in X's dtype.
@@ -95,7 +99,8 @@ class KernelMatrixOperator(LinearOperator):
         super().__init__(X, noise, kernel=held, compute_dtype=compute_dtype)
         self.X, self.noise = X, noise
         self.kernel, self.compute_dtype = held.kernel, compute_dtype
-        self._prepared: dict = {}
+        self._prepared: dict[torch.dtype | None, kernel_tiles.Tiles] = {}
+        self._state: Tensor | None = None  # of the kernel that was prepared
 
     def _size(self):
         return torch.Size((*self.X.shape[:-1], self.X.shape[-2]))
@@ -104,21 +109,18 @@ class KernelMatrixOperator(LinearOperator):
         return self
 
     def _tiles(self, dtype: torch.dtype | None) -> kernel_tiles.Tiles:
-        # By value: setters of upstream change data behind the version counter.
-        values = kernel_tiles.hyperparameters(self.kernel)
-        accuracy = kernel_tiles.ACCURACY
-        if values and self.noise.numel():
-            share = self.noise.detach().min().item() / max(values[0], 1e-300)
-            accuracy = min(accuracy, _ERROR * share)
-        key = dtype, (accuracy, values)
-        if key not in self._prepared:
-            current = {k: t for k, t in self._prepared.items() if k[1] == key[1]}
-            X = self.X.detach()
-            current[key] = kernel_tiles.prepare(
-                self.kernel, X, dtype=dtype, accuracy=accuracy
+        # One look at the hyperparameters per product, all of them at once.
+        state = kernel_tiles.state(self.kernel)
+        if self._state is None or not torch.equal(state, self._state):
+            self._state, self._prepared = state.clone(), {}
+        if dtype not in self._prepared:
+            self._prepared[dtype] = kernel_tiles.prepare(
+                self.kernel,
+                self.X.detach(),
+                dtype=dtype,
+                accuracy=kernel_tiles.distance_accuracy(self.kernel, self.noise),
             )
-            self._prepared = current
-        return self._prepared[key]
+        return self._prepared[dtype]
 
     def _matmul(self, rhs):
         if rhs.dim() == 1:
@@ -145,16 +147,17 @@ class KernelMatrixOperator(LinearOperator):
         return self.__class__(X, noise, **self._kwargs)
 
     def _product(self, rhs: Tensor, dtype: torch.dtype | None) -> Tensor:
-        product = kernel_tiles.multiply_all(self._tiles(dtype), rhs)
+        product = tile_products.multiply_all(self._tiles(dtype), rhs)
         return (product + self.noise[:, None] * rhs).to(rhs.dtype)
 
     def _differentiable_product(self, rhs: Tensor) -> Tensor:
-        def rows(x: Tensor) -> Tensor:
-            return self.kernel(x, self.X).to_dense() @ rhs
-
-        step = _points_per_tile(self.X)
-        parts = [_forgetful(rows, x) for x in self.X.split(step)]
-        return torch.cat(parts) + self.noise[:, None] * rhs
+        step = tile_products.points_per_tile(self.X)
+        parts = list(zip(self.X.split(step), rhs.split(step), strict=True))
+        products = [
+            sum(_ForgetfulTile.apply(self.kernel, x, z, v) for z, v in parts)
+            for x, _ in parts
+        ]
+        return torch.cat(products) + self.noise[:, None] * rhs
 
     def _diagonal(self):
         return self.kernel(self.X, diag=True).to(self.X) + self.noise
@@ -181,6 +184,76 @@ def covariance_operator(
 ) -> KernelMatrixOperator:
     """:class:`KernelMatrixOperator` of a kernel, in the usual order of arguments."""
     return KernelMatrixOperator(X, noise, kernel=kernel, compute_dtype=compute_dtype)
+
+
+def tiled(operator: LinearOperator | Tensor) -> LinearOperator | Tensor:
+    r"""GPyTorch's lazy covariance as an operator that has products.
+
+    Upstream's ``kernel(X)`` is a promise: without its checkpointing setting it has no
+    products, and a solver would have to evaluate it whole. Here ``kernel(X)``, alone or
+    in a sum with diagonals (``kernel(X).add_diagonal(noise)``,
+    ``likelihood(mvn).lazy_covariance_matrix``), becomes a
+    :class:`KernelMatrixOperator` with that noise. Constants: no gradient is carried.
+
+    Args:
+        operator: Any operator or tensor, ``... x n x n``.
+
+    Returns:
+        The operator in tiles, if the kernel has one set of inputs ``n x d``, one output
+        per input, no batch shape and no structure of its own (inducing points, grids);
+        evaluated, if lazy kernels occur in it in another way; else as it came.
+    """
+    lazy, noise = None, 0.0
+    for part in _summands(operator):
+        if isinstance(part, DiagLinearOperator):
+            noise = noise + part._diagonal().detach()
+        elif lazy is None and isinstance(part, LazyEvaluatedKernelTensor):
+            lazy = part
+        else:
+            lazy = None
+            break
+    if lazy is not None and _tileable(lazy, noise):
+        X = lazy.x1.detach()
+        return KernelMatrixOperator(X, noise, kernel=_of_selected(lazy.kernel))
+    return operator.evaluate_kernel() if _holds_lazy_kernels(operator) else operator
+
+
+def _summands(operator: LinearOperator | Tensor) -> list[LinearOperator | Tensor]:
+    if not isinstance(operator, SumLinearOperator):
+        return [operator]
+    return [part for term in operator.linear_ops for part in _summands(term)]
+
+
+def _tileable(lazy: LazyEvaluatedKernelTensor, noise: Tensor | float) -> bool:
+    a, b, kernel = lazy.x1, lazy.x2, lazy.kernel
+    if lazy.last_dim_is_batch or lazy.params or a.dim() != 2 or kernel.batch_shape:
+        return False
+    # Their matrices cost less as upstream evaluates them, or exist as a whole only.
+    if any(isinstance(k, GridKernel | InducingPointKernel) for k in kernel.modules()):
+        return False
+    if isinstance(noise, Tensor) and (noise.dim() > 1 or bool((noise < 0).any())):
+        return False
+    same = a is b or (a.shape == b.shape and torch.equal(a, b))
+    return same and kernel.num_outputs_per_input(a, b) == 1
+
+
+def _of_selected(kernel: Kernel) -> Kernel:
+    """The kernel as a function of columns that upstream has already selected."""
+    if kernel.active_dims is None:
+        return kernel
+    kernel = copy.deepcopy(kernel)
+    kernel.active_dims, inner = None, kernel
+    while isinstance(inner, ScaleKernel):  # which holds the columns twice
+        inner = inner.base_kernel
+        inner.active_dims = None
+    return kernel
+
+
+def _holds_lazy_kernels(operator: object) -> bool:
+    if isinstance(operator, LazyEvaluatedKernelTensor):
+        return True
+    parts = operator._args if isinstance(operator, LinearOperator) else ()
+    return any(_holds_lazy_kernels(part) for part in parts)
 
 
 def solving_operator(
@@ -210,13 +283,14 @@ def solving_operator(
     return covariance_operator(kernel, X, noise, dtype)
 
 
+@torch.no_grad()
 def working_dtype(
     kernel: Kernel, noise: Tensor, compute_dtype: torch.dtype | None = None
 ) -> torch.dtype | None:
     """The rule of :func:`solving_operator`; None for the dtype of the inputs."""
-    values = kernel_tiles.hyperparameters(kernel)
-    if compute_dtype is None and values and noise.numel():
-        if values[0] <= _AMPLITUDE * noise.min().item():
+    found = kernel_tiles.stationary_part(kernel)
+    if compute_dtype is None and found is not None and noise.numel():
+        if float(found[1]) <= _AMPLITUDE * noise.min().item():
             return torch.float32
     return compute_dtype
 
@@ -242,87 +316,36 @@ def cross_products(
     """
     check_inputs(X_test, "X_test", X.shape[-1])
     tiles = kernel_tiles.prepare(kernel, X_test.detach(), X.detach(), compute_dtype)
-    return kernel_tiles.multiply_rows(tiles, V.detach()).to(V.dtype)
+    return tile_products.multiply_rows(tiles, V.detach()).to(V.dtype)
 
 
-def quadratic_form(
-    kernel: Kernel,
-    X: Tensor,
-    noise: Tensor,
-    left: Tensor,
-    right: Tensor,
-    compute_dtype: torch.dtype | None = None,
-) -> Tensor:
-    r"""The sum :math:`\mathrm{tr}(L^\top H R)`, differentiable in hyperparameters.
+class _ForgetfulTile(torch.autograd.Function):
+    """Product of a tile with columns, which is evaluated again in the backward pass."""
 
-    Gradients reach the kernel's hyperparameters and the noise; ``left`` and ``right``
-    are constants. With :math:`G = L R^\top` the form is a sum of entries of
-    :math:`G \circ H`, which is differentiated tile by tile as it is summed: a tile and
-    its mirror image in one, nothing is kept or computed twice, and memory is that of a
-    few tiles. Derivatives are of first order.
+    # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, x: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, z, v)
+        return kernel(x, z).to_dense() @ v
 
-    Args:
-        kernel: One output per input, no batch shape.
-        X: Inputs ``n x d``.
-        noise: Noise variances ``n``, or one number.
-        left: L, ``n x k``.
-        right: R, ``n x k``.
-        compute_dtype: Of the tiles of kernels that have a fast form; default that of
-            the inputs.
-
-    Returns:
-        A scalar.
-    """
-    L, R = left.detach(), right.detach()
-    noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
-    of_noise = (noise.reshape(-1, 1) * L * R).sum()
-    if kernel_tiles.stationary_part(kernel) is not None:
-        return of_noise + _stationary_form(kernel, X.detach(), L, R, compute_dtype)
-    learnt = [p for p in kernel.parameters() if p.requires_grad]
-    if not torch.is_grad_enabled():
-        learnt = []
-    gradients = [torch.zeros_like(p) for p in learnt]
-    step = _points_per_tile(X)
-    total = torch.zeros((), dtype=X.dtype, device=X.device)
-    parts = list(zip(X.detach().split(step), L.split(step), R.split(step), strict=True))
-    for i, (x, l_x, r_x) in enumerate(parts):
-        for z, l_z, r_z in parts[i:]:
-            G = l_x @ r_z.mT
-            if z is not x:
-                G += r_x @ l_z.mT
-            # Not a checkpoint, whose hooks torch.func refuses inside a kernel.
-            with torch.set_grad_enabled(bool(learnt)):
-                tile = (kernel(x, z).to_dense() * G).sum()
-            if learnt:
-                found = torch.autograd.grad(tile, learnt, allow_unused=True)
-                for gradient, new in zip(gradients, found, strict=True):
-                    gradient += 0 if new is None else new
-            total += tile.detach()
-    total = total + of_noise
-    for p, gradient in zip(learnt, gradients, strict=True):
-        total = total + ((p - p.detach()) * gradient).sum()
-    return total
-
-
-def _stationary_form(
-    kernel: Kernel, X: Tensor, L: Tensor, R: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    """The sum of L R' times the kernel matrix, by formulas for its derivatives."""
-    base, amplitude = kernel_tiles.stationary_part(kernel)
-    total, slopes = kernel_tiles.weighted_sum(kernel, X, L, R, dtype)
-    # A shared lengthscale is broadcast, so that its derivatives add up.
-    logs = base.lengthscale.log().reshape(-1)
-    return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
-
-
-def _forgetful(function, *args: Tensor) -> Tensor:
-    """Call, keeping nothing for the backward pass but the arguments."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _points_per_tile(X: Tensor) -> int:
-    budget = kernel_tiles.TILE_BYTES.get(X.device.type, 2**28)
-    return max(1, int((budget / X.element_size()) ** 0.5))
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        # Views, since on the diagonal both sets of points are one tensor.
+        args = [t.view_as(t) if again else t.detach() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            if not again:
+                args = [t.requires_grad_() for t in args]
+            x, z, v = args
+            product = ctx.kernel(x, z).to_dense() @ v
+        wanted = [t for t in args if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                product, wanted, gradient, create_graph=again, allow_unused=True
+            )
+        )
+        return None, *(next(found) if t.requires_grad else None for t in args)
 
 
 def _check(kernel: Kernel, X: Tensor, noise: Tensor, dtype: object) -> None:
@@ -364,14 +387,14 @@ def _check(kernel: Kernel, X: Tensor, noise: Tensor, dtype: object) -> None:
 @row_products.register
 def _(operator: KernelMatrixOperator, index: Index, V: Tensor) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    product = kernel_tiles.multiply_rows(tiles, V, index)
+    product = tile_products.multiply_rows(tiles, V, index)
     return (product + operator.noise.detach()[index, None] * V[index]).to(V.dtype)
 
 
 @column_products.register
 def _(operator: KernelMatrixOperator, index: Index, U: Tensor) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    product = kernel_tiles.multiply_columns(tiles, U, index)
+    product = tile_products.multiply_columns(tiles, U, index)
     product[index] += operator.noise.detach()[index, None] * U
     return product.to(U.dtype)
 
@@ -379,7 +402,7 @@ def _(operator: KernelMatrixOperator, index: Index, U: Tensor) -> Tensor:
 @principal_block.register
 def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
     # In the full dtype: blocks are factorised.
-    block = kernel_tiles.dense_block(operator._tiles(None), index)
+    block = tile_products.dense_block(operator._tiles(None), index)
     block.diagonal().add_(operator.noise.detach()[index])
     return block
 
@@ -387,7 +410,7 @@ def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
 @dense_columns.register
 def _(operator: KernelMatrixOperator, index: Index) -> Tensor:
     tiles = operator._tiles(operator.compute_dtype)
-    columns = kernel_tiles.dense_rows(tiles, index).to(operator.dtype)  # b x n
+    columns = tile_products.dense_rows(tiles, index).to(operator.dtype)  # b x n
     noise = operator.noise.detach()
     rows = torch.arange(len(noise), device=noise.device)[index]
     columns[torch.arange(len(rows), device=rows.device), rows] += noise[index]

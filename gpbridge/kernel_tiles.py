@@ -7,10 +7,13 @@ squared distances are one matrix product of augmented inputs,
 .. math::
     \|a - b\|^2 = (-2 a, \|a\|^2, 1) \cdot (b, 1, \|b\|^2),
 
-and the profile is applied in place. All other kernels are called as they are.
+and the profile is applied in place. Kernels with fewer features than points, as those
+of networks, are multiplied through their features, :math:`\Phi (\Phi^\top V)`: no tile
+is formed, and a network is evaluated once or twice per point, not once per tile. Sums
+add their terms within a tile. All other kernels are called as they are.
 
-In: a kernel and two sets of points. Out: products and dense tiles, without gradients.
-Next: ``kernel_operator`` adds the noise.
+In: a kernel and two sets of points. Out: what evaluates its tiles, without gradients.
+Next: ``tile_products`` multiplies them.
 
 References:
     Wang, Pleiss, Gardner, Tyree, Weinberger, Wilson, Exact Gaussian processes on a
@@ -20,11 +23,19 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    LinearKernel,
+    MaternKernel,
+    RBFKernel,
+    ScaleKernel,
+)
+from linear_operator import to_dense
 from torch import Tensor
 
 TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
@@ -33,7 +44,10 @@ TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 ACCURACY = 5e-5
 """Of squared distances, where nothing is known about the noise."""
 
-_WIDEST = 1024  # rows of a tile: longer ones gain nothing
+FEATURE_BYTES = 256 * 2**20
+"""Of the features of all points that are held, and of those that are formed at once."""
+
+_ERROR = 0.02  # of squared distances, in noise variances over the amplitude
 
 
 class Tiles(NamedTuple):
@@ -41,6 +55,7 @@ class Tiles(NamedTuple):
 
     ``left`` and ``right`` hold one row per point; ``evaluate`` maps some rows of each,
     with the places ``(rows, columns)`` of equal points, to a new dense tile.
+    ``features`` maps some rows to their features, where products go through these.
     """
 
     left: Tensor
@@ -48,6 +63,8 @@ class Tiles(NamedTuple):
     evaluate: Callable[[Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
     amplitude: float
     dtype: torch.dtype
+    features: Callable[[Tensor], Tensor] | None = None
+    num_features: int = 0
 
 
 @torch.no_grad()
@@ -69,17 +86,78 @@ def prepare(
             dtype are rougher, they alone are computed in float64.
 
     Returns:
-        The prepared kernel; hyperparameters are copied where there is a fast form.
+        The prepared kernel; hyperparameters are copied where there is a fast form, and
+        features are held up to ``FEATURE_BYTES``.
     """
     dtype = left.dtype if dtype is None else dtype
-    found = stationary_part(kernel)
-    if found is None:
+    base, amplitude = _without_scales(kernel)
+    a, b = _selected(kernel, left), right
+    if right is not None:
+        b = _selected(kernel, right)
+    if stationary_part(base) is not None:
+        tiles = _stationary(base, a, b, dtype, accuracy)
+    elif type(base) is AdditiveKernel and not base.batch_shape:
+        terms = [prepare(term, a, b, dtype, accuracy) for term in base.kernels]
+        tiles = _added(terms, dtype)
+    else:
+        tiles = _by_features(base, a, b, dtype)
+    if tiles is None:
         right = left if right is None else right
         return Tiles(left, right, _upstream(kernel, dtype), 1.0, dtype)
-    base, amplitude = found
-    if kernel.active_dims is not None:
-        left = left.index_select(-1, kernel.active_dims)
-        right = None if right is None else right.index_select(-1, kernel.active_dims)
+    return tiles._replace(amplitude=float(amplitude) * tiles.amplitude)
+
+
+def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
+    """The base kernel and its amplitude, where there is a formula for the tiles."""
+    kernel, amplitude = _without_scales(kernel)
+    fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
+    return (kernel, amplitude) if fast else None
+
+
+@torch.no_grad()
+def distance_accuracy(kernel: Kernel, noise: Tensor) -> float:
+    """How precise squared distances must be, so that errors stay below the noise."""
+    found = stationary_part(kernel)
+    if found is None or not noise.numel():
+        return ACCURACY
+    share = noise.min().item() / max(float(found[1]), 1e-300)
+    return min(ACCURACY, _ERROR * share)
+
+
+@torch.no_grad()
+def state(kernel: Kernel) -> Tensor:
+    """All numbers that a kernel depends on, in one vector.
+
+    What :func:`prepare` copies is valid as long as this is equal. One comparison of
+    values: setters of upstream change data behind the version counter.
+    """
+    tensors = [*kernel.parameters(), *kernel.buffers()]
+    numbers = [tensor.reshape(-1).double() for tensor in tensors]
+    return torch.cat(numbers) if numbers else torch.zeros(0)
+
+
+def _without_scales(kernel: Kernel) -> tuple[Kernel, Tensor | float]:
+    amplitude = 1.0
+    while type(kernel) is ScaleKernel and not kernel.batch_shape:
+        amplitude = kernel.outputscale * amplitude
+        kernel = kernel.base_kernel
+    return kernel, amplitude
+
+
+def _selected(kernel: Kernel, X: Tensor) -> Tensor:
+    # As upstream: by the outermost kernel, whose scales call what is inside directly.
+    if kernel.active_dims is None:
+        return X
+    return X.index_select(-1, kernel.active_dims)
+
+
+def _stationary(
+    base: Kernel,
+    left: Tensor,
+    right: Tensor | None,
+    dtype: torch.dtype,
+    accuracy: float,
+) -> Tiles:
     stretch, profile = _PROFILES[getattr(base, "nu", math.inf)]
     scale = stretch / base.lengthscale.detach().double()
     # Centred: the smaller the norms, the less cancels in the squared distance.
@@ -103,27 +181,117 @@ def prepare(
             tile[equal] = 0.0
         return profile(tile)
 
-    return Tiles(a, b, evaluate, float(amplitude), dtype)
+    return Tiles(a, b, evaluate, 1.0, dtype)
 
 
-def stationary_part(kernel: Kernel) -> tuple[Kernel, Tensor | float] | None:
-    """The base kernel and its amplitude, where there is a fast form."""
-    amplitude = 1.0
-    while type(kernel) is ScaleKernel and not kernel.batch_shape:
-        amplitude = kernel.outputscale * amplitude
-        kernel = kernel.base_kernel
-    fast = type(kernel) in (RBFKernel, MaternKernel) and not kernel.batch_shape
-    return (kernel, amplitude) if fast else None
+def feature_part(
+    kernel: Kernel, X: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Kernel, Tensor | float] | None:
+    """Features of a kernel that has fewer of them than there are points.
+
+    Args:
+        kernel: Any kernel without batch shape.
+        X: Points ``n x d``.
+
+    Returns:
+        The function to ``n x f``, differentiable in hyperparameters; the columns of the
+        points that it takes; the kernel that it is of; the amplitude around it.
+    """
+    base, amplitude = _without_scales(kernel)
+    features, X = _feature_function(base, X.dtype), _selected(kernel, X)
+    if features is None or not len(X):
+        return None
+    with torch.no_grad():
+        few = features(X[:1]).shape[-1] <= len(X)
+    return (features, X, base, amplitude) if few else None
 
 
-@torch.no_grad()
-def hyperparameters(kernel: Kernel) -> tuple[float, ...]:
-    """The numbers that :func:`prepare` copies; none where it calls the kernel."""
-    found = stationary_part(kernel)
-    if found is None:
-        return ()
-    base, amplitude = found
-    return float(amplitude), *base.lengthscale.reshape(-1).tolist()
+def _by_features(
+    base: Kernel, left: Tensor, right: Tensor | None, dtype: torch.dtype
+) -> Tiles | None:
+    """Products through features, where a kernel has fewer of them than points."""
+    features = _feature_function(base, dtype)
+    points = max(len(left), 0 if right is None else len(right))
+    if features is None or not points:
+        return None
+    some = left if len(left) else right
+    f = features(some[:1]).shape[-1]
+    if f > points:
+        return None  # a tile may cost less than its features
+    total = len(left) + (0 if right is None else len(right))
+    if 8 * total * f > FEATURE_BYTES:
+        right = left if right is None else right
+        called = _upstream(base, dtype, selected=True)
+        return Tiles(left, right, called, 1.0, dtype, features, f)
+
+    a = _evaluated(features, left, f)
+    b = a if right is None else _evaluated(features, right, f)
+    if hasattr(base, "representation"):
+        # The tangent kernel contracts a tile layer by layer, which costs less than the
+        # product of so many features: points are held beside these.
+        a = torch.cat([a, left], -1)
+        b = a if right is None else torch.cat([b, right], -1)
+        called = _upstream(base, dtype, selected=True)
+
+    def evaluate(rows, columns, equal=None):
+        if rows.shape[-1] == f:
+            return rows @ columns.mT
+        return called(rows[:, f:], columns[:, f:], equal)
+
+    return Tiles(a, b, evaluate, 1.0, dtype, lambda rows: rows[:, :f].to(dtype), f)
+
+
+def _evaluated(features: Callable, X: Tensor, f: int) -> Tensor:
+    parts = [features(x) for x in X.split(feature_rows(f))]
+    return torch.cat(parts)
+
+
+def feature_rows(f: int) -> int:
+    """Points whose features are formed at once."""
+    return max(1, FEATURE_BYTES // (8 * max(f, 1)))
+
+
+def _feature_function(kernel: Kernel, dtype: torch.dtype) -> Callable | None:
+    """Features of points whose columns are already selected, ``n x d`` to ``n x f``."""
+    if kernel.batch_shape:
+        return None
+    if type(kernel) is LinearKernel:
+        own = kernel.raw_variance.dtype
+        return lambda x: (x.to(own) * kernel.variance.sqrt()).to(dtype)
+    if not hasattr(kernel, "features"):  # those of ours that have finitely many
+        return None
+    own = _dtype_of(kernel)
+    return lambda x: kernel.features(x if own is None else x.to(own)).to(dtype)
+
+
+def _added(terms: list[Tiles], dtype: torch.dtype) -> Tiles:
+    """The sum of prepared kernels: their rows side by side, their tiles added."""
+    widths = [term.left.shape[-1] for term in terms]
+    own = [term.left.dtype for term in terms]
+    wide = torch.float64 if torch.float64 in own else own[0]
+    left, right = (
+        torch.cat([getattr(term, side).to(wide) for term in terms], -1)
+        for side in ("left", "right")
+    )
+
+    def evaluate(rows, columns, equal=None):
+        total = 0.0
+        pairs = zip(rows.split(widths, -1), columns.split(widths, -1), strict=True)
+        for term, kind, (a, b) in zip(terms, own, pairs, strict=True):
+            tile = term.evaluate(a.to(kind), b.to(kind), equal).mul_(term.amplitude)
+            total = tile.add_(total)
+        return total
+
+    if any(term.features is None for term in terms):
+        return Tiles(left, right, evaluate, 1.0, dtype)
+
+    def features(rows):
+        parts = zip(terms, own, rows.split(widths, -1), strict=True)
+        each = [t.amplitude**0.5 * t.features(x.to(kind)) for t, kind, x in parts]
+        return torch.cat(each, -1)
+
+    f = sum(term.num_features for term in terms)
+    return Tiles(left, right, evaluate, 1.0, dtype, features, f)
 
 
 def _gaussian(squared: Tensor) -> Tensor:
@@ -145,20 +313,6 @@ def _matern52(squared: Tensor) -> Tensor:
     return squared.mul_(decay.neg_().exp_())
 
 
-def _with_slope(squared: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """The kernel as a function of the squared scaled distance, and its derivative."""
-    if nu == math.inf:
-        value = torch.exp(-squared)
-        return value, -value
-    r = squared.sqrt()
-    decay = torch.exp(-r)
-    if nu == 0.5:  # the slope will meet a squared distance: zero at zero
-        return decay, torch.where(r > 0, -0.5 * decay / r, 0.0)
-    if nu == 1.5:
-        return decay * (1 + r), -0.5 * decay
-    return decay * (1 + r + squared / 3), decay * (1 + r) / -6
-
-
 # By smoothness: the factor of the inputs, and the kernel of the squared distance.
 # Rasmussen and Williams (2006), eqs. (4.9) and (4.17).
 _PROFILES = {
@@ -169,196 +323,25 @@ _PROFILES = {
 }
 
 
-def _upstream(kernel: Kernel, dtype: torch.dtype) -> Callable:
-    own = next((p.dtype for p in kernel.parameters() if p.is_floating_point()), None)
+def _dtype_of(kernel: Kernel) -> torch.dtype | None:
+    floats = (p.dtype for p in kernel.parameters() if p.is_floating_point())
+    return next(floats, None)
+
+
+def _upstream(kernel: Kernel, dtype: torch.dtype, selected: bool = False) -> Callable:
+    own = _dtype_of(kernel)
+    # Without __call__ it is upstream's plain function of selected columns.
+    matrix = kernel.forward if selected else kernel
 
     def evaluate(rows, columns, equal=None):
         if own is not None:
             rows, columns = rows.to(own), columns.to(own)
-        tile = kernel(rows, columns).to_dense().to(dtype)
+        # Always a new tensor, which a sum may overwrite.
+        tile = to_dense(matrix(rows, columns)).to(dtype, copy=True)
         if equal is not None:  # upstream's distance of a point to itself is rounded
-            tile[equal] = kernel(rows[equal[0]], diag=True).to(dtype)
+            tile[equal] = to_dense(
+                matrix(rows[equal[0]], rows[equal[0]], diag=True)
+            ).to(dtype)
         return tile
 
     return evaluate
-
-
-# --- products
-
-
-def _shape(tiles: Tiles, rows: int) -> tuple[int, int]:
-    """Rows and columns of a tile."""
-    budget = TILE_BYTES.get(tiles.left.device.type, TILE_BYTES["cuda"])
-    numbers = budget // tiles.left.element_size()
-    height = min(max(rows, 1), _WIDEST, max(1, math.isqrt(numbers)))
-    return height, max(1, numbers // height)
-
-
-def _spans(n: int, width: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + width, n)) for start in range(0, n, width))
-
-
-def _meetings(rows: Tensor, width: int, n: int) -> list[tuple[Tensor, Tensor] | None]:
-    """Where the row of a point meets the column of the same point, by tile."""
-    order = rows.argsort()
-    columns = rows[order]
-    starts = torch.arange(0, n + width, width, device=rows.device)
-    bounds = torch.searchsorted(columns, starts).tolist()
-    found = []
-    for i, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        found.append((order[lo:hi], columns[lo:hi] - i * width) if hi > lo else None)
-    return found
-
-
-def _columns_first(V: Tensor, tiles: Tiles) -> Tensor:
-    """``n x k`` as ``k x n`` in the dtype of the tiles, in one copy."""
-    return V.mT.to(tiles.dtype, memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def multiply_rows(tiles: Tiles, V: Tensor, rows: Tensor | slice | None = None):
-    """Product of some rows of the kernel matrix with ``t x k``, in float64.
-
-    Args:
-        tiles: The prepared kernel.
-        V: Columns ``t x k``.
-        rows: Which rows, if rows and columns are the same points; default all rows of
-            a rectangular matrix.
-
-    Returns:
-        The product ``b x k``, float64, accumulated tile by tile.
-    """
-    n = len(tiles.right)
-    left = tiles.left if rows is None else tiles.left[rows]
-    Vt = _columns_first(V, tiles)  # k x t
-    total = Vt.new_zeros(len(Vt), len(left), dtype=torch.float64)
-    height, width = _shape(tiles, len(left))
-    if isinstance(rows, slice):
-        rows = torch.arange(n, device=V.device)[rows]
-    for top, bottom in _spans(len(left), height):
-        some = left[top:bottom]
-        part = total[:, top:bottom]
-        equal = None if rows is None else _meetings(rows[top:bottom], width, n)
-        for i, (start, stop) in enumerate(_spans(n, width)):
-            meets = None if equal is None else equal[i]
-            tile = tiles.evaluate(some, tiles.right[start:stop], meets)
-            _accumulate(part, Vt[:, start:stop], tile.mT)
-    return total.mul_(tiles.amplitude).mT
-
-
-@torch.no_grad()
-def multiply_columns(tiles: Tiles, U: Tensor, columns: Tensor | slice) -> Tensor:
-    """Product of some columns of a symmetric kernel matrix with ``b x k``, float64."""
-    n = len(tiles.right)
-    left = tiles.left[columns]
-    if isinstance(columns, slice):
-        columns = torch.arange(n, device=U.device)[columns]
-    Ut = _columns_first(U, tiles)  # k x b
-    total = Ut.new_zeros(len(Ut), n, dtype=torch.float64)
-    height, width = _shape(tiles, len(left))
-    for top, bottom in _spans(len(left), height):
-        equal = _meetings(columns[top:bottom], width, n)
-        for i, (start, stop) in enumerate(_spans(n, width)):
-            tile = tiles.evaluate(left[top:bottom], tiles.right[start:stop], equal[i])
-            _accumulate(total[:, start:stop], Ut[:, top:bottom], tile)
-    return total.mul_(tiles.amplitude).mT
-
-
-@torch.no_grad()
-def multiply_all(tiles: Tiles, V: Tensor) -> Tensor:
-    """Product of a symmetric kernel matrix with ``n x k``: each tile is used twice."""
-    n = len(tiles.left)
-    Vt = _columns_first(V, tiles)
-    total = Vt.new_zeros(len(Vt), n, dtype=torch.float64)
-    width = min(_shape(tiles, n))
-    for top, bottom in _spans(n, width):
-        own = torch.arange(bottom - top, device=V.device)
-        for start, stop in _spans(bottom, width):
-            equal = (own, own) if start == top else None
-            tile = tiles.evaluate(
-                tiles.left[top:bottom], tiles.right[start:stop], equal
-            )
-            _accumulate(total[:, top:bottom], Vt[:, start:stop], tile.mT)
-            if start != top:
-                _accumulate(total[:, start:stop], Vt[:, top:bottom], tile)
-    return total.mul_(tiles.amplitude).mT
-
-
-def _accumulate(total: Tensor, some: Tensor, tile: Tensor) -> None:
-    if tile.dtype == total.dtype:
-        total.addmm_(some, tile)
-    else:
-        total += some @ tile
-
-
-@torch.no_grad()
-def dense_rows(tiles: Tiles, rows: Tensor | slice) -> Tensor:
-    """Some rows of a symmetric kernel matrix, ``b x n``."""
-    n, left = len(tiles.right), tiles.left[rows]
-    numbers = torch.arange(n, device=left.device)[rows]
-    result = left.new_empty(len(left), n, dtype=tiles.dtype)
-    height, width = _shape(tiles, len(left))
-    for top, bottom in _spans(len(left), height):
-        equal = _meetings(numbers[top:bottom], width, n)
-        for i, (start, stop) in enumerate(_spans(n, width)):
-            tile = tiles.evaluate(left[top:bottom], tiles.right[start:stop], equal[i])
-            torch.mul(tile, tiles.amplitude, out=result[top:bottom, start:stop])
-    return result
-
-
-@torch.no_grad()
-def dense_block(tiles: Tiles, rows: Tensor | slice) -> Tensor:
-    """The kernel matrix of some points, ``b x b``."""
-    left, right = tiles.left[rows], tiles.right[rows]
-    own = torch.arange(len(left), device=left.device)
-    return tiles.amplitude * tiles.evaluate(left, right, (own, own))
-
-
-@torch.no_grad()
-def weighted_sum(
-    kernel: Kernel,
-    X: Tensor,
-    L: Tensor,
-    R: Tensor,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""The sum of :math:`G \circ K` with :math:`G = L R^\top`, and its derivatives.
-
-    For kernels with a fast form, at unit amplitude; each tile serves twice.
-
-    Args:
-        kernel: Of which :func:`stationary_part` is known.
-        X: Points ``n x d``.
-        L: Left factor ``n x k``.
-        R: Right factor ``n x k``.
-        dtype: Of the tiles, whose sums are added in the dtype of X; default that.
-
-    Returns:
-        The sum, and its derivative in the logarithm of each lengthscale, ``d``.
-    """
-    base, _ = stationary_part(kernel)
-    dtype = X.dtype if dtype is None else dtype
-    tiles = prepare(kernel, X, dtype=dtype)
-    points = tiles.right[:, :-2].to(dtype)  # scaled and centred
-    L, R = L.to(dtype), R.to(dtype)
-    squares = points.square()
-    nu = getattr(base, "nu", math.inf)
-    total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
-    width = min(_shape(tiles, len(X)))
-    for top, bottom in _spans(len(X), width):
-        for start, stop in _spans(bottom, width):
-            G = L[top:bottom] @ R[start:stop].mT
-            squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
-            squared = squared.to(dtype).clamp_(min=0.0)
-            if start == top:
-                squared.fill_diagonal_(0.0)
-            else:
-                G.addmm_(R[top:bottom], L[start:stop].mT)
-            value, slope = _with_slope(squared, nu)
-            total += (G * value).sum()
-            # sum_ij E_ij (a_id - b_jd)^2, by three products
-            E = G.mul_(slope)
-            a, b = points[top:bottom], points[start:stop]
-            slopes += E.sum(1) @ squares[top:bottom] + E.sum(0) @ squares[start:stop]
-            slopes -= 2 * (a * (E @ b)).sum(0)
-    return total, -2 * slopes

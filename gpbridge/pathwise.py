@@ -33,7 +33,7 @@ from gpytorch.models import ExactGP
 from linear_operator.operators import ZeroLinearOperator
 from torch import Generator, Size, Tensor
 
-from gpbridge.checks import ShapeError
+from gpbridge.checks import ShapeError, check_positive
 from gpbridge.kernels.compositions import draw_feature_map
 from gpbridge.posterior_draws import PosteriorDraw, condition, solve_columns
 from gpbridge.prior_draws import PriorDraw, draw_prior
@@ -53,8 +53,15 @@ __all__ = [
 ]
 
 
+NUM_FEATURES = 1024
+
+
 class SeparateDraws(Protocol):
-    """Draws that can each be evaluated at inputs of its own."""
+    """Draws that can be evaluated at common inputs, or each at inputs of its own."""
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """``... x n x d`` to ``s x ... x n x m``."""
+        ...
 
     def each(self, X: Tensor) -> Tensor:
         """``s x ... x n x d`` to ``s x ... x n x m``."""
@@ -84,7 +91,8 @@ class DrawnPath(SamplePath):
         """Evaluate the draws, each at its own inputs where ``x`` has a sample batch.
 
         Args:
-            x: Inputs ``... x n x d`` whose batch broadcasts with ``sample_shape``; with
+            x: Inputs ``... x n x d`` whose batch broadcasts with ``sample_shape``
+                (without the sample batch it is far cheaper than with copies); with
                 several outputs ``... x 1 x n x d``, as botorch evaluates batches of
                 independent outputs.
             **kwargs: None are used.
@@ -94,22 +102,24 @@ class DrawnPath(SamplePath):
         """
         if self.num_outputs > 1:
             x = x.squeeze(-3)
-        sample = self.sample_shape
+        sample, points = self.sample_shape, x.shape[-2:]
         batch = torch.broadcast_shapes(x.shape[:-2], sample)
         rest = batch[: len(batch) - len(sample)]
-        rows = x.expand(*batch, *x.shape[-2:]).reshape(
-            *rest, sample.numel(), *x.shape[-2:]
-        )
-        values = self.draws.each(rows.movedim(-3, 0)).movedim(0, -3)
+        own = x.shape[:-2][len(rest) :] if len(sample) else ()
+        if all(size == 1 for size in own):  # the same inputs for all draws, at once
+            values = self.draws(x.reshape(*rest, *points)).movedim(0, -3)
+        else:
+            rows = x.expand(*batch, *points).reshape(*rest, sample.numel(), *points)
+            values = self.draws.each(rows.movedim(-3, 0)).movedim(0, -3)
         values = values.reshape(*batch, *values.shape[-2:])
         return values.squeeze(-1) if self.num_outputs == 1 else values.mT
 
 
 def draw_prior_paths(
     model: Model,
-    sample_shape: Size | None = None,
+    sample_shape: Size | int | None = None,
     *,
-    num_features: int = 1024,
+    num_features: int | None = None,
     generator: Generator | None = None,
 ) -> SamplePath:
     r"""Functions :math:`f(x) = m(x) + \phi(x) w`, :math:`w \sim N(0, I)`, from a prior.
@@ -121,8 +131,9 @@ def draw_prior_paths(
 
     Args:
         model: A GP, exact or variational, or a list of them.
-        sample_shape: Shape of the sample dimensions.
-        num_features: Fourier features of each part that needs them, an even number.
+        sample_shape: Shape of the sample dimensions, or the number of paths.
+        num_features: Fourier features of each part that needs them, an even number;
+            default 1024.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
 
@@ -138,8 +149,8 @@ def draw_prior_paths(
 
     return draw_kernel_feature_paths(
         model,
-        sample_shape=sample_shape or Size(),
-        num_features=num_features,
+        sample_shape=_sizes(sample_shape),
+        num_features=NUM_FEATURES if num_features is None else num_features,
         map_generator=map_generator,
         weight_generator=partial(standard_normal, generator=generator, like=like),
     )
@@ -147,9 +158,9 @@ def draw_prior_paths(
 
 def draw_posterior_paths(
     model: Model,
-    sample_shape: Size | None = None,
+    sample_shape: Size | int | None = None,
     *,
-    num_features: int = 1024,
+    num_features: int | None = None,
     generator: Generator | None = None,
     solver: Solver | None = None,
 ) -> SamplePath:
@@ -159,14 +170,27 @@ def draw_posterior_paths(
 
     Prior and noise are drawn once, so a path is a function: deterministic,
     differentiable, as long as it lives. See :func:`draw_prior_paths` for exactness: all
-    paths share their Fourier features, whose error shows in small variances. For
-    variances of many draws :func:`condition` a :func:`draw_prior`, or take a
-    :class:`~gpbridge.SampledGP`: each draw has its own features there.
+    paths share their Fourier features, whose error shows in variances that are small
+    beside the prior's. Measured with 400 points in 4 dimensions, botorch's default
+    kernel and a noise variance of 1e-4: the variance of 512 paths was .88 to .98 of the
+    exact one in the mean over points and at single points .67 to 2.7 (three seeds, 1024
+    features); .94 to 1.09 in the mean with 8192. With a Matern kernel whose learnt
+    amplitude was 5e5 noise variances it was .14 to .20 with 1024 features, and .2 to 8
+    with 8192. So where variances of many draws matter, :func:`condition` a
+    :func:`draw_prior`, or take a :class:`~gpbridge.SampledGP`: each draw has its own
+    features there, which is without bias (1.00 to 1.01 in the first case, .4 to 1.5 in
+    the second, by chance). At points that are known, ``model.posterior(X).rsample()``
+    is exact.
+
+    Models that draw by themselves (:class:`~gpbridge.SampledGP`,
+    :class:`~gpbridge.LinearizedGP`) give paths of their own draws: their features and
+    solver are those that they were built with, and are refused as options here.
 
     Args:
-        model: An exact GP with Gaussian noise, or a list of them.
-        sample_shape: Shape of the sample dimensions.
-        num_features: Fourier features of each part that needs them, an even number.
+        model: An exact GP with Gaussian noise, one that draws by itself, or a list.
+        sample_shape: Shape of the sample dimensions, or the number of paths.
+        num_features: Fourier features of each part that needs them, an even number;
+            default 1024.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
         solver: Of the linear system with the covariance of the data; by default it is
@@ -175,24 +199,33 @@ def draw_posterior_paths(
     Returns:
         A path: ``... x n x d`` to ``sample_shape x ... x n``.
 
+    Raises:
+        TypeError: If ``sample_shape`` is neither a shape nor a number.
+        ValueError: If an option is given that the model's own draws cannot obey.
+
     References:
         Wilson et al., Pathwise conditioning of Gaussian processes, JMLR 2021, eq. (12).
     """
     generator = fresh(generator)
-    return draw_matheron_paths(
-        model,
-        sample_shape=sample_shape or Size(),
-        prior_sampler=partial(
-            draw_prior_paths, num_features=num_features, generator=generator
-        ),
-        update_strategy=partial(_noisy_update, generator=generator, solver=solver),
+    prior_sampler = partial(
+        draw_prior_paths, num_features=num_features, generator=generator
     )
+    update = partial(_noisy_update, generator=generator, solver=solver)
+    paths = draw_matheron_paths(
+        model,
+        sample_shape=_sizes(sample_shape),
+        prior_sampler=prior_sampler,
+        update_strategy=update,
+    )
+    if isinstance(paths, DrawnPath):  # of a model that may not have looked at them
+        generator_of(model, prior_sampler, update)
+    return paths
 
 
 def draw_path_model(
     model: Model,
     *,
-    num_features: int = 1024,
+    num_features: int | None = None,
     generator: Generator | None = None,
     solver: Solver | None = None,
 ) -> GenericDeterministicModel:
@@ -203,7 +236,8 @@ def draw_path_model(
 
     Args:
         model: An exact GP with one or more independent outputs, or a list of GPs.
-        num_features: Fourier features of each part that needs them, an even number.
+        num_features: Fourier features of each part that needs them, an even number;
+            default 1024.
         generator: Source of all randomness. Without one, draws are fresh on each call;
             the global random state is left alone in either case.
         solver: Of the linear system with the covariance of the data; by default it is
@@ -274,10 +308,8 @@ def iterative_update(
     noise = noise.detach()
     epsilon = standard_normal(sample_values.shape, generator, sample_values)
     misfit = target_values - sample_values - noise.sqrt() * epsilon
-    columns = misfit.detach().reshape(-1, len(X)).mT.double()
-    solution = solve_columns(
-        model.covar_module, X.detach(), noise, columns.to(X), solver
-    )
+    columns = misfit.detach().reshape(-1, len(X)).mT.to(X)
+    solution = solve_columns(model.covar_module, X.detach(), noise, columns, solver)
     feature_map = KernelEvaluationMap(
         kernel=model.covar_module,
         points=X,
@@ -285,6 +317,50 @@ def iterative_update(
     )
     weight = solution.value.mT.reshape(sample_values.shape).to(sample_values)
     return GeneralizedLinearPath(feature_map=feature_map, weight=weight)
+
+
+def generator_of(
+    model: Model, prior_sampler: Any = None, update_strategy: Any = None
+) -> Generator | None:
+    """The generator of draws that a model makes by itself, which obeys no other option.
+
+    Args:
+        model: Which has features and a solver of its own, or needs none.
+        prior_sampler: As upstream's ``draw_matheron_paths`` passes it on.
+        update_strategy: Likewise.
+
+    Returns:
+        The generator, if one is bound to the prior sampler.
+
+    Raises:
+        ValueError: If a number of features or a solver is bound to either.
+    """
+    bound = {
+        **getattr(update_strategy, "keywords", {}),
+        **getattr(prior_sampler, "keywords", {}),
+    }
+    for option in ("num_features", "solver"):
+        if bound.get(option) is not None:
+            raise ValueError(
+                f"{option} has no effect on paths of a {type(model).__name__}, which "
+                f"come from its own draws. Leave it out, or use model.draw(...) of a "
+                f"model built with the {option} that you want."
+            )
+    return bound.get("generator")
+
+
+def _sizes(sample_shape: Size | int | None) -> Size:
+    if sample_shape is None:
+        return Size()
+    if isinstance(sample_shape, int):
+        check_positive(sample_shape=sample_shape)
+        return Size([sample_shape])
+    if isinstance(sample_shape, tuple | list):
+        return Size(sample_shape)
+    raise TypeError(
+        "sample_shape must be a torch.Size, or the number of paths, but is "
+        f"{type(sample_shape).__name__}. Try torch.Size([5])."
+    )
 
 
 def _noise_of(model: Model, X: Tensor):

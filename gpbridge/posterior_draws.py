@@ -24,10 +24,10 @@ from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import ShapeError, check_finite, check_inputs
+from gpbridge.checks import ShapeError, check_finite, check_inputs, check_tensor
 from gpbridge.kernel_operator import cross_products, solving_operator
-from gpbridge.prior_draws import TILE_BYTES, PriorDraw, row_normals
-from gpbridge.randomness import fresh
+from gpbridge.prior_draws import TILE_BYTES, PriorDraw, check_points
+from gpbridge.randomness import fresh, row_normals
 from gpbridge.solvers import choose_solver
 from gpbridge.types import Solution, Solver
 
@@ -86,7 +86,7 @@ class PosteriorDraw(nn.Module):
 
     def each(self, X: Tensor) -> Tensor:
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
-        Z = self._prepared(X)
+        Z = self._prepared(X, self.num_samples)
         rows = Z.flatten(1, -2)  # s x rows x d
         step = max(1, TILE_BYTES // (8 * max(1, len(self.X) * rows.shape[1])))
         parts = [self.weights.new_zeros(0, rows.shape[1], self.num_outputs)]
@@ -95,7 +95,7 @@ class PosteriorDraw(nn.Module):
         ):
             K = dense(self.prior.kernel, some.flatten(0, 1), self.X)
             parts.append(K.unflatten(0, some.shape[:2]) @ v)
-        moved = torch.cat(parts).reshape(*X.shape[:-1], -1)
+        moved = torch.cat(parts).reshape(*Z.shape[:-1], self.num_outputs)
         return self._finished(self.prior.each(Z) + moved, Z, X)
 
     def take(self, samples: Tensor) -> PosteriorDraw:
@@ -110,8 +110,14 @@ class PosteriorDraw(nn.Module):
             self.solution,
         )
 
-    def _prepared(self, X: Tensor) -> Tensor:
-        Z = X if self.input_transform is None else self.input_transform(X)
+    def _prepared(self, X: Tensor, num_samples: int | None = None) -> Tensor:
+        check_tensor(X=X)
+        if self.input_transform is None:
+            check_points(X, self.prior.num_inputs, num_samples)
+            return X.to(self.weights)
+        check_points(X, X.shape[-1] if X.dim() else 1, num_samples)
+        Z = self.input_transform(X)
+        check_points(Z, self.prior.num_inputs, num_samples)
         return Z.to(self.weights)
 
     def _finished(self, values: Tensor, Z: Tensor, X: Tensor) -> Tensor:
@@ -157,6 +163,7 @@ def condition(
 
     Raises:
         ShapeError: If shapes disagree.
+        TypeError: If ``prior_draw`` is not one.
 
     Example:
         >>> from gpytorch.kernels import RBFKernel
@@ -166,7 +173,14 @@ def condition(
         >>> bool((draw(X) - X.sin()).abs().max() < 0.01)
         True
     """
+    if not isinstance(prior_draw, PriorDraw):
+        raise TypeError(
+            f"prior_draw must be a PriorDraw, but is {type(prior_draw).__name__}. Try "
+            "draw_prior(kernel, num_inputs, num_samples)."
+        )
+    check_tensor(Y=Y)
     check_inputs(X, "X")
+    check_points(X, prior_draw.num_inputs)
     m = prior_draw.num_outputs
     targets = Y[:, None] if Y.dim() == 1 else Y
     if X.dim() != 2 or targets.shape != (len(X), m):
@@ -182,6 +196,11 @@ def condition(
         mean = copy.deepcopy(mean).double().requires_grad_(False)
     Z, targets = X.detach().double(), targets.detach().double()
     variance = torch.as_tensor(noise, dtype=torch.float64, device=Z.device).detach()
+    if variance.numel() not in (1, len(Z)):
+        raise ShapeError(
+            f"noise must be one variance or ``n`` = {len(Z)} of them, one per row of "
+            f"X, but has shape {tuple(variance.shape)}."
+        )
     variance = variance.reshape(-1).expand(len(Z))
     with torch.no_grad():
         # From a seed: a generator in the state in which it made the prior draw must not

@@ -27,7 +27,10 @@ from gpbridge.kernels.compositions import (
 from gpbridge.randomness import fresh, standard_normal
 
 TILE_BYTES = 2**26  # of features or covariances at a time
-WAVES = 2**17  # numbers at a time, which stay in the cache
+WAVES = {"cpu": 2**17, "cuda": 2**26}
+"""Numbers at a time by type of device: what stays in the cache, or what fills a GPU."""
+
+_ROWS = {"cpu": 64, "cuda": 4096}  # enough for a matrix product to be fast
 NUM_FEATURES = 512
 
 
@@ -39,13 +42,19 @@ class PriorDraw(nn.Module):
         maps: Feature maps whose products with their weights are added. They return
             ``n x f`` features, or ``s x n x f`` if each draw has features of its own.
         weights: For each map, standard normals ``f x s x m``.
+        num_inputs: The number d of input columns.
     """
 
     def __init__(
-        self, kernel: Kernel, maps: Sequence[FeatureMap], weights: Sequence[Tensor]
+        self,
+        kernel: Kernel,
+        maps: Sequence[FeatureMap],
+        weights: Sequence[Tensor],
+        num_inputs: int,
     ) -> None:
         super().__init__()
         self.kernel, self.maps = kernel, nn.ModuleList(maps)
+        self.num_inputs = num_inputs
         self.weights = nn.ParameterList(
             nn.Parameter(w, requires_grad=False) for w in weights
         )
@@ -62,6 +71,7 @@ class PriorDraw(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        check_points(X, self.num_inputs)
         rows = X.reshape(-1, X.shape[-1]).to(self.weights[0])
         values = sum(
             _in_tiles(feature_map, w, rows)
@@ -74,6 +84,7 @@ class PriorDraw(nn.Module):
 
     def each(self, X: Tensor) -> Tensor:
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        check_points(X, self.num_inputs, self.num_samples)
         rows = X.flatten(1, -2).to(self.weights[0])
         values = 0.0
         for feature_map, w in zip(self.maps, self.weights, strict=True):
@@ -83,18 +94,19 @@ class PriorDraw(nn.Module):
             else:
                 phi = feature_map(rows)  # s x rows x f
                 values = values + (phi @ w.movedim(1, 0)).transpose(0, 1)
-        return values.transpose(0, 1).reshape(*X.shape[:-1], -1).to(X.dtype)
+        shape = *X.shape[:-1], self.num_outputs
+        return values.transpose(0, 1).reshape(shape).to(X.dtype)
 
     def take(self, samples: Tensor) -> PriorDraw:
         """Some of the functions, by number."""
         maps = [_take(feature_map, samples) for feature_map in self.maps]
         weights = [w[:, samples] for w in self.weights]
-        return PriorDraw(self.kernel, maps, weights)
+        return PriorDraw(self.kernel, maps, weights, self.num_inputs)
 
     def take_outputs(self, outputs: Sequence[int]) -> PriorDraw:
         """Some of the outputs of all functions."""
         weights = [w[..., list(outputs)] for w in self.weights]
-        return PriorDraw(self.kernel, self.maps, weights)
+        return PriorDraw(self.kernel, self.maps, weights, self.num_inputs)
 
 
 def draw_prior(
@@ -138,6 +150,7 @@ def draw_prior(
     Raises:
         NotImplementedError: If the kernel has no feature map.
         ShapeError: If the kernel has a batch shape.
+        ValueError: If a number is not positive, or ``num_features`` odd.
 
     Example:
         >>> from gpytorch.kernels import MaternKernel
@@ -146,8 +159,16 @@ def draw_prior(
         torch.Size([5, 3, 4, 1])
     """
     check_positive(
-        num_inputs=num_inputs, num_samples=num_samples, num_outputs=num_outputs
+        num_inputs=num_inputs,
+        num_samples=num_samples,
+        num_outputs=num_outputs,
+        num_features=num_features,
     )
+    if num_features % 2:
+        raise ValueError(
+            "num_features must be even, a sine and a cosine per frequency, but is "
+            f"{num_features}. Try {num_features + 1}."
+        )
     if len(kernel.batch_shape):
         raise ShapeError(
             "kernel must have no batch, but has batch_shape "
@@ -166,7 +187,26 @@ def draw_prior(
         _separate(part, num_samples)
         size = (part.num_outputs, num_samples, num_outputs)
         weights.append(standard_normal(size, generator, like))
-    return PriorDraw(kernel, maps, weights)
+    return PriorDraw(kernel, maps, weights, num_inputs)
+
+
+def check_points(X: Tensor, width: int, num_samples: int | None = None) -> None:
+    """Require inputs ``... x n x d`` of the right width, or ``s x ... x n x d``.
+
+    Shapes only: values are the kernel's business, and draws are also traced.
+
+    Raises:
+        ShapeError: If they have another shape.
+    """
+    wanted = "... x n" if num_samples is None else f"{num_samples} x ... x n"
+    least = 2 if num_samples is None else 3
+    fits = X.dim() >= least and X.shape[-1] == width
+    if not fits or num_samples not in (None, X.shape[0]):
+        remedy = "For one point try X[None]." if X.shape == (width,) else ""
+        raise ShapeError(
+            f"X must be ``{wanted} x {width}``, with columns as the draws were made "
+            f"for, but has shape {tuple(X.shape)}. {remedy}".strip()
+        )
 
 
 def _own_frequencies(feature_map: FeatureMap) -> bool:
@@ -182,9 +222,12 @@ def _in_tiles(feature_map: FeatureMap, w: Tensor, rows: Tensor) -> Tensor:
     """Values of all draws, ``n x d`` to ``n x s x m``."""
     if _own_frequencies(feature_map):
         W, x = feature_map.weight, feature_map.input_transform(rows)
-        few = max(1, WAVES // (_ROWS * W.shape[1]))  # draws at a time
+        kind = rows.device.type
+        height = _ROWS.get(kind, _ROWS["cuda"])
+        numbers = WAVES.get(kind, WAVES["cuda"])
+        few = max(1, numbers // (height * W.shape[1]))  # draws at a time
         parts = [
-            torch.cat([_waves(feature_map, v, z, V) for z in x.split(_ROWS)])
+            torch.cat([_waves(feature_map, v, z, V) for z in x.split(height)])
             for V, v in zip(W.split(few), w.split(few, 1), strict=True)
         ]
         return torch.cat(parts, 1)
@@ -244,34 +287,3 @@ def _take(feature_map: FeatureMap, samples: Tensor) -> FeatureMap:
         if isinstance(part, KernelFeatureMap) and part.weight.dim() == 3:
             part.weight = part.weight[samples]
     return chosen
-
-
-def row_normals(num_rows: int, num_columns: int, seed: int) -> Tensor:
-    """Standard normals ``n x c`` whose first rows do not depend on the number of rows.
-
-    Data that grow keep the noise that was drawn for the old points.
-
-    Args:
-        num_rows: The number n of rows.
-        num_columns: The number c of columns.
-        seed: Below 2^31. Two seeds have independent rows, and so has a generator with
-            this seed.
-
-    Returns:
-        The normals, float64 on the CPU.
-    """
-    # Not the seed itself: noise that repeats the numbers of a prior draw's weights
-    # makes posterior covariances wrong.
-    generator = Generator().manual_seed(2**31 + seed)
-    blocks = []
-    for start in range(0, num_rows, _BLOCK):
-        # Drawn whole: the last numbers of a call depend on how many there are.
-        block = torch.randn(
-            _BLOCK, num_columns, generator=generator, dtype=torch.float64
-        )
-        blocks.append(block[: num_rows - start])
-    return torch.cat(blocks) if blocks else torch.zeros(0, num_columns).double()
-
-
-_BLOCK = 256  # rows whose noise is drawn together
-_ROWS = 64  # enough for a matrix product to be fast

@@ -23,8 +23,8 @@ import torch
 from gpytorch.means import Mean
 from torch import Size, Tensor
 
-from gpbridge.kernel_operator import solving_operator
-from gpbridge.partial_products import exact_products
+from gpbridge.kernel_operator import KernelMatrixOperator, solving_operator
+from gpbridge.partial_products import exact_products, full_precision
 from gpbridge.posterior_draws import (
     MeanColumns,
     dense,
@@ -32,8 +32,10 @@ from gpbridge.posterior_draws import (
     mean_values,
     solve_columns,
 )
-from gpbridge.prior_draws import PriorDraw, row_normals
-from gpbridge.solvers import choose_solver
+from gpbridge.prior_draws import PriorDraw
+from gpbridge.randomness import row_normals
+from gpbridge.solvers import Cholesky, choose_solver
+from gpbridge.solvers.factors import factorise
 from gpbridge.types import Solution, Solver
 
 
@@ -43,6 +45,29 @@ class Data(NamedTuple):
     X: Tensor  # n x d
     Y: Tensor  # n x m
     noise: Tensor  # n
+
+
+class Factor:
+    """The dense factor of a solved system, made when corrections first ask for it.
+
+    Memory n x n from then on. Copies and pickles leave it behind.
+    """
+
+    def __init__(self) -> None:
+        self._inverse: Callable[[Tensor], Tensor] | None = None
+        self._of: tuple[torch.dtype, torch.device] | None = None
+
+    def solve(self, H: KernelMatrixOperator, rhs: Tensor) -> Tensor:
+        """Solve with the operator of the system, the same one at each call."""
+        if self._inverse is None or self._of != (H.dtype, H.device):
+            with torch.no_grad():
+                dense = full_precision(H).to_dense().double()
+            self._inverse, self._of = factorise(dense), (H.dtype, H.device)
+        return self._inverse(rhs.double()).to(rhs)
+
+    def __reduce__(self) -> tuple[type[Factor], tuple[()]]:
+        """A copy is empty."""
+        return Factor, ()
 
 
 class Representers(NamedTuple):
@@ -57,6 +82,7 @@ class Representers(NamedTuple):
     solution: Solution  # without its value
     all_outputs: int  # for which noise is drawn
     kept: list[int] | None = None  # of the outputs
+    factor: Factor | None = None  # of the system, for solvers that factorise
 
     @property
     def num_outputs(self) -> int:
@@ -134,7 +160,8 @@ def solve_representers(
     m, value = data.Y.shape[-1], solution.value
     weights = value[:, m:].unflatten(-1, (prior.num_samples, m))
     facts = solution._replace(value=None)
-    return Representers(prior, mean, data, value[:, :m], weights, seed, facts, m)
+    solved = prior, mean, data, value[:, :m], weights, seed, facts, m
+    return Representers(*solved, factor=Factor())
 
 
 def right_hand_sides(prior: PriorDraw, mean: Mean, data: Data, seed: int) -> Tensor:
@@ -149,8 +176,8 @@ def sample_noise(
     num_samples: int, num_outputs: int, seed: int, variance: Tensor, skip: int = 0
 ) -> Tensor:
     """Noise of the samples for the rows after ``skip``, ``... x n x s x m``."""
-    rows = skip + variance.shape[-1]
-    epsilon = row_normals(rows, num_samples * num_outputs, seed)[skip:]
+    columns = num_samples * num_outputs
+    epsilon = row_normals(variance.shape[-1], columns, seed, skip)
     epsilon = epsilon.unflatten(-1, (num_samples, num_outputs)).to(variance)
     return variance.sqrt()[..., None, None] * epsilon
 
@@ -213,7 +240,9 @@ def correct(
     r"""Solve for a batch of further observations, differentiable in their inputs.
 
     One solve with n' right-hand sides per member of the batch, all together, and
-    Cholesky factors of size n'. Gradients in X' take another solve.
+    Cholesky factors of size n'. Gradients in X' take another solve. If the solver
+    factorises the system, that is done by the first correction, n^3 / 3 once, and the
+    factor serves all others and their gradients.
 
     Args:
         base: The solved system.
@@ -231,10 +260,13 @@ def correct(
     K = dense(kernel, base.data.X, rows)  # n x (batch n')
     H = solving_operator(kernel, base.data.X, base.data.noise, compute_dtype)
     solver = choose_solver(H) if solver is None else solver
+    factor = Factor() if base.factor is None else base.factor
 
     def solve(rhs: Tensor) -> Tensor:
         if not rhs.numel():
             return rhs.clone()
+        if isinstance(solver, Cholesky):
+            return factor.solve(H, rhs)
         return solver(H, rhs.contiguous()).value
 
     W = _ImplicitSolve.apply(K, solve)

@@ -69,8 +69,8 @@ def load_state(path: str | PathLike, map_location: Any = None) -> dict[str, Any]
     digest, payload = content[len(_HEADER) : start], content[start:]
     if not content.startswith(_HEADER):
         raise DamagedFileError(
-            f"{path} was not written by save_state. For a file of torch.save call "
-            "torch.load(path, weights_only=True)."
+            f"{path} is not a state of gpbridge, or empty. Pass another path, or "
+            "delete it to start anew."
         )
     if hashlib.sha256(payload).digest() != digest:
         raise DamagedFileError(

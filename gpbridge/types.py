@@ -76,6 +76,19 @@ class FitResult:
     weight_decay: float
     history: dict[str, list[float]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Numbers of rows, and what was recorded."""
+        recorded = ", ".join(
+            f"{name} {values[-1]:.4g}"
+            for name, values in self.history.items()
+            if values
+        )
+        return (
+            f"{type(self).__name__}({type(self.network).__name__}, "
+            f"{len(self.fit_rows)} fit rows, {len(self.validation_rows)} validation "
+            f"rows, weight_decay {self.weight_decay:.3g}; last: {recorded})"
+        )
+
 
 @runtime_checkable
 class Solver(Protocol):

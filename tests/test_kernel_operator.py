@@ -1,28 +1,33 @@
-import pickle
 import unittest
 
 import pytest
 import torch
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import (
+    InducingPointKernel,
+    LinearKernel,
     MaternKernel,
     PeriodicKernel,
     PolynomialKernel,
     RBFKernel,
     ScaleKernel,
 )
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from linear_operator import settings
+from linear_operator.operators import DiagLinearOperator
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
 
-from gpbridge import kernel_tiles, partial_products
+from gpbridge import kernel_tiles, partial_products, tile_products
 from gpbridge.checks import ShapeError
 from gpbridge.kernel_operator import (
     KernelMatrixOperator,
     covariance_operator,
     cross_products,
-    quadratic_form,
     solving_operator,
+    tiled,
     working_dtype,
 )
+from gpbridge.kernels import FeatureKernel, NeuralTangentKernel
 from tests.test_partial_products import INDICES, check_partial_products
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -65,9 +70,37 @@ def random(*shape, seed=0):
 def scaled(base):
     kernel = ScaleKernel(base).double()
     kernel.outputscale = 2.3
-    if base.ard_num_dims:
+    if getattr(base, "ard_num_dims", None):
         base.lengthscale = torch.linspace(0.4, 3.0, base.ard_num_dims)
     return kernel
+
+
+def network(width=1):
+    return torch.nn.Sequential(
+        torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, width)
+    ).double()
+
+
+def square(x):
+    return x.square()
+
+
+def seen(kernel):
+    """A kernel of the first and last input, with a factor unequal to one."""
+    kernel = ScaleKernel(kernel).double()
+    kernel.outputscale = 1.7
+    return kernel
+
+
+TWO = {"active_dims": [0, 2]}
+FEATURES = {
+    "tangent": NeuralTangentKernel(network(), **TWO),
+    "scaled tangent": seen(NeuralTangentKernel(network(), **TWO)),
+    "network": seen(FeatureKernel(network(5), **TWO)),
+    "linear": seen(seen(LinearKernel(ard_num_dims=2, **TWO))),
+    "sum of both": seen(FeatureKernel(network(5), **TWO) + seen(FeatureKernel(square))),
+    "with a wave": seen(FeatureKernel(network(5), **TWO) + RBFKernel(**TWO)),
+}
 
 
 KERNELS = {
@@ -81,6 +114,10 @@ KERNELS = {
     "upstream": scaled(PeriodicKernel()),
     "varying diagonal": scaled(PolynomialKernel(2)),
     "sum": (RBFKernel() + ScaleKernel(MaternKernel(0.5))).double(),
+    "scaled sum": scaled(
+        MaternKernel(0.5, active_dims=[1]) + seen(RBFKernel(**TWO)) + PeriodicKernel()
+    ),
+    **FEATURES,
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
@@ -205,29 +242,6 @@ def test_changed_hyperparameters_are_seen():
     check()
 
 
-@pytest.mark.parametrize("name", [n for n in KERNELS if n != "varying diagonal"])
-def test_the_quadratic_form_and_its_gradients(name):
-    kernel = pickle.loads(pickle.dumps(KERNELS[name]))
-    X, L, R = random(50, 3), random(50, 2, seed=1), random(50, 2, seed=2)
-    noise = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    leaves = [noise, *kernel.parameters()]
-    H = kernel(X).to_dense() + noise * torch.eye(50).double()
-    exact = (L * (H @ R)).sum()
-    expected = torch.autograd.grad(exact, leaves)
-    got = quadratic_form(kernel, X, noise, L, R)
-    torch.testing.assert_close(got, exact, **EXACT)
-    for a, b in zip(torch.autograd.grad(got, leaves), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_one_noise_variance_per_point_in_the_quadratic_form():
-    X, V = random(30, 3), random(30, 2, seed=1)
-    noise = random(30, seed=2).abs().requires_grad_()
-    form = quadratic_form(KERNELS["gaussian"], X, noise, V, V)
-    (grad,) = torch.autograd.grad(form, noise)
-    torch.testing.assert_close(grad, V.square().sum(-1), **EXACT)
-
-
 def test_the_operator_does_not_convert_the_kernel_of_the_caller():
     kernel = scaled(RBFKernel())
     H, _ = problem(kernel)
@@ -242,6 +256,173 @@ def test_one_point_and_no_points():
     torch.testing.assert_close(H.to_dense(), torch.tensor([[2.8]]).double())
     H = KernelMatrixOperator(random(0, 3), 0.5, kernel=kernel)
     assert H._matmul(random(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("budget", [2**28, 8 * 5 * 10])
+@pytest.mark.parametrize("kernel", FEATURES.values(), ids=FEATURES)
+def test_features_are_held_or_formed_in_blocks(kernel, budget, monkeypatch):
+    monkeypatch.setattr(kernel_tiles, "FEATURE_BYTES", budget)
+    H, dense = problem(kernel)
+    for index in INDICES.values():
+        check_partial_products(H, dense, index)
+    V = random(70, 2)
+    torch.testing.assert_close(H._matmul(V), dense @ V, **EXACT)
+    low = covariance_operator(kernel, H.X, H.noise, torch.float32)
+    error = (low._matmul(V) - dense @ V).norm() / (dense @ V).norm()
+    assert 0 < error < 1e-5
+    Z = random(30, 3, seed=3)
+    with torch.no_grad():
+        cross = kernel(Z, H.X).to_dense() @ V
+    torch.testing.assert_close(cross_products(kernel, Z, H.X, V), cross, **EXACT)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_network_is_evaluated_once_per_point_and_not_per_tile(held, monkeypatch):
+    if not held:
+        monkeypatch.setattr(kernel_tiles, "FEATURE_BYTES", 8 * 5 * 10)
+    seen_rows = []
+
+    def features(x):
+        if not torch.is_grad_enabled():
+            seen_rows.append(len(x))
+        return torch.cat([x, x.square()], -1)
+
+    kernel = FeatureKernel(features).double()
+    H = KernelMatrixOperator(random(70, 3), 0.1, kernel=kernel)
+    V = random(70, 2)
+    seen_rows.clear()
+    for _ in range(3):
+        H._matmul(V)
+    assert sum(seen_rows) < (75 if held else 3 * 2 * 75)
+    kernel.variance = 2.0  # what is held follows
+    exact = 2 * features(H.X) @ (features(H.X).mT @ V) + 0.1 * V
+    torch.testing.assert_close(H._matmul(V), exact, **EXACT)
+
+
+def test_more_features_than_points_are_left_to_the_kernel(monkeypatch):
+    kernel = NeuralTangentKernel(network())
+    X = random(kernel.functional.num_params - 1, 2)
+    assert kernel_tiles.prepare(kernel, X).features is None
+    X = random(kernel.functional.num_params, 2)
+    assert kernel_tiles.prepare(kernel, X).features is not None
+
+
+def test_a_range_of_rows_meets_its_columns_without_a_look_at_numbers():
+    for index in (slice(0, 70), slice(13, 55), slice(69, 70), slice(5, 5)):
+        rows = torch.arange(70)[index]
+        found, expected = (
+            tile_products._meetings(i, 70, 9, 20, rows.device) for i in (index, rows)
+        )
+        for a, b in zip(found, expected, strict=True):
+            for one, other in zip(a, b, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    pairs = [torch.stack(places).mT.tolist() for places in (one, other)]
+                    assert sorted(pairs[0]) == sorted(pairs[1])
+
+
+@every_kernel
+def test_differentiable_products_are_tiles_in_both_directions(kernel, monkeypatch):
+    shapes, call = [], type(kernel).forward
+
+    def forward(self, x1, x2, **options):
+        shapes.append((x1.shape[-2], x2.shape[-2]))
+        return call(self, x1, x2, **options)
+
+    X, V = random(70, 3).requires_grad_(), random(70, 2, seed=1)
+    expected = torch.autograd.grad((kernel(X).to_dense() @ V).cos().sum(), X)[0]
+    H = KernelMatrixOperator(X, 0.0, kernel=kernel)
+    monkeypatch.setattr(type(kernel), "forward", forward)
+    (gradient,) = torch.autograd.grad(H._matmul(V).cos().sum(), X)
+    # Upstream's roots of rounded distances at equal points.
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    assert max(map(max, shapes)) <= 20
+
+
+def test_differentiable_products_have_second_derivatives():
+    X, V = random(30, 3).requires_grad_(), random(30, 2, seed=1).requires_grad_()
+    kernel = KERNELS["gaussian"]
+
+    def second(product):
+        (first,) = torch.autograd.grad(product.cos().sum(), X, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (X, V))
+
+    got = second(KernelMatrixOperator(X, 0.1, kernel=kernel)._matmul(V))
+    for a, b in zip(got, second(kernel(X).to_dense() @ V + 0.1 * V), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+class TestOperatorsOfGPyTorch:
+    kernels = pytest.mark.parametrize(
+        "kernel",
+        [
+            KERNELS["no amplitude"],
+            KERNELS["matern52"],
+            KERNELS["two of the inputs"],
+            MaternKernel(0.5, active_dims=[2, 0], ard_num_dims=2).double(),
+            ScaleKernel(KERNELS["two of the inputs"]).double(),
+            KERNELS["sum"],
+            (RBFKernel(active_dims=[1]) + KERNELS["two of the inputs"]).double(),
+            scaled(PeriodicKernel(active_dims=[1])),
+        ],
+    )
+
+    @kernels
+    def test_a_lazy_kernel_with_noise_becomes_tiles(self, kernel):
+        X, each = random(70, 3), random(70, seed=1).abs()
+        one = torch.tensor(0.3).double()
+        prior = MultivariateNormal(torch.zeros(70).double(), kernel(X))
+        likelihood = GaussianLikelihood().double()
+        likelihood.noise = 0.3
+        fixed = FixedNoiseGaussianLikelihood(each)
+        with torch.no_grad():
+            K = kernel(X).to_dense()
+        V = random(70, 2, seed=2)
+        for operator, noise in (
+            (kernel(X), 0 * each),
+            (kernel(X, X.clone()), 0 * each),
+            (kernel(X).add_diagonal(one), one.expand(70)),
+            (kernel(X).add_diagonal(each), each),
+            (DiagLinearOperator(each) + kernel(X), each),
+            (kernel(X).add_diagonal(each).add_jitter(0.3), each + 0.3),
+            (likelihood(prior).lazy_covariance_matrix, one.expand(70)),
+            (fixed(prior).lazy_covariance_matrix, each),
+        ):
+            found = tiled(operator)
+            assert isinstance(found, KernelMatrixOperator)
+            exact = K @ V + noise[:, None] * V
+            torch.testing.assert_close(found._matmul(V), exact, **EXACT)
+            torch.testing.assert_close(found.noise, noise, **EXACT)
+
+    def test_the_kernel_of_the_caller_keeps_its_columns(self):
+        kernel = KERNELS["two of the inputs"]
+        tiled(kernel(random(5, 3)))
+        assert kernel.active_dims is not None
+        assert kernel.base_kernel.active_dims is not None
+
+    def test_other_lazy_kernels_are_evaluated(self):
+        X, V = random(20, 3), random(20, 2, seed=1)
+        kernel, other = KERNELS["gaussian"], KERNELS["matern32"]
+        batch = RBFKernel(batch_shape=torch.Size([2])).double()
+        inducing = InducingPointKernel(other, X[:4], GaussianLikelihood()).double()
+        for operator in (
+            kernel(X) + other(X),
+            2.0 * kernel(X).add_diagonal(torch.tensor(0.1).double()),
+            kernel(X[:7], X),
+            kernel(X).add_diagonal(torch.tensor(-1e-3).double()),
+            batch(X),
+            kernel(torch.stack([X, X])),
+            inducing(X),
+        ):
+            found = tiled(operator)
+            exact = operator.to_dense() @ V
+            assert not isinstance(found, KernelMatrixOperator)
+            torch.testing.assert_close(found._matmul(V), exact, **EXACT)
+
+    def test_what_has_products_comes_back_as_it_is(self):
+        H, dense = problem(KERNELS["gaussian"])
+        for operator in (H, dense, H.add_diagonal(torch.tensor(0.1).double())):
+            assert tiled(operator) is operator
 
 
 def test_what_is_refused():

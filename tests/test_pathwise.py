@@ -11,7 +11,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood
 from gpytorch.means import ZeroMean
 
-from gpbridge import SampledGP
+from gpbridge import LinearizedGP, SampledGP
 from gpbridge.checks import ShapeError
 from gpbridge.models import NetworkKernelGP
 from gpbridge.pathwise import (
@@ -103,7 +103,51 @@ def test_a_sampled_gp_updates_by_its_own_solver():
     assert not torch.equal(path(Z)[0], path(Z)[1])  # noise of their own
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("sample", [(), (5,), (2, 3)])
+def test_common_inputs_are_evaluated_once_and_equal_copies(m, sample, monkeypatch):
+    X = points(20)
+    Y = torch.cat([targets(X + o) for o in range(m)], -1)
+    model = SampledGP(X, Y, ScaleKernel(MaternKernel(2.5)), num_samples=6)
+    path = draw_posterior_paths(model, torch.Size(sample), generator=seeded())
+    lead = (1,) if m > 1 else ()  # as botorch evaluates independent outputs
+    for shape in ((4,), (3, *(1 for _ in sample), 4)):
+        Z = points(*shape, seed=2).reshape(*shape[:-1], *lead, 4, 2)
+        ones = len(shape) - 1
+        copies = Z.expand(*shape[: ones - len(sample)], *sample, *lead, 4, 2)
+        own = points(*sample, *lead, 1, seed=3)
+        each = torch.cat([copies, own.expand(*copies.shape[:-2], 1, 2)], -2)
+        expected = path(each)[..., :-1]  # each draw at inputs of its own
+        with monkeypatch.context() as patched:
+            if sample:
+                patched.setattr(path.draws, "each", None)
+            got = path(Z)
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_a_number_of_paths_is_a_sample_shape():
+    models = [build(), SampledGP(points(20), targets(points(20)), MaternKernel(2.5))]
+    for model in models:
+        assert draw_posterior_paths(model, 5)(points(3)).shape == (5, 3)
+        with pytest.raises(TypeError, match="the number of paths, but is str. Try"):
+            draw_posterior_paths(model, "five")
+        with pytest.raises(ValueError, match="sample_shape must be positive"):
+            draw_posterior_paths(model, 0)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("option", ["num_features", "solver"])
+    @pytest.mark.parametrize("kind", [SampledGP, LinearizedGP])
+    def test_options_that_a_models_own_draws_cannot_obey(self, kind, option):
+        X = points(20)
+        if kind is SampledGP:
+            model = SampledGP(X, targets(X), MaternKernel(2.5))
+        else:
+            model = LinearizedGP(torch.nn.Linear(2, 1).double(), X, targets(X))
+        value = {"num_features": 64, "solver": SOLVER}[option]
+        with pytest.raises(ValueError, match=f"{option} has no effect .* model.draw"):
+            draw_posterior_paths(model, 3, **{option: value})
+
     def test_batches_of_gps(self):
         X = points(20)
         model = SingleTaskGP(X, targets(X).expand(20, 2)).eval()

@@ -243,6 +243,49 @@ def test_noise_comes_from_the_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("shape", [(5, 0, 2), (5, 3, 0, 2), (5, 0, 4, 2)])
+@pytest.mark.parametrize("n", [0, 9])
+def test_no_points_have_no_values(shape, n):
+    prior = draw_prior(matern(), 2, 5, num_outputs=3, generator=seeded())
+    draw = condition(prior, points(n), targets(points(n), 3), 0.01)
+    Z = torch.zeros(shape).double()
+    for functions in (prior, draw):
+        assert functions.each(Z).shape == (*shape[:-1], 3)
+        assert functions(Z[0]).shape == (*shape[:-1], 3)
+
+
+class TestRefusals:
+    prior = draw_prior(matern(), 2, 3)
+
+    def test_a_kernel_in_place_of_a_draw(self):
+        with pytest.raises(TypeError, match="but is ScaleKernel. Try draw_prior"):
+            condition(matern(), points(9), targets(points(9)), 0.1)
+
+    def test_data_of_another_width_or_kind(self):
+        X = points(9)
+        with pytest.raises(ShapeError, match=r"x 2``.* has shape \(9, 4\)"):
+            condition(self.prior, torch.cat([X, X], -1), targets(X), 0.1)
+        with pytest.raises(TypeError, match="Y must be a torch.Tensor, but is list"):
+            condition(self.prior, X, [1.0] * 9, 0.1)
+
+    @pytest.mark.parametrize("noise", [torch.ones(4), torch.ones(9, 2)])
+    def test_noise_of_another_length(self, noise):
+        with pytest.raises(ShapeError, match="n`` = 9 of them.* but has shape"):
+            condition(self.prior, points(9), targets(points(9)), noise)
+
+    def test_points_of_another_shape(self):
+        draw = condition(self.prior, points(9), targets(points(9)), 0.1)
+        for functions in (self.prior, draw):
+            with pytest.raises(ShapeError, match=r"For one point try X\[None\]"):
+                functions(points(9)[0])
+            with pytest.raises(ShapeError, match=r"but has shape \(4, 3\)"):
+                functions(torch.ones(4, 3).double())
+            with pytest.raises(ShapeError, match="3 x ... x n x 2``"):
+                functions.each(points(2, 4))
+            with pytest.raises(ShapeError, match="3 x ... x n x 2``"):
+                functions.each(points(3))
+
+
 def test_targets_of_another_shape_are_refused():
     prior = draw_prior(matern(), 2, 4)
     with pytest.raises(

@@ -8,9 +8,11 @@ import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, RQKernel, ScaleKernel
 from torch import nn
 
+from gpbridge import prior_draws
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import DeepKernel, FeatureKernel, NeuralTangentKernel
-from gpbridge.prior_draws import draw_prior, row_normals
+from gpbridge.prior_draws import draw_prior
+from gpbridge.randomness import row_normals
 from gpbridge.testing import assert_gradients_match_finite_differences
 from gpbridge.types import FunctionDraws
 from tests import oracles_sampling as oracles
@@ -151,14 +153,16 @@ def test_float32_kernels_have_float32_draws():
     assert draw(points(4)).dtype == torch.float64
 
 
-def test_rows_keep_their_normals_when_rows_are_added():
-    whole = row_normals(700, 3, seed=5)
-    same_seed = torch.randn(2100, generator=seeded(5), dtype=torch.float64)
-    assert not torch.isin(whole, same_seed).any()
-    for n in (0, 1, 15, 256, 300):
-        assert torch.equal(row_normals(n, 3, seed=5), whole[:n])
-    assert abs(whole.mean()) < 4 / 2100**0.5
-    assert abs(whole.var() - 1) < 4 * (2 / 2100) ** 0.5
+def test_waves_are_added_in_blocks_by_type_of_device(monkeypatch):
+    draw = draw_prior(MaternKernel(1.5).double(), 2, 7, num_features=8)
+    X = points(50)
+    whole = draw(X)
+    for device in ("cpu", "cuda"):  # any other type is as a GPU
+        monkeypatch.setitem(prior_draws.WAVES, device, 4 * 5 * 2)
+        monkeypatch.setitem(prior_draws._ROWS, device, 5)
+        torch.testing.assert_close(draw(X), whole, **EXACT)
+        monkeypatch.delitem(prior_draws.WAVES, "cpu", raising=False)
+        monkeypatch.delitem(prior_draws._ROWS, "cpu", raising=False)
 
 
 class TestRefusals:
@@ -169,6 +173,11 @@ class TestRefusals:
     def test_kernels_without_features(self):
         with pytest.raises(NotImplementedError, match="RQKernel has no feature map"):
             draw_prior(RQKernel(), 2)
+
+    @pytest.mark.parametrize("num_samples", [1, 4])
+    def test_odd_numbers_of_features(self, num_samples):
+        with pytest.raises(ValueError, match="num_features must be even, .* 7. Try 8."):
+            draw_prior(RBFKernel(), 2, num_samples, num_features=7)
 
     def test_no_samples(self):
         with pytest.raises(ValueError, match="num_samples must be positive"):

@@ -1,5 +1,8 @@
 """The solved system is the dense one, and a correction the system of all data."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
@@ -7,7 +10,8 @@ from gpytorch.means import ConstantMean
 
 from gpbridge.prior_draws import draw_prior
 from gpbridge.representers import Data, correct, right_hand_sides, solve_representers
-from gpbridge.solvers import ConjugateGradients
+from gpbridge.solvers import Cholesky, ConjugateGradients
+from gpbridge.solvers.factors import factorise
 from tests import oracles_sampling as oracles
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -83,6 +87,34 @@ def test_a_correction_is_the_system_of_all_data(shape, solver):
         torch.testing.assert_close(means[index], expected[0], **EXACT)
         some = deviations[(slice(None), *index)]
         torch.testing.assert_close(some, expected[1], **EXACT)
+
+
+@pytest.mark.parametrize("solver", [None, Cholesky()])
+def test_a_system_is_factorised_once_for_all_corrections(solver, monkeypatch):
+    prior, mean, data = problem(12)
+    base = solve_representers(prior, mean, data, 3, solver)
+    calls = []
+
+    def counted(block):
+        calls.append(block.shape)
+        return factorise(block)
+
+    monkeypatch.setattr("gpbridge.representers.factorise", counted)
+    monkeypatch.setattr("gpbridge.solvers.cholesky.factorise", counted)
+    Z = points(4, seed=6)
+    found, gradients = [], []
+    copies = base, copy.deepcopy(base), pickle.loads(pickle.dumps(base))
+    for i, system in enumerate((base, base, base.take_outputs([0]), *copies[1:])):
+        X = points(3, 2, seed=5).requires_grad_()
+        new = Data(X, X.cos()[..., :1], torch.full((3, 2), 0.1).double())
+        mean_there, deviations = correct(system, new, solver).moments(system, Z)
+        (gradient,) = torch.autograd.grad((mean_there**2).sum(), X)
+        found.append(deviations.detach())
+        gradients.append(gradient)
+        assert len(calls) == max(1, i - 1)  # copies factorise for themselves
+    for a, b in zip(found + gradients, found[:1] * 5 + gradients[:1] * 5, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert pickle.loads(pickle.dumps(base)).factor._inverse is None
 
 
 def test_no_further_data_change_nothing():

@@ -199,7 +199,13 @@ def draw_feature_map(
     stationary ones (:mod:`~gpbridge.kernels.random_features`), and recursive through
     scales, sums and products. As botorch's ``gen_kernel_features``, with an explicit
     source of randomness; a kernel that is registered only there draws as it does there.
-    Register further types with ``draw_feature_map.register``.
+
+    For features of your own, :class:`~gpbridge.kernels.FeatureKernel` is a kernel with
+    all of this. To register another type of kernel, give it a method ``features`` and
+    return an :class:`ExactFeatureMap`, as below; or return any botorch ``FeatureMap``
+    with the attributes ``num_outputs`` (the number f), ``batch_shape``,
+    ``input_transform`` and ``output_transform`` (``Identity`` and not None, since
+    scales chain theirs to them), whose ``forward`` selects the ``active_dims``.
 
     What is drawn does not depend on the hyperparameters: the map reads them from the
     kernel at each call, so that the same base draws serve all their values.
@@ -215,6 +221,18 @@ def draw_feature_map(
 
     Raises:
         NotImplementedError: If the kernel has no feature map; says which ones have.
+
+    Example:
+        >>> class Squares(Kernel):
+        ...     def features(self, x):
+        ...         return x**2
+        ...     def forward(self, x1, x2, **options):
+        ...         return self.features(x1) @ self.features(x2).mT
+        >>> @draw_feature_map.register
+        ... def _(kernel: Squares, num_inputs, num_features, generator=None):
+        ...     return ExactFeatureMap(kernel, num_inputs)
+        >>> draw_feature_map(ScaleKernel(Squares()), 3, 0)(torch.ones(5, 3)).shape
+        torch.Size([5, 3])
     """
     if GenKernelFeatures.dispatch(type(kernel)) is None:
         known = {
@@ -225,7 +243,8 @@ def draw_feature_map(
         raise NotImplementedError(
             f"{type(kernel).__name__} has no feature map; {', '.join(names)} have one. "
             "Register yours: @draw_feature_map.register on a function of (kernel, "
-            "num_inputs, num_features, generator) that returns a botorch FeatureMap."
+            "num_inputs, num_features, generator) that returns an ExactFeatureMap (see "
+            "the example of draw_feature_map), or take a FeatureKernel."
         )
     return gen_kernel_features(kernel, num_inputs=num_inputs, num_outputs=num_features)
 

@@ -3,7 +3,8 @@ r"""The g-prior: a scale for each weight by the size of its feature on the data.
 .. math::
     s_i = d_i^{-1/2}, \qquad d_i = \Big( \sum_n J_n^\top R_n R_n^\top J_n \Big)_{ii}
 
-with R = I for Gaussian noise, whose size the prior variance absorbs. Predictions then
+with R = I for Gaussian noise, one size of which the prior variance absorbs (noise that
+differs by point does not weigh the points here). Predictions then
 do not depend on the scale of weights in front of a normalisation, which changes
 nothing.
 

@@ -60,8 +60,10 @@ class Sampled:
 
     Args:
         num_samples: The number s of draws.
-        solver: Of the systems; its tolerance is the relative residual. Default:
-            conjugate gradients to 0.01.
+        solver: Of the systems. Default: conjugate gradients, to a relative residual of
+            0.01 and as far beyond it as keeps the mean within a tenth of a posterior
+            standard deviation everywhere, and the draws within a tenth of the root of
+            their effective dimension.
         seed: Of the draws, which stay the same while hyperparameters change.
         space: ``"weight"`` solves ``p x p`` systems, ``"function"`` those of
             ``n m x n m``; both have the same draws as solutions and ``"auto"`` takes

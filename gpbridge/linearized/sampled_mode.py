@@ -24,11 +24,13 @@ from torch import Tensor
 from gpbridge.checks import NotConvergedWarning, warn_user
 from gpbridge.data_features import DataFeatures, PrecisionOperator
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob, residual
+from gpbridge.linearized.sampling import solve_within
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.types import Solver
 
 _STEPS = 30  # Newton steps; ten are typical, fewer from a good start
 _INNER = ConjugateGradients(tolerance=0.1, max_iterations=30, preconditioner_rank=0)
+_ERROR = 0.01  # of the optimum under Gaussian noise, relative
 _TOLERANCE = 1e-5  # of the objective in a step, relative to its size and to one nat
 
 
@@ -61,7 +63,7 @@ def find_mode_by_products(
         start: Scaled weights ``p`` to start from.
 
     Returns:
-        The optimum, to the tolerance of the solver or 1e-5 of the objective.
+        The optimum, to a hundredth of its norm or 1e-5 of the objective.
 
     Warns:
         NotConvergedWarning: If the Newton steps run out.
@@ -78,7 +80,13 @@ def find_mode_by_products(
     if is_gaussian(likelihood):
         root = hessian_root(likelihood, prior_mean)
         operator = PrecisionOperator(root, std, data)
-        solution = solver(operator, gradient_of(prior_mean)[:, None], omega[:, None])
+        solution = solve_within(
+            solver,
+            operator,
+            gradient_of(prior_mean)[:, None],
+            lambda value: _ERROR * value.norm(dim=0),
+            omega[:, None],
+        )
         omega = solution.value[:, 0]
         return SampledMode(prior_mean + outputs(omega), omega)
 

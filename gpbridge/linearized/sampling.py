@@ -32,6 +32,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,9 +42,15 @@ from torch import Tensor
 
 from gpbridge.data_features import DataFeatures, OutputOperator, PrecisionOperator
 from gpbridge.features import TangentFeatures
+from gpbridge.partial_products import precision
 from gpbridge.prediction import Projection
 from gpbridge.randomness import standard_normal
 from gpbridge.types import Solution, Solver
+
+_ROUNDS = 5  # in which a tolerance may be tightened
+_TIGHTEST = 1e-9
+_DRAW_ERROR = 0.1  # of draws, in roots of their effective dimension
+_MEAN_ERROR = 0.1  # of any mean, in posterior standard deviations
 
 
 class BaseDraws(NamedTuple):
@@ -98,17 +106,81 @@ def solve_draws(
     if in_outputs:
         operator = OutputOperator(root, std, data)
         rhs = (operator.to_outputs(base.prior) - base.noise).flatten(0, 1)
-        solution = solver(operator, rhs)
-        explained = solution.value.unflatten(0, base.noise.shape[:2])
-        return SampledWeights(
-            base.prior - operator.to_weights(explained), std, solution
-        )
+
+        def weights(value: Tensor) -> Tensor:
+            explained = value.unflatten(0, base.noise.shape[:2])
+            return base.prior - operator.to_weights(explained)
+
+        solution = solve_within(solver, operator, rhs, _small_beside(operator, weights))
+        return SampledWeights(weights(solution.value), std, solution)
     operator = PrecisionOperator(root, std, data)
     rhs = base.prior + operator.to_weights(base.noise)
     # From a prior draw, what the data say nothing about is right from the start.
     initial = base.prior if start is None else rescale(start, std)
-    solution = solver(operator, rhs, initial)
+    error = _small_beside(operator, lambda omega: omega)
+    solution = solve_within(solver, operator, rhs, error, initial)
     return SampledWeights(solution.value, std, solution)
+
+
+def _small_beside(
+    operator: PrecisionOperator | OutputOperator, weights: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A tenth of the root of the effective dimension, as the draws have it."""
+
+    def error(value: Tensor) -> Tensor:
+        seen = operator.to_outputs(weights(value)).square().sum((0, 1)).mean()
+        return _DRAW_ERROR * seen.clamp_min(1.0).sqrt()
+
+    return error
+
+
+def solve_within(
+    solver: Solver,
+    operator: PrecisionOperator | OutputOperator,
+    rhs: Tensor,
+    error: Callable[[Tensor], Tensor],
+    initial: Tensor | None = None,
+) -> Solution:
+    r"""Solve :math:`H x = b` to a certain error, however loose the solver is.
+
+    Since :math:`H \succeq I`, an approximate solution with the residual r is off by
+
+    .. math:: \|x - \hat x\| \le \|r\|, \qquad
+              |\phi^\top (x - \hat x)| \le \sqrt{\phi^\top H^{-1} \phi} \; \|r\| ,
+
+    the last factor being the posterior standard deviation of any feature
+    :math:`\phi`, and :math:`\|R^\top J S^{1/2} (x - \hat x)\| \le \|r\|`. A residual
+    relative to b says none of this: b is large along few directions.
+
+    Args:
+        solver: With a ``tolerance``, which is tightened where needed; one without is
+            taken as it is.
+        operator: H, or the matrix of the outputs.
+        rhs: b, one column per solution.
+        error: What the norms of r may be, given the solutions.
+        initial: A first guess.
+
+    Returns:
+        The solution.
+    """
+    size = rhs.norm(dim=0)
+    solution = solver(operator, rhs, initial)
+    for _ in range(_ROUNDS):
+        if not solution.converged or not is_dataclass(solver):
+            break  # which the solver has warned of, or cannot do better
+        wanted = error(solution.value)
+        relative = solution.residual_norms
+        if relative is None or bool((relative * size <= wanted).all()):
+            break
+        tolerance = (0.9 * wanted / size.clamp_min(1e-300)).min().item()
+        tolerance = max(tolerance, _TIGHTEST, 10 * precision(operator))
+        if tolerance >= solver.tolerance:
+            break
+        solver = replace(solver, tolerance=tolerance)
+        before = solution.passes
+        solution = solver(operator, rhs, solution.value)
+        solution = solution._replace(passes=solution.passes + before)
+    return solution
 
 
 def rescale(draws: SampledWeights, std: Tensor) -> Tensor:
@@ -171,7 +243,8 @@ class SampledStrategy:
         operator = PrecisionOperator(self.root, self.std, self.data)
         rhs = operator.to_weights(whitened.reshape(*self.root.shape[:2], 1))
         with torch.no_grad():
-            solution = self.solver(operator, rhs)
+            limit = rhs.new_tensor(_MEAN_ERROR)
+            solution = solve_within(self.solver, operator, rhs, lambda _: limit)
         return self.std * solution.value[:, 0]
 
     def draw_weights(

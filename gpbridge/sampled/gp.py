@@ -30,7 +30,7 @@ from gpytorch.models import GP
 from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
-from gpbridge.checks import check_choice, check_positive
+from gpbridge.checks import ShapeError, check_choice, check_count
 from gpbridge.kernel_operator import COMPUTE_DTYPES
 from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.posterior_draws import PosteriorDraw, mean_values
@@ -47,6 +47,7 @@ from gpbridge.sampled.observations import (
     check_data,
     check_further,
     check_parts,
+    check_solver,
     shared_noise,
 )
 from gpbridge.sampled.persistence import SampledPersistence
@@ -96,7 +97,9 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         compute_dtype: Of the kernel entries in the iterations of a solver; residuals
             are confirmed in float64. Default float32 for RBF and Matern kernels whose
             amplitude is below 10,000 noise variances, else float64.
-        generator: Source of all randomness; default seed 0.
+        generator: Source of all randomness; default seed 0. Samples of two models of
+            one seed move together: give models of independent functions, as in a
+            ModelList, generators of different seeds.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform.
 
@@ -139,7 +142,7 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
     ) -> None:
         super().__init__()
         check_data(train_X, train_Y, train_Yvar)
-        check_positive(num_samples=num_samples, num_features=num_features)
+        check_count(num_samples=num_samples, num_features=num_features)
         check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
         train_X, train_Y = train_X.detach(), train_Y.detach()
         m = train_Y.shape[-1]
@@ -166,6 +169,7 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         if likelihood is None:
             likelihood = GaussianLikelihood(noise_constraint=GreaterThan(NOISE_FLOOR))
         check_parts(covar_module, likelihood, train_X, m)
+        check_solver(solver)
         if mean_module is None:
             mean_module = ConstantMean(batch_shape=Size([m] if m > 1 else []))
         self.covar_module, self.mean_module = covar_module, mean_module
@@ -183,6 +187,20 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         self._forget()
         self.to(train_X)
         self.eval()
+        self._check_kernel()
+
+    @torch.no_grad()
+    def _check_kernel(self) -> None:
+        """Find at the door what the first prediction would stumble on."""
+        self._draw_prior(1, Generator().manual_seed(0), self.covar_module)
+        Z = self.transform_inputs(self._train_X[:2])
+        try:
+            self.covar_module(Z).to_dense()
+        except (RuntimeError, IndexError) as error:
+            raise ShapeError(
+                f"covar_module does not take inputs of {Z.shape[-1]} columns, which "
+                f"train_X has: {error}. Check ard_num_dims and active_dims."
+            ) from error
 
     # -- BoTorch ---------------------------------------------------------------------
 
@@ -378,11 +396,13 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         base = self._base()
         correction = self._corrected(base)
         if num_samples is not None:
-            check_positive(num_samples=num_samples)
+            check_count(num_samples=num_samples)
             generator = fresh(generator)
             if num_samples > self.num_samples:
                 draw = self._draw_prior(num_samples, generator, base.prior.kernel)
-                seed = int(torch.randint(2**31 - 1, (), generator=generator))
+                device = generator.device
+                seed = torch.randint(2**31 - 1, (), generator=generator, device=device)
+                seed = int(seed)
                 whole = self._solve()
                 base = solve_representers(
                     draw,
@@ -401,10 +421,10 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
         else:
             X, weights = correction.joined(base)
         drawn = PosteriorDraw(
-            base.prior,
+            copy.deepcopy(base.prior),  # the draw's own, to move or to convert
             X,
             weights,
-            base.mean,
+            copy.deepcopy(base.mean),
             copy.deepcopy(getattr(self, "input_transform", None)),
             copy.deepcopy(getattr(self, "outcome_transform", None)),
             base.solution,

@@ -29,6 +29,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
+from gpbridge.types import Solver
 
 NOISE_FLOOR = 1e-6
 GAUSSIAN = (GaussianLikelihood, FixedNoiseGaussianLikelihood)
@@ -57,7 +58,7 @@ def shared_noise(noise: Tensor, X: Tensor) -> Tensor:
         raise ValueError(
             "noise must be the same for all outputs, which share one linear system, "
             f"but has shape {tuple(noise.shape)} and differs. Put one model per output "
-            "in a ModelList."
+            "in a ModelList, with generators of different seeds."
         )
     return noise[..., 0].detach().expand(X.shape[:-1])
 
@@ -111,6 +112,12 @@ def check_parts(kernel: Kernel, likelihood: Likelihood, X: Tensor, m: int) -> No
             "likelihood must be a GaussianLikelihood or FixedNoiseGaussianLikelihood, "
             f"but is {type(likelihood).__name__}."
         )
+    if isinstance(likelihood, GaussianLikelihood) and likelihood.noise.numel() != 1:
+        raise ShapeError(
+            "likelihood must have one noise variance, which all points and outputs "
+            f"share, but has {likelihood.noise.numel()}. Put one model per output in a "
+            "ModelList."
+        )
     if isinstance(likelihood, FixedNoiseGaussianLikelihood):
         if m > 1 or likelihood.noise.shape != (len(X),):
             raise ShapeError(
@@ -124,6 +131,16 @@ def check_parts(kernel: Kernel, likelihood: Likelihood, X: Tensor, m: int) -> No
             f"{tuple(kernel.batch_shape)}. Outputs share one kernel here; put one "
             "model per output in a ModelList."
         )
+
+
+def check_solver(solver: Solver | None) -> None:
+    """An object, not its name or its class."""
+    if solver is None or (isinstance(solver, Solver) and not isinstance(solver, type)):
+        return
+    raise TypeError(
+        "solver must be an object of gpbridge.solvers, such as "
+        f"SketchAndProject(tolerance=1e-3), but is {solver!r}."
+    )
 
 
 def check_further(

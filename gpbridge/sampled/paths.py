@@ -15,16 +15,19 @@ from botorch.sampling.pathwise.update_strategies import GaussianUpdate
 from gpytorch.likelihoods import Likelihood
 from torch import Size, Tensor
 
-from gpbridge.pathwise import DrawnPath, iterative_update
+from gpbridge.pathwise import DrawnPath, generator_of, iterative_update
 from gpbridge.sampled.gp import SampledGP
 
 
 @DrawMatheronPaths.register(SampledGP)
 def _draw_sampled_paths(
-    model: SampledGP, *, sample_shape: Size, prior_sampler: Any = None, **kwargs: Any
+    model: SampledGP,
+    *,
+    sample_shape: Size,
+    prior_sampler: Any = None,
+    update_strategy: Any = None,
 ) -> DrawnPath:
-    # gpbridge.pathwise binds its generator to the prior sampler.
-    generator = getattr(prior_sampler, "keywords", {}).get("generator")
+    generator = generator_of(model, prior_sampler, update_strategy)
     draws = model.draw(Size(sample_shape).numel(), generator)
     return DrawnPath(draws, sample_shape, model.num_outputs)
 

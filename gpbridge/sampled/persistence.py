@@ -52,7 +52,7 @@ class SampledPersistence:
             destination[prefix + name] = value if keep_vars else value.detach()
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             # Upstream holds it as a plain tensor, which no state_dict has.
-            destination[prefix + _FIXED] = self.likelihood.noise.detach()
+            destination[prefix + _FIXED] = self.likelihood.noise_covar.noise.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any

@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Generator, Size, Tensor
 
@@ -57,6 +57,7 @@ class SampledState:
 
     # Computed when needed. Copies carry the solution, a state_dict the seed instead.
     _solved: tuple[list[Tensor], Representers] | None  # beside what it depends on
+    _options: tuple | None  # that it was solved with
     _initial: Tensor | None  # where the next solve starts, if nothing is solved
     _correction: Correction | None  # for the new data
 
@@ -150,9 +151,11 @@ class SampledState:
     def _draw_prior(
         self, num_samples: int, generator: Generator, kernel: Kernel
     ) -> PriorDraw:
+        with torch.no_grad():
+            width = self.transform_inputs(self._train_X[:1]).shape[-1]
         return draw_prior(
             kernel,
-            self._train_X.shape[-1],
+            width,
             num_samples,
             num_outputs=self._targets.shape[-1],
             num_features=self.num_features,
@@ -182,11 +185,15 @@ class SampledState:
             key += self.input_transform.buffers()
         return [value.detach() for value in key]
 
+    def _solve_options(self) -> tuple:
+        return self.solver, self.num_samples, self.num_features, self.compute_dtype
+
     def _solve(self) -> Representers:
         """The solved system, kept as long as nothing it depends on has changed."""
-        key = self._key()
-        if self._solved is not None and _same(self._solved[0], key):
-            return self._solved[1]
+        key, options = self._key(), self._solve_options()
+        if self._solved is not None and self._options == options:
+            if _same(self._solved[0], key):
+                return self._solved[1]
         with torch.no_grad():
             kernel = copy.deepcopy(self.covar_module).double().requires_grad_(False)
             mean = copy.deepcopy(self.mean_module).double().requires_grad_(False)
@@ -201,6 +208,7 @@ class SampledState:
                 self.compute_dtype,
             )
         self._solved = [value.clone() for value in key], solved
+        self._options = options
         self._initial, self._correction = None, None
         return solved
 
@@ -209,7 +217,8 @@ class SampledState:
         old = self._initial
         if self._solved is not None:
             old = self._solved[1].columns()
-        if old is None or len(old) > len(self._train_X):
+        columns = (1 + self.num_samples) * self._targets.shape[-1]
+        if old is None or len(old) > len(self._train_X) or old.shape[-1] != columns:
             return None
         old = old.to(self._train_X.device)
         grown = old.new_zeros(len(self._train_X), old.shape[-1])
@@ -256,14 +265,17 @@ class SampledState:
         grown._train_X = torch.cat([self._train_X, X.detach()])
         grown._targets = torch.cat([self._targets, Y.detach()])
         if noise is not None:
-            both = torch.cat([self.likelihood.noise, shared_noise(noise, X)])
-            grown.likelihood = FixedNoiseGaussianLikelihood(both)
+            # Without a second noise, which is learnt and not per point.
+            own = self.likelihood.noise_covar.noise
+            grown.likelihood = copy.deepcopy(self.likelihood)
+            both = torch.cat([own, shared_noise(noise, X)])
+            grown.likelihood.noise_covar.noise = both
         grown._forget()
         grown._initial = warm
         return grown
 
     def _forget(self) -> None:
-        self._solved, self._correction = None, None
+        self._solved, self._options, self._correction = None, None, None
 
 
 def _same(kept: list[Tensor], key: list[Tensor]) -> bool:

@@ -161,7 +161,9 @@ class SampleBasedEM:
         dimension = self._dimensions(draws, per_output)  # groups x s
         gamma = self._limited(dimension.mean(-1))
         noise = self._noise_variance()
-        error = dimension.std(-1) / dimension.shape[-1] ** 0.5
+        error = torch.full_like(gamma, math.inf)  # of one draw nothing is known
+        if dimension.shape[-1] > 1:
+            error = dimension.std(-1) / dimension.shape[-1] ** 0.5
         self.history.append(
             EMStep(
                 before.tolist(),
@@ -281,7 +283,17 @@ class SampleBasedEM:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where another run on the same model stopped, to the same numbers."""
+        """Continue where another run on the same model stopped, to the same numbers.
+
+        Raises:
+            ValueError: If the dictionary is not a state of this class.
+        """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(
+                f"state lacks {', '.join(missing)}: it must be what state_dict() of a "
+                "SampleBasedEM returned."
+            )
         self.model.prior_variance = state["prior_variance"]
         if state["noise_variance"] is not None:
             noise = torch.tensor(state["noise_variance"], dtype=torch.float64)

@@ -38,7 +38,7 @@ from gpbridge.checks import (
     check_positive,
     warn_user,
 )
-from gpbridge.kernel_operator import quadratic_form, working_dtype
+from gpbridge.kernel_gradients import quadratic_form
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
@@ -73,11 +73,15 @@ class IterativeFit:
     converged: list[bool] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Steps, passes and the last residual."""
+        """Steps, passes, the last residual, and where the hyperparameters ended."""
         last = f", last residual {self.residuals[-1]:.1e}" if self.residuals else ""
+        final = "".join(
+            f", {name.rpartition('.')[-1]} {_shown(values[-1])}"
+            for name, values in self.hyperparameters.items()
+        )
         return (
             f"{type(self).__name__}({len(self.passes)} steps, "
-            f"{self.total_passes:.0f} passes{last})"
+            f"{self.total_passes:.0f} passes{last}{final})"
         )
 
     @property
@@ -140,6 +144,7 @@ def fit_iterative(
         TypeError: If the model is not a SampledGP.
         ValueError: If an option is not one of its choices, nothing is to be learnt, or
             the checkpoint is of other data or options.
+        FileNotFoundError: If the folder of the checkpoint does not exist.
 
     Warns:
         NotConvergedWarning: If the last solve ended above the solver's tolerance.
@@ -159,6 +164,14 @@ def fit_iterative(
     check_choice("estimator", estimator, ("pathwise", "standard"))
     num_probes = model.num_samples if num_probes is None else num_probes
     check_positive(num_probes=num_probes, steps=steps, learning_rate=learning_rate)
+    if subset_start is not None and not isinstance(subset_start, SubsetStart):
+        raise TypeError(
+            f"subset_start must be a SubsetStart(...), but is {subset_start!r}."
+        )
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
+        )
     if model._new is not None:
         raise ValueError(
             "The model was conditioned on a batch of observations, of which there is "
@@ -171,7 +184,7 @@ def fit_iterative(
     if checkpoint is None or not Path(checkpoint).exists():
         ascent.start(subset_start, generator)
     else:
-        ascent.load_state_dict(load_state(checkpoint))
+        ascent.load_state_dict(load_state(checkpoint, model._train_X.device))
     fit, solution = ascent.fit, ascent.solution
     done = len(fit.passes)
     bar = tqdm(
@@ -253,6 +266,12 @@ class _Ascent:
             )
             if self.probes is not None:
                 rhs = torch.cat([rhs[:, :m], self.probes], -1)
+        if not bool(torch.isfinite(rhs).all()):
+            raise ValueError(
+                f"After {len(fit.passes)} steps the hyperparameters are extreme, and "
+                f"draws from the prior overflow: {self.extremes()}. Lower "
+                f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             self.solution = solution = solve_columns(
@@ -270,6 +289,11 @@ class _Ascent:
         fit.converged.append(solution.converged)
         return solution
 
+    def extremes(self) -> str:
+        """Each hyperparameter's largest value."""
+        values = _values(self.work)
+        return ", ".join(f"{name} = {value.max():.3g}" for name, value in values)
+
     def move(self) -> None:
         """One step of Adam along the gradient that the solution gives."""
         m = self.data.Y.shape[-1]
@@ -284,8 +308,7 @@ class _Ascent:
 
     def key(self) -> dict[str, object]:
         """What a resumed run must have in common with the interrupted one."""
-        data = zlib.crc32(self.data.X.cpu().numpy().tobytes())
-        data = zlib.crc32(self.data.Y.cpu().numpy().tobytes(), data)
+        data = _checksum(torch.cat([self.data.X, self.data.Y], -1))
         return {
             "estimator": self.estimator,
             "num_probes": self.work.num_samples,
@@ -294,7 +317,7 @@ class _Ascent:
             "warm_start": self.warm_start,
             "seed": int(self.work._seed),
             "data": f"{tuple(self.data.X.shape)}, checksum {data:x}",
-            "parameters": [name for name, _ in self.named],
+            "model": _structure(self.work),
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -312,12 +335,15 @@ class _Ascent:
     def load_state_dict(self, state: dict) -> None:
         """Go on where another run stopped, to the same numbers."""
         for name, own in self.key().items():
-            if state["key"].get(name) != own:
-                raise ValueError(
-                    f"The checkpoint is of another run: its {name} is "
-                    f"{state['key'].get(name)}, and now {own}. Pass the same options "
-                    "and data, or another file."
-                )
+            theirs = state["key"].get(name)
+            if theirs == own:
+                continue
+            if name == "model":  # only what differs
+                theirs, own = set(theirs) - set(own), set(own) - set(theirs)
+            raise ValueError(
+                f"The checkpoint is of another run: its {name} is {theirs}, and now "
+                f"{own}. Pass the same options and data, or another file."
+            )
         with torch.no_grad():
             for (_, p), value in zip(self.named, state["parameters"], strict=True):
                 p.copy_(value)
@@ -329,6 +355,38 @@ class _Ascent:
             self.probes = self.probes.to(device)
         self.solution = Solution(*state["solution"])
         self.fit = IterativeFit(**state["fit"])
+
+
+def _shown(value: Tensor) -> str:
+    if value.numel() == 1:
+        return f"{value.item():.3g}"
+    return f"{value.min().item():.3g} to {value.max().item():.3g}"
+
+
+def _structure(work: SampledGP) -> list[str]:
+    """Modules with their plain options, shapes, and the values that are not learnt."""
+    found = [f"num_features={work.num_features}", f"compute_dtype={work.compute_dtype}"]
+    for part in ("covar_module", "mean_module", "likelihood"):
+        for name, module in getattr(work, part).named_modules():
+            options = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, int | float | str) and key != "training"
+            }
+            noise = getattr(module, "noise", None)
+            if isinstance(noise, Tensor) and "noise" in vars(module):  # is fixed
+                options["noise"] = f"checksum {_checksum(noise):x}"
+            shown = f"{part}.{name}".rstrip(".")
+            found.append(f"{shown}: {type(module).__name__} {options}")
+    for name, p in work.named_parameters():
+        value = "learnt" if p.requires_grad else f"checksum {_checksum(p):x}"
+        found.append(f"{name}: {tuple(p.shape)}, {value}")
+    found += [f"{name}: {prior}" for name, _, prior, *_ in work.named_priors()]
+    return found
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.detach().double().cpu().numpy().tobytes())
 
 
 def _surrogate(
@@ -344,7 +402,6 @@ def _surrogate(
         work.noise_variance,
         torch.cat([v, -weight * left], -1),
         torch.cat([v, right], -1),
-        working_dtype(work.covar_module, work.noise_variance, work.compute_dtype),
     )
     total = 0.5 * quadratic + (v * mean_values(work.mean_module, data.X, m)).sum()
     return total + log_priors(work)

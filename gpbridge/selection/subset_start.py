@@ -57,7 +57,8 @@ def fit_subsets(
         learning_rate: Of Adam.
         generator: Source of the subsets.
     """
-    scaled = data.X / data.X.std(0).clamp_min(torch.finfo(data.X.dtype).tiny)
+    spread = data.X.std(0, correction=0)
+    scaled = data.X / torch.where(spread > 0, spread, 1.0)  # constant columns stay
     found: list[list[Tensor]] = []
     for _ in range(options.repeats):
         centre = torch.randint(

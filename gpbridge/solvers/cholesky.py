@@ -9,7 +9,7 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
-from gpbridge.checks import check_memory, check_positive
+from gpbridge.checks import check_memory, check_positive, check_share
 from gpbridge.partial_products import full_precision
 from gpbridge.solvers.factors import factorise
 from gpbridge.solvers.refinement import check_system, warn_not_converged
@@ -44,7 +44,8 @@ class Cholesky:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_positive(tolerance=self.tolerance, memory_budget=self.memory_budget)
+        check_share(tolerance=self.tolerance)
+        check_positive(memory_budget=self.memory_budget)
 
     def __call__(
         self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None

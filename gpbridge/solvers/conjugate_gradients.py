@@ -10,7 +10,7 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
-from gpbridge.checks import check_choice, check_positive
+from gpbridge.checks import check_choice, check_positive, check_share
 from gpbridge.partial_products import (
     has_cheap_columns,
     precision,
@@ -75,7 +75,8 @@ class ConjugateGradients:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_positive(tolerance=self.tolerance, max_iterations=self.max_iterations)
+        check_share(tolerance=self.tolerance)
+        check_positive(max_iterations=self.max_iterations)
         check_choice(
             "preconditioner",
             self.preconditioner,

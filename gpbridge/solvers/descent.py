@@ -13,9 +13,9 @@ import torch
 from linear_operator import LinearOperator
 from torch import Generator, Tensor
 
-from gpbridge.checks import check_positive
+from gpbridge.checks import check_positive, check_share
 from gpbridge.partial_products import principal_block, row_products
-from gpbridge.solvers.factors import raise_indefinite
+from gpbridge.solvers.factors import check_entries, raise_indefinite
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
 
@@ -44,8 +44,8 @@ class Descent:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_share(tolerance=self.tolerance)
         check_positive(
-            tolerance=self.tolerance,
             max_passes=self.max_passes,
             batch_size=self.batch_size,
             step_size=1.0 if self.step_size is None else self.step_size,
@@ -134,7 +134,9 @@ def draw_rows(
 
 def largest_eigenvalue(operator: LinearOperator, rows: Tensor) -> float:
     """That of a block; refuses a block that is not positive semi-definite."""
-    values = torch.linalg.eigvalsh(principal_block(operator, rows).double())
+    block = principal_block(operator, rows).double()
+    check_entries(block)
+    values = torch.linalg.eigvalsh(block)
     small, large = values[0].item(), values[-1].item()
     if not (large > 0 and small >= -1e-6 * large):
         raise_indefinite(f"a block of rows with an eigenvalue of {small:.1e}")

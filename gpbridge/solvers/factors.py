@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from botorch.exceptions.errors import InputDataError
 from torch import Tensor
 
 
@@ -30,6 +31,7 @@ def factorise(block: Tensor) -> Callable[[Tensor], Tensor]:
     Raises:
         IndefiniteError: If the matrix is indefinite beyond round-off.
     """
+    check_entries(block)
     L, failed = torch.linalg.cholesky_ex(block)
     if not bool(failed.any()):
         return lambda rhs: torch.cholesky_solve(rhs, L)
@@ -40,6 +42,15 @@ def factorise(block: Tensor) -> Callable[[Tensor], Tensor]:
         raise_indefinite(f"an eigenvalue of {values.min().item():.1e}")
     weights = torch.where(values > unit, values, torch.inf).reciprocal()
     return lambda rhs: vectors @ (weights[..., None] * (vectors.mT @ rhs))
+
+
+def check_entries(block: Tensor) -> None:
+    """Refuse NaN in what an operator gave."""
+    if not bool(torch.isfinite(block).all()):
+        raise InputDataError(
+            "operator contains NaN or Inf: check the hyperparameters of the kernel and "
+            "the inputs."
+        )
 
 
 def raise_indefinite(what: str) -> None:

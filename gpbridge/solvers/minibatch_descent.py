@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_positive
+from gpbridge.checks import check_positive, check_share
 from gpbridge.solvers.descent import check_momentum
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
@@ -113,8 +113,8 @@ class MinibatchDescent:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_share(tolerance=self.tolerance)
         check_positive(
-            tolerance=self.tolerance,
             max_passes=self.max_passes,
             batch_size=self.batch_size,
             step_size=1.0 if self.step_size is None else self.step_size,

@@ -28,8 +28,13 @@ from gpbridge.checks import (
     check_finite,
     warn_user,
 )
+from gpbridge.kernel_operator import tiled
 from gpbridge.partial_products import exact_products, full_precision, precision
-from gpbridge.solvers.factors import IndefiniteError, raise_indefinite
+from gpbridge.solvers.factors import (
+    IndefiniteError,
+    check_entries,
+    raise_indefinite,
+)
 from gpbridge.types import Solution
 
 Steps = Generator[tuple[Tensor, Tensor], Tensor | None, None]
@@ -38,6 +43,7 @@ is sent the columns that stay."""
 
 _PATIENCE = 50  # passes in low precision that do not halve the residual
 _NEGATIVE = 1e-6  # cosine between v and H v that is not round-off
+_HUGE = 1e100  # beyond, a product may overflow
 _MARGIN = 0.9  # estimates must be this much below what the exact residual must be
 
 
@@ -121,8 +127,13 @@ def refine(
     """
     if isinstance(operator, Tensor):
         operator = to_linear_operator(operator)
+    operator = tiled(operator)
     check_system(operator, rhs, initial)
+    options = {"max_iterations": max_iterations, "cache": cache, "batched": batched}
+    if rhs.dim() > 2 and not operator.shape[:-2]:
+        return _as_columns(solver, operator, rhs, initial, options)
     batch = torch.broadcast_shapes(operator.shape[:-2], rhs.shape[:-2])
+    rhs = rhs.expand(*batch, *rhs.shape[-2:])
     if batch and not batched:
         return _one_by_one(
             lambda *args: refine(solver, *args, max_iterations=max_iterations),
@@ -271,6 +282,11 @@ class _Run:
             self.diverged = True
             return
         residual = self.exact_residual(value)
+        if not bool(torch.isfinite(residual).all()):
+            if bool(value.abs().max() > _HUGE):
+                self.diverged = True
+                return
+            check_entries(residual)
         self.check_curvature(value, self.rhs - self.norms * residual)
         relative = residual.norm(dim=-2)
         better = (relative < self.relative)[..., None, :]
@@ -310,13 +326,18 @@ def check_system(
     operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None
 ) -> None:
     """Require a square operator and finite right-hand sides that fit it."""
+    if operator.shape[-1] != operator.shape[-2]:
+        raise ShapeError(f"operator must be square, but is {tuple(operator.shape)}.")
+    if not operator.dtype.is_floating_point:
+        raise TypeError(
+            f"operator must be of floating point, but is {operator.dtype}. Try "
+            ".double()."
+        )
     if rhs.dim() < 2 or rhs.shape[-2] != operator.shape[-1]:
         raise ShapeError(
             f"rhs must be ``... x n x k`` for an operator {tuple(operator.shape)}, but "
             f"has shape {tuple(rhs.shape)}. For one column try rhs[:, None]."
         )
-    if operator.shape[-1] != operator.shape[-2]:
-        raise ShapeError(f"operator must be square, but is {tuple(operator.shape)}.")
     if initial is not None and initial.shape[-2:] != rhs.shape[-2:]:
         raise ShapeError(
             f"initial must have the shape of rhs, {tuple(rhs.shape)}, but has "
@@ -337,6 +358,22 @@ def warn_not_converged(solver: Any, solution: Solution, diverged: bool = False) 
         f"{solution.residual_norm:.1e}, and not {solver.tolerance:.1e}. "
         f"{solver.remedy}",
         NotConvergedWarning,
+    )
+
+
+def _as_columns(solver, operator, rhs, initial, options) -> Solution:
+    """A batch of right-hand sides for one matrix, side by side."""
+    *batch, n, k = rhs.shape
+
+    def flat(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        return value.expand(*batch, n, k).movedim(-2, 0).reshape(n, -1)
+
+    found = refine(solver, operator, flat(rhs), flat(initial), **options)
+    return found._replace(
+        value=found.value.reshape(n, *batch, k).movedim(0, -2),
+        residual_norms=found.residual_norms.reshape(*batch, k),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
-from gpbridge.checks import check_positive
+from gpbridge.checks import check_positive, check_share
 from gpbridge.partial_products import (
     diagonal,
     principal_block,
@@ -77,8 +77,8 @@ class SketchAndProject:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_share(tolerance=self.tolerance)
         check_positive(
-            tolerance=self.tolerance,
             max_passes=self.max_passes,
             block_size=self.block_size,
             rank=1 if self.rank is None else self.rank,

@@ -332,6 +332,77 @@ def test_a_state_carries_further_data_outputs_and_fixed_noise():
     assert torch.equal(other.posterior(Z).variance, known.posterior(Z).variance)
 
 
+def test_options_that_change_are_obeyed():
+    Z = points(3)
+    with pytest.warns(RuntimeWarning, match="relative residual"):
+        model = build(solver=ConjugateGradients(1e-8, 1, preconditioner_rank=0))
+        model.posterior(Z)
+    model.solver = None
+    exact = build().posterior(Z).mean
+    torch.testing.assert_close(model.posterior(Z).mean, exact, **EXACT)
+    model.num_samples = 5
+    assert model.draw()(Z).shape == (5, 3, 1)
+    model.covar_module.outputscale = 0.5
+    assert model.draw()(Z).shape == (5, 3, 1)
+
+
+def test_a_draw_is_its_own():
+    model, Z = build(), points(3)
+    before = model.posterior(Z).mean
+    model.draw(2).float()
+    model.draw(2).to("meta")
+    assert torch.equal(model.posterior(Z).mean, before)
+
+
+def test_a_second_noise_is_counted_once():
+    noise = torch.full((20,), 0.01, dtype=torch.float64)
+    models = []
+    for value in (0.5, 2.0):
+        likelihood = FixedNoiseGaussianLikelihood(noise, learn_additional_noise=True)
+        likelihood.double().second_noise = value
+        models.append(build(likelihood=likelihood))
+    model, other = models
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.noise_variance, model.noise_variance)
+    new = points(2, seed=4)
+    grown = model.condition_on_observations(
+        new, targets(new), torch.full((2, 1), 0.02, dtype=torch.float64)
+    )
+    expected = torch.cat([noise, noise[:2] + 0.01]) + 0.5
+    torch.testing.assert_close(grown.noise_variance, expected)
+    assert len(list(grown.likelihood.parameters())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"covar_module": RQKernel().double()}, NotImplementedError, "RQKernel"),
+        (
+            {"covar_module": MaternKernel(1.5, ard_num_dims=3).double()},
+            ShapeError,
+            "does not take inputs of 2 columns.*ard_num_dims",
+        ),
+        (
+            {"covar_module": MaternKernel(1.5, active_dims=[5]).double()},
+            ShapeError,
+            "does not take inputs of 2 columns.*active_dims",
+        ),
+        ({"solver": "cg"}, TypeError, "object of gpbridge.solvers.*'cg'"),
+        ({"solver": SketchAndProject}, TypeError, "object of gpbridge.solvers"),
+        ({"num_samples": 2.5}, ValueError, "whole number above zero, but is 2.5"),
+        ({"num_samples": True}, ValueError, "num_samples must be a whole number"),
+        (
+            {"likelihood": GaussianLikelihood(batch_shape=torch.Size([2])).double()},
+            ShapeError,
+            "one noise variance",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_found_at_the_door(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
 def test_inference_mode_does_not_spoil_later_gradients():
     model, Z = build(), points(3)
     with torch.inference_mode():
@@ -471,7 +542,7 @@ class TestRefusals:
             build(likelihood=None, train_Yvar=torch.zeros(20, 1).double())
         with pytest.raises(InputDataError, match="train_Y contains NaN"):
             SampledGP(points(9), targets(points(9)) * torch.nan, matern())
-        with pytest.raises(ValueError, match="num_samples must be positive"):
+        with pytest.raises(ValueError, match="num_samples must be a whole number"):
             build(num_samples=0)
         with pytest.raises(TypeError, match="train_Y must be torch.float64"):
             SampledGP(points(9), targets(points(9)).float(), matern())

@@ -4,7 +4,9 @@ import pytest
 import torch
 from botorch.models import SingleTaskGP
 from gpytorch.likelihoods import MultitaskGaussianLikelihood
+from torch import nn
 
+from gpbridge import LinearizedGP
 from gpbridge.linearized import Sampled
 from gpbridge.selection import SampleBasedEM, fit_evidence
 from gpbridge.solvers import ConjugateGradients
@@ -229,3 +231,30 @@ def test_other_models_are_refused_with_what_serves_them():
         SampleBasedEM(SingleTaskGP(X, targets("gaussian", X)))
     with pytest.raises(TypeError, match=r"has Exact\. Call fit_evidence"):
         SampleBasedEM(build("gaussian"))
+
+
+def test_a_loose_solver_ends_at_the_same_hyperparameters():
+    # The data say much about few directions: to the right-hand side, the rest is small.
+    torch.manual_seed(0)
+    X = inputs(80, seed=3)
+    Y = torch.sin(2 * X.sum(-1, keepdim=True)) + 0.1 * torch.randn(80, 1).double()
+    network = nn.Sequential(nn.Linear(X.shape[-1], 12), nn.Tanh(), nn.Linear(12, 1))
+    found = []
+    for tolerance in (1e-2, 1e-7):
+        solver = ConjugateGradients(tolerance, preconditioner_rank=0)
+        model = LinearizedGP(
+            network.double(),
+            X,
+            Y,
+            inference=Sampled(64, solver),
+        )
+        model.likelihood.noise = 0.01
+        SampleBasedEM(model).run(12, tolerance=1e-3, progress=False)
+        found.append(model.prior_variance.item())
+    assert found[0] == pytest.approx(found[1], rel=0.03)
+
+
+def test_a_state_of_something_else():
+    em = SampleBasedEM(sampled("gaussian"))
+    with pytest.raises(ValueError, match="state lacks .*prior_variance"):
+        em.load_state_dict({"a": 1})

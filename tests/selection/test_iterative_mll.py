@@ -346,5 +346,59 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit_iterative(build(20), steps=1, checkpoint=path)
     with pytest.raises(ValueError, match="its learning_rate is 0.1, and now 0.2"):
         fit_iterative(build(20), steps=2, checkpoint=path, learning_rate=0.2)
+    with pytest.raises(ValueError, match=r"MaternKernel .*'nu': 1.5.*and now.*RBF"):
+        other = build(20, covar_module=ScaleKernel(RBFKernel()).double())
+        fit_iterative(other, steps=2, checkpoint=path)
+    with pytest.raises(ValueError, match=r"num_features=.*and now.*num_features=64"):
+        fit_iterative(build(20, num_features=64), steps=2, checkpoint=path)
     with pytest.raises(ValueError, match=r"its data is \(20, .*, and now \(21, "):
         fit_iterative(build(21), steps=2, checkpoint=path)
+
+
+def test_gradients_are_those_of_float64_where_the_noise_is_low():
+    found = []
+    for dtype in (None, torch.float64):
+        model = build(400, num_samples=8, compute_dtype=dtype)
+        model.likelihood.noise = 1.5e-4
+        fit = fit_iterative(model, steps=1, solver=Cholesky(1e-3))
+        found.append(fit.gradients)
+    for name, (value,) in found[0].items():
+        torch.testing.assert_close(value, found[1][name][0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_learning_rate_that_is_far_too_large_is_named():
+    with pytest.raises(ValueError, match="Lower learning_rate, which is 1e"):
+        fit_iterative(build(20), steps=5, learning_rate=1e306)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"subset_start": 100}, TypeError, r"must be a SubsetStart\(...\), but is 100"),
+        ({"checkpoint": "/no/such/folder/f"}, FileNotFoundError, "does not exist"),
+    ],
+)
+def test_options_of_another_kind(options, error, message):
+    with pytest.raises(error, match=message):
+        fit_iterative(build(20), steps=1, **options)
+
+
+def test_subsets_are_local_beside_a_constant_column():
+    X = torch.cat([points(300), torch.full((300, 1), 10.0).double()], -1)
+    seen = []
+
+    class Watching(RBFKernel):
+        def forward(self, x1, x2, **params):
+            seen.append(x1[:, :2])
+            return super().forward(x1, x2, **params)
+
+    model = SampledGP(X, targets(X[:, :2]), Watching().double(), num_samples=2)
+    model.covar_module = Watching().double()
+    del seen[:]
+    fit_iterative(
+        model,
+        steps=1,
+        subset_start=SubsetStart(20, repeats=1, steps=1),
+    )
+    subset = next(x for x in seen if len(x) == 20)
+    assert subset.std(0).max() < 0.15  # of all points: 0.29
