@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
+from gpbridge.types import Params
 
 
 class TangentDraws(nn.Module):
@@ -87,11 +88,27 @@ class WeightDraws(nn.Module):
         super().__init__()
         self.net = net
         self.register_buffer("weights", weights)
+        self._statistics: dict[
+            str, str
+        ] = {}  # of batch norm: the buffers that hold them
+
+    @property
+    def statistics(self) -> Params:
+        """Buffers of the network that each draw has of its own, ``s x ...``."""
+        return {name: getattr(self, held) for name, held in self._statistics.items()}
+
+    @statistics.setter
+    def statistics(self, values: Params) -> None:
+        self._statistics = {name: name.replace(".", "__") for name in values}
+        for name, held in self._statistics.items():
+            self.register_buffer(held, values[name])
 
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
         net, Z = self.net, X.to(self.net.dtype)
         params = net.unflatten(self.weights.to(Z))
+        for name, value in self.statistics.items():
+            params[name] = value.to(Z) if value.is_floating_point() else value
         if net.vectorized:
             values = torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
         else:

@@ -1,0 +1,159 @@
+"""SWA and SWAG against moments of the stored snapshots."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.weights import GaussianWeights
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def run(tracker, network, steps, seed=1):
+    """A stream of Gaussian weights in place of training; returns them all."""
+    generator, rows = seeded(seed), []
+    for _ in range(steps):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) + 3)
+        tracker.update(network)
+        rows.append(torch.cat([p.detach().reshape(-1) for p in network.parameters()]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("centering", ["running", "final"])
+@pytest.mark.parametrize("steps", [5, 12])
+def test_the_moments_are_those_of_the_snapshots(centering, steps):
+    network = small()
+    tracker = SWAG(network, rank=4, centering=centering)
+    W = run(tracker, network, steps)
+    posterior = tracker.posterior(0.3)
+    torch.testing.assert_close(posterior.mean, W.mean(0))
+    variance = 0.3 * W.var(0, correction=0)
+    torch.testing.assert_close(posterior.variance, variance)
+    centres = W.mean(0).expand_as(W)
+    if centering == "running":
+        centres = W.cumsum(0) / torch.arange(1, steps + 1).double()[:, None]
+    D = (W - centres)[-4:]
+    expected = torch.diag(variance) + 0.3 / 3 * D.mT @ D
+    torch.testing.assert_close(posterior.covariance.to_dense(), expected)
+    without = tracker.posterior(0.3, diagonal=False)
+    torch.testing.assert_close(
+        without.covariance.to_dense(), expected - torch.diag(variance)
+    )
+
+
+def test_small_variances_around_large_weights_survive_float32():
+    network = small().float()
+    tracker = SWAG(network, rank=2)
+    start = [p.detach().clone() for p in network.parameters()]
+    generator, rows = seeded(), []
+    for _ in range(200):
+        with torch.no_grad():
+            for p, w in zip(network.parameters(), start, strict=True):
+                p.copy_(100 + w + 1e-3 * torch.randn(p.shape, generator=generator))
+        tracker.update(network)
+        rows.append(torch.cat([p.detach().reshape(-1) for p in network.parameters()]))
+    exact = torch.stack(rows).double().var(0, correction=0)
+    found = tracker.posterior(1.0).variance.double()
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
+
+
+def test_few_snapshots_have_few_columns():
+    network = small()
+    tracker = SWAG(network, rank=10)
+    with pytest.raises(RuntimeError, match="0 snapshots and needs 2"):
+        tracker.posterior()
+    run(tracker, network, 3)
+    with pytest.warns(UserWarning, match="3 snapshots for a rank of 10"):
+        assert tracker.posterior().root.shape == (13, 3)
+
+
+def test_a_run_that_diverges_keeps_the_last_good_state():
+    network = small()
+    tracker = SWAG(network, rank=2)
+    W = run(tracker, network, 3)
+    with torch.no_grad():
+        network[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"keeps the 3 snapshots before"):
+        tracker.update(network)
+    torch.testing.assert_close(tracker.posterior().mean, W.mean(0))
+
+
+def test_a_run_resumed_from_its_state_is_the_same_bit_for_bit():
+    network = small()
+    whole = SWAG(network, rank=3)
+    run(whole, network, 2, seed=5)
+    half = SWAG(small(seed=9), rank=3)
+    half.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for tracker in (whole, half):
+        run(tracker, small(seed=2), 4, seed=6)
+    a, b = whole.posterior(), half.posterior()
+    for name in ("mean", "variance", "root"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_the_network_is_read_and_not_changed():
+    network = small().train()
+    before = copy.deepcopy(network.state_dict())
+    tracker = SWA(network, parameters="last_layer")
+    tracker.update(network)
+    assert network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    X = torch.rand(4, 2, generator=seeded()).double()
+    with torch.no_grad():
+        network[0].weight.add_(1.0)  # not averaged: that of the last update counts
+    tracker.update(network)
+    assert isinstance(tracker.posterior(), GaussianWeights)
+    torch.testing.assert_close(tracker.posterior().draw(1)(X)[0], network(X))
+
+
+def test_another_module_is_refused():
+    with pytest.raises(ValueError, match="has no 0.weight"):
+        SWA(small()).update(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="scale must be positive"):
+        tracker = SWAG(small(), rank=1)
+        run(tracker, small(), 2)
+        tracker.posterior(0.0)
+
+
+@pytest.mark.parametrize("sizes", [(40,), (20, 20)])
+def test_statistics_of_all_draws_are_those_of_update_bn(sizes):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3),
+        nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1),
+    ).double()  # fmt: skip
+    tracker = SWAG(network, rank=2)
+    run(tracker, network, 4)
+    draws = tracker.posterior().draw(5, seeded(2))
+    X = torch.randn(sum(sizes), 2, generator=seeded(3), dtype=torch.float64)
+    before = draws(X)
+    assert refresh_batch_norm(draws, [(x, None) for x in X.split(sizes)]) is draws
+    for i, values in enumerate(draws(X)):
+        single = copy.deepcopy(network)
+        torch.nn.utils.vector_to_parameters(draws.weights[i], single.parameters())
+        torch.optim.swa_utils.update_bn(X.split(sizes), single)
+        torch.testing.assert_close(values, single.eval()(X))
+    assert (draws(X) - before).abs().max() > 0.1
+    # Of batches of unequal size, upstream weighs each alike; here each point counts.
+    refresh_batch_norm(draws, X.split((30, 10)[: len(sizes)] if len(sizes) > 1 else 40))
+    first = X @ draws.net.unflatten(draws.weights)["0.weight"].mT
+    first = first + draws.net.unflatten(draws.weights)["0.bias"][:, None]
+    torch.testing.assert_close(draws.statistics["1.running_mean"], first.mean(1))
+    twin = copy.deepcopy(draws)
+    torch.testing.assert_close(twin(X), draws(X))
+    with pytest.raises(ValueError, match="at least one batch"):
+        refresh_batch_norm(draws, iter(()))
