@@ -80,7 +80,7 @@ class StudentTPrior(nn.Module):
 class ConvolutionPrior(nn.Module):
     r"""Filters with a covariance over the kernel window, independent between channels.
 
-    .. math:: \mathrm{cov}(w_{ij}, w_{kl}) = v \exp(-\sqrt{(i - k)^2 + (j - l)^2} / \ell)
+    .. math:: \mathrm{cov}(w_i, w_j) = v \exp(-\| x_i - x_j \| / \ell)
 
     Args:
         variance: v of each weight.

@@ -72,7 +72,7 @@ def test_the_first_rule_that_holds_counts():
     [
         (lambda: GaussianPrior(0.0), "variance must be positive"),
         (lambda: StudentTPrior(df=-1.0), "df must be positive"),
-        (lambda: ConvolutionPrior()(weights(3, 2)), "takes filters .out x in x"),
+        (lambda: ConvolutionPrior()(weights(3, 2)), "takes filters ``out x in x"),
     ],
 )
 def test_bad_input(build, message):
