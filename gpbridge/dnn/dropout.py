@@ -1,0 +1,129 @@
+r"""Monte Carlo dropout as a distribution over functions.
+
+A draw is a set of masks, the same for every input: then it is a function, and its
+values at two inputs are correlated. Fresh masks for every row, as a batch in train mode
+has them, give independent rows, from which no joint acquisition can be computed.
+
+In: a network with dropout layers, as it is. Out: frozen functions. Next: the same views
+as of every other posterior.
+
+References:
+    Gal, Ghahramani, Dropout as a Bayesian approximation: representing model uncertainty
+    in deep learning, ICML 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import vmap
+
+from gpbridge.checks import check_count, check_inputs
+from gpbridge.frozen import copy_without_hooks
+from gpbridge.randomness import fresh
+from gpbridge.tracing import traceable
+
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.MultiheadAttention),
+)
+
+
+class MCDropout(nn.Module):
+    """The functions that a network becomes under its own dropout.
+
+    Owns a copy in eval mode but for the dropout layers; batch norm keeps its statistics
+    and the caller's module is not changed.
+
+    Args:
+        network: A module with dropout layers of torch.nn.
+        input_shape: Shape of one input, to unflatten the ``d`` columns.
+
+    Raises:
+        ValueError: If no layer drops anything.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+        >>> MCDropout(network).draw(5)(torch.zeros(4, 2)).shape
+        torch.Size([5, 4, 1])
+    """
+
+    def __init__(
+        self, network: nn.Module, input_shape: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.network = copy_without_hooks(network).requires_grad_(False)
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        if not any(_rate(module) > 0 for module in self.network.modules()):
+            raise ValueError(
+                "network must have a dropout layer with p > 0, such as "
+                "nn.Dropout(0.1). Dropout by torch.nn.functional inside a forward is "
+                "not seen: make it a layer."
+            )
+        self.train(False)
+
+    def train(self, mode: bool = True) -> MCDropout:
+        """Set the mode of everything but the network: only its dropout is active."""
+        super().train(mode)
+        self.network.eval()
+        for module in self.network.modules():
+            if _rate(module) > 0:
+                module.train()
+        return self
+
+    def draw(
+        self, num_samples: int, generator: Generator | None = None
+    ) -> DropoutDraws:
+        """Freeze functions, one set of masks each."""
+        check_count(num_samples=num_samples)
+        generator = fresh(generator)
+        seed = torch.randint(
+            2**62, (), generator=generator, device=generator.device
+        ).cpu()
+        return DropoutDraws(self, num_samples, seed)
+
+
+class DropoutDraws(nn.Module):
+    """Functions with masks that a seed determines.
+
+    Args:
+        posterior: The network with active dropout.
+        num_samples: The number s of functions.
+        seed: Of all masks, a whole number.
+    """
+
+    def __init__(self, posterior: MCDropout, num_samples: int, seed: Tensor) -> None:
+        super().__init__()
+        self.posterior, self.num_samples = posterior, num_samples
+        self.register_buffer("seed", seed)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``.
+
+        The masks do not depend on the number of rows; memory is that of s n rows.
+        """
+        check_inputs(X, "X")
+        network, shape = self.posterior.network, self.posterior.input_shape
+        rows = X.reshape(-1, 1, *(shape or X.shape[-1:]))
+        own = next(network.parameters()).dtype
+
+        def each(_: Tensor) -> Tensor:
+            # "same": every row meets the masks of this draw.
+            return vmap(lambda row: network(row)[0], randomness="same")(rows.to(own))
+
+        devices = [X.device] if X.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), traceable():
+            torch.random.default_generator.manual_seed(int(self.seed))
+            if devices:
+                torch.cuda.manual_seed(int(self.seed))
+            start = torch.zeros(self.num_samples, device=X.device)
+            values = vmap(each, randomness="different")(start)
+        return values.reshape(self.num_samples, *X.shape[:-1], -1).to(X.dtype)
+
+
+def _rate(module: nn.Module) -> float:
+    if not isinstance(module, _DROPOUTS):
+        return 0.0
+    return module.dropout if isinstance(module, nn.MultiheadAttention) else module.p
