@@ -321,12 +321,10 @@ def draw_curves(lines: dict[str, dict[str, list]], out: Path) -> None:
         for label, points in solvers.items():
             passes, residuals, errors = zip(*points, strict=True)
             column[0].semilogy(passes, residuals, label=label)
-            column[1].plot(passes, errors, label=label)
+            column[1].semilogy(passes, errors, label=label)
         column[0].set(title=name, ylabel="largest relative residual (estimate)")
         column[0].set_ylim(top=3.0)
-        best = min(error for points in solvers.values() for *_, error in points)
         column[1].set(xlabel="passes over the matrix", ylabel="test RMSE of the mean")
-        column[1].set_ylim(best * 0.98, best * 2.5)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out / "learning_curves.png", dpi=120)
