@@ -118,11 +118,10 @@ class SampledState:
         solver = "default" if self.solver is None else type(self.solver).__name__
         how = "not solved yet"
         if facts is not None:
-            passes = getattr(facts, "passes", facts.iterations)
             verb = "converged" if facts.converged else "NOT converged"
             how = (
                 f"{verb}, relative residual {facts.residual_norm:.1e} after "
-                f"{passes:.4g} passes"
+                f"{facts.passes:.4g} passes"
             )
         return (
             f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, "

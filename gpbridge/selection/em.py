@@ -171,7 +171,7 @@ class SampleBasedEM:
                 gamma.tolist(),
                 error.tolist(),
                 draws.solution.residual_norm,
-                getattr(draws.solution, "passes", float(draws.solution.iterations)),
+                draws.solution.passes,
             )
         )
         after = self._clamped(before * self._squares(mode.omega) / gamma)

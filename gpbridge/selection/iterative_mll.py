@@ -35,6 +35,7 @@ from tqdm import tqdm
 from gpbridge.checks import (
     NotConvergedWarning,
     check_choice,
+    check_count,
     check_positive,
     warn_user,
 )
@@ -163,7 +164,8 @@ def fit_iterative(
         )
     check_choice("estimator", estimator, ("pathwise", "standard"))
     num_probes = model.num_samples if num_probes is None else num_probes
-    check_positive(num_probes=num_probes, steps=steps, learning_rate=learning_rate)
+    check_count(num_probes=num_probes, steps=steps)
+    check_positive(learning_rate=learning_rate)
     if subset_start is not None and not isinstance(subset_start, SubsetStart):
         raise TypeError(
             f"subset_start must be a SubsetStart(...), but is {subset_start!r}."

@@ -285,7 +285,7 @@ class TestRefusals:
     def test_options(self):
         with pytest.raises(ValueError, match="estimator must be one of 'pathwise', 's"):
             fit_iterative(build(), estimator="exact")
-        with pytest.raises(ValueError, match="steps must be positive"):
+        with pytest.raises(ValueError, match="steps must be a whole number above zero"):
             fit_iterative(build(), steps=0)
         with pytest.raises(ValueError, match="size must be positive"):
             SubsetStart(size=0)
@@ -375,12 +375,13 @@ def test_a_learning_rate_that_is_far_too_large_is_named():
     ("options", "error", "message"),
     [
         ({"subset_start": 100}, TypeError, r"must be a SubsetStart\(...\), but is 100"),
+        ({"steps": 2.5}, ValueError, "steps must be a whole number above zero"),
         ({"checkpoint": "/no/such/folder/f"}, FileNotFoundError, "does not exist"),
     ],
 )
 def test_options_of_another_kind(options, error, message):
     with pytest.raises(error, match=message):
-        fit_iterative(build(20), steps=1, **options)
+        fit_iterative(build(20), **({"steps": 1} | options))
 
 
 def test_subsets_are_local_beside_a_constant_column():
