@@ -21,7 +21,7 @@ ORDER = """
 types
 _version checks storage randomness metrics data distributed
 tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation plots
-operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator features layer_signals layer_features layer_gram spectral draws batch_norm weights prediction
+operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral draws batch_norm weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
