@@ -174,19 +174,19 @@ def fit_iterative(
         raise FileNotFoundError(
             f"The folder of checkpoint={str(checkpoint)!r} does not exist."
         )
-    if model._new is not None:
+    if model.has_batch_data:
         raise ValueError(
             "The model was conditioned on a batch of observations, of which there is "
             "no one evidence. Fit the model that they were added to."
         )
     if generator is None:
-        generator = Generator().manual_seed(int(model._seed))
+        generator = Generator().manual_seed(model.seed)
     solver = model.solver if solver is None else solver
     ascent = _Ascent(model, estimator, num_probes, learning_rate, solver, warm_start)
     if checkpoint is None or not Path(checkpoint).exists():
         ascent.start(subset_start, generator)
     else:
-        ascent.load_state_dict(load_state(checkpoint, model._train_X.device))
+        ascent.load_state_dict(load_state(checkpoint, model.train_inputs[0].device))
     fit, solution = ascent.fit, ascent.solution
     done = len(fit.passes)
     bar = tqdm(
@@ -205,8 +205,7 @@ def fit_iterative(
         if checkpoint is not None:
             save_state(ascent.state_dict(), checkpoint)
     _copy_parameters(ascent.work, model)
-    model._forget()
-    model._initial = ascent.value if ascent.own else None
+    model.start_from(ascent.value if ascent.own else None)
     if not solution.converged:
         warn_user(
             f"The solve of the last step ended at a relative residual of "
@@ -242,9 +241,9 @@ class _Ascent:
         params = [p for _, p in self.named]
         self.optimizer = torch.optim.Adam(params, lr=learning_rate)
         work = self.work
-        self.prior, self.data = work._problem(work.covar_module, work.mean_module)
+        self.prior, self.data = work.system(work.covar_module, work.mean_module)
         self.fit = IterativeFit()
-        self.value = model._warm_start() if self.own and warm_start else None
+        self.value = model.warm_start() if self.own and warm_start else None
         self.probes: Tensor | None = None  # of the standard estimator
         self.solution: Solution | None = None  # of the last step
 
@@ -263,9 +262,7 @@ class _Ascent:
         self.data = self.data._replace(noise=work.noise_variance.detach())
         m = self.data.Y.shape[-1]
         with torch.no_grad():
-            rhs = right_hand_sides(
-                self.prior, work.mean_module, self.data, int(work._seed)
-            )
+            rhs = right_hand_sides(self.prior, work.mean_module, self.data, work.seed)
             if self.probes is not None:
                 rhs = torch.cat([rhs[:, :m], self.probes], -1)
         if not bool(torch.isfinite(rhs).all()):
@@ -317,7 +314,7 @@ class _Ascent:
             "learning_rate": self.learning_rate,
             "solver": repr(self.solver),
             "warm_start": self.warm_start,
-            "seed": int(self.work._seed),
+            "seed": self.work.seed,
             "data": f"{tuple(self.data.X.shape)}, checksum {data:x}",
             "model": _structure(self.work),
         }
