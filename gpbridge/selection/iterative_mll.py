@@ -105,7 +105,7 @@ def fit_iterative(
     generator: Generator | None = None,
     callback: Callable[[int, Solution], None] | None = None,
     checkpoint: str | PathLike | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> IterativeFit:
     r"""Learn the hyperparameters of a sampled GP by stochastic gradients, with Adam.
 
