@@ -158,6 +158,17 @@ class SWAG(SWA):
         """The number k of deviations there are."""
         return min(int(self.num_snapshots), self.rank)
 
+    @property
+    def deviations(self) -> Tensor:
+        """The last k deviations, one per row, ``k x p``.
+
+        Raises:
+            RuntimeError: If there are fewer than two snapshots.
+        """
+        self._need(2)
+        D = self.kept[: self.num_columns]
+        return D - self.mean if self.centering == "final" else D.clone()
+
     def _take(self, weights: Tensor) -> Tensor:
         row = int(self.num_snapshots) % self.rank
         change = super()._take(weights)
@@ -184,17 +195,13 @@ class SWAG(SWA):
             UserWarning: If there are fewer snapshots than the rank.
         """
         check_positive(scale=scale)
-        self._need(2)
-        k = self.num_columns
+        D, k = self.deviations, self.num_columns
         if k < self.rank:
             warn_user(
                 f"SWAG has {k} snapshots for a rank of {self.rank}: the low-rank part "
                 f"has {k} columns. Train longer, take several snapshots per epoch, or "
                 "lower the rank."
             )
-        D = self.kept[:k]
-        if self.centering == "final":
-            D = D - self.mean
         root = (scale / (k - 1)) ** 0.5 * D.mT
         variance = None
         if diagonal:
