@@ -4,6 +4,7 @@ from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import (
@@ -16,6 +17,8 @@ from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.types import FitResult
 
 __all__ = [
+    "SGHMC",
+    "SGLD",
     "SWA",
     "SWAG",
     "EllipticalSliceSampling",

@@ -1,0 +1,29 @@
+"""Weight-space answers in dense float64, typed from the papers, without gpbridge."""
+
+import torch
+
+
+def sghmc_stationary_covariance(curvature, lr, alpha, tau):
+    """Covariance of (v, theta) of SGHMC on a loss per datum ``h theta^2 / 2``.
+
+    The step v' = (1 - a) v - lr h theta + e, theta' = theta + v', with variance
+    2 lr a tau of e and tau = T / N, is linear, z' = A z + B e, so that the covariance
+    solves P = A P A' + Q: the discrete Lyapunov equation, by Kronecker products.
+    """
+    h = float(curvature)
+    A = torch.tensor(
+        [[1 - alpha, -lr * h], [1 - alpha, 1 - lr * h]], dtype=torch.float64
+    )
+    B = torch.ones(2, 1, dtype=torch.float64)
+    Q = 2 * lr * alpha * tau * B @ B.T
+    identity = torch.eye(4, dtype=torch.float64)
+    P = torch.linalg.solve(identity - torch.kron(A, A), Q.reshape(-1))
+    return P.reshape(2, 2)
+
+
+def linear_regression_posterior(X, y, noise_variance, prior_variance):
+    """Mean and covariance of w in y = X w + e: Rasmussen and Williams (2006), (2.8)."""
+    precision = X.T @ X / noise_variance
+    precision = precision + torch.eye(X.shape[1], dtype=X.dtype) / prior_variance
+    covariance = torch.linalg.inv(precision)
+    return covariance @ X.T @ y / noise_variance, covariance
