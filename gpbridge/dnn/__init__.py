@@ -1,9 +1,24 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
+from gpbridge.dnn.curve_training import fit_curve
+from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.types import FitResult
 
-__all__ = ["SWA", "SWAG", "FitResult", "LogPosterior", "MCDropout", "fit_map"]
+__all__ = [
+    "SWA",
+    "SWAG",
+    "BezierCurve",
+    "CurveLosses",
+    "FitResult",
+    "LogPosterior",
+    "MCDropout",
+    "PolyChain",
+    "curve_losses",
+    "fit_curve",
+    "fit_map",
+]
