@@ -1,9 +1,12 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
+from gpbridge.dnn.curve_training import fit_curve
+from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.subspace import Subspace
@@ -21,14 +24,19 @@ __all__ = [
     "SGLD",
     "SWA",
     "SWAG",
+    "BezierCurve",
+    "CurveLosses",
     "EllipticalSliceSampling",
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
     "MCDropout",
+    "PolyChain",
     "Subspace",
     "VariationalInference",
+    "curve_losses",
     "elliptical_slice_sampling",
+    "fit_curve",
     "fit_map",
     "hamiltonian_monte_carlo",
     "sample_subspace",
