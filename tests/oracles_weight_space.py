@@ -1,7 +1,5 @@
 """Weight-space answers in dense float64, typed from the papers, without gpbridge."""
 
-"""Formulas of posteriors over weights, retyped from the papers, without gpbridge."""
-
 import math
 
 import torch
