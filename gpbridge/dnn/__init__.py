@@ -3,7 +3,19 @@
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.replicas import train_replicas
+from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.types import FitResult
 
-__all__ = ["SWA", "SWAG", "FitResult", "LogPosterior", "MCDropout", "fit_map"]
+__all__ = [
+    "SWA",
+    "SWAG",
+    "DivergedError",
+    "FitResult",
+    "LogPosterior",
+    "MCDropout",
+    "ReplicaFit",
+    "fit_map",
+    "train_replicas",
+]
