@@ -7,8 +7,10 @@ from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
+from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
+from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import (
     EllipticalSliceSampling,
@@ -26,12 +28,14 @@ __all__ = [
     "SWAG",
     "BezierCurve",
     "CurveLosses",
+    "DivergedError",
     "EllipticalSliceSampling",
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
     "MCDropout",
     "PolyChain",
+    "ReplicaFit",
     "Subspace",
     "VariationalInference",
     "curve_losses",
@@ -40,4 +44,5 @@ __all__ = [
     "fit_map",
     "hamiltonian_monte_carlo",
     "sample_subspace",
+    "train_replicas",
 ]
