@@ -25,7 +25,7 @@ operators partial_products kernel_tiles tile_products kernel_gradients kernel_op
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
-prior_draws posterior_draws pathwise predictive_mixture function_space models outcomes representers
+prior_draws posterior_draws pathwise outcomes predictive_mixture function_space models representers
 sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit stacked_layers replica_input stacked_training replicas ensemble_fit priors log_posterior schedules snapshots swag scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_inference subspace_tuning dropout sgmcmc cyclical chains local_reparameterization variational planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae
