@@ -23,6 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import check_count, check_tensor
+from gpbridge.dnn.curve_ends import check_same_network
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.randomness import fresh
@@ -73,7 +74,7 @@ class WeightCurve(nn.Module):
                 f"{num_bends}. A curve with one free point has 3."
             )
         self.net = FunctionalNet(start_network, parameters, input_shape)
-        _check_same_network(start_network, end_network, set(self.net.names))
+        check_same_network(start_network, end_network, set(self.net.names))
         start = self.net.flatten(self.net.params).detach()
         end = self.net.flatten(dict(end_network.named_parameters())).detach()
         self.register_buffer("start", start)
@@ -301,47 +302,3 @@ def batch_statistics(network: nn.Module) -> Iterator[Params]:
     finally:
         for name, module in norms.items():
             module.train(modes[name])
-
-
-def _check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> None:
-    """Require one architecture, and agreement in what does not move."""
-    if not isinstance(end, nn.Module):
-        raise TypeError(
-            f"end_network must be a torch.nn.Module, but is {type(end).__name__}."
-        )
-    for kind, own, other in (
-        ("module", dict(start.named_modules()), dict(end.named_modules())),
-        ("parameter", dict(start.named_parameters()), dict(end.named_parameters())),
-        ("buffer", dict(start.named_buffers()), dict(end.named_buffers())),
-    ):
-        for name in [*own, *(name for name in other if name not in own)]:
-            found = [_described(side.get(name)) for side in (own, other)]
-            if found[0] != found[1]:
-                raise ValueError(
-                    "The ends of a curve must have one architecture, but differ first "
-                    f"in the {kind} {name or 'at the top'!r}: start_network has "
-                    f"{found[0]}, end_network has {found[1]}."
-                )
-    norms = {n for n, m in start.named_modules() if isinstance(m, _NORMS)}
-    own, other = (
-        {**dict(side.named_parameters()), **dict(side.named_buffers())}
-        for side in (start, end)
-    )
-    for name, value in own.items():
-        is_statistic = name.rpartition(".")[0] in norms and "running" in name
-        if name in moving or is_statistic or name.endswith("num_batches_tracked"):
-            continue
-        if not torch.equal(value, other[name]):
-            raise ValueError(
-                f"{name} does not move along the curve, but differs between its ends. "
-                "Let it move (parameters=, requires_grad), or copy it from one network "
-                "to the other and train again."
-            )
-
-
-def _described(value: nn.Module | Tensor | None) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, nn.Module):
-        return type(value).__name__
-    return f"{tuple(value.shape)} of {value.dtype} on {value.device}"

@@ -98,7 +98,7 @@ def curve_losses(
     t: int | Tensor = 61,
     batches: Iterable[Tensor] | None = None,
     chunk_size: int = 8,
-    row_chunk_size: int = 1000,
+    row_chunk_size: int = 500,
     progress: bool = False,
 ) -> CurveLosses:
     """Losses along a curve; for those along the line pass a PolyChain of two points.
@@ -159,7 +159,7 @@ def losses_at(
     likelihood: Likelihood | None = None,
     *,
     batches: Iterable[Tensor] | None = None,
-    row_chunk_size: int = 1000,
+    row_chunk_size: int = 500,
     total: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
