@@ -5,6 +5,8 @@ from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.dnn.variational import MeanFieldVI
+from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
 from gpbridge.types import FitResult
 
 __all__ = [
@@ -15,5 +17,8 @@ __all__ = [
     "FitResult",
     "LogPosterior",
     "MCDropout",
+    "MeanFieldVI",
     "fit_map",
+    "fit_mean_field",
+    "fit_variational",
 ]
