@@ -59,3 +59,26 @@ def curve_rate(share):
     if share <= 0.5:
         return 1.0
     return 1 - 0.99 * (share - 0.5) / 0.4 if share <= 0.9 else 0.01
+
+
+def mean_field_optimum(X, y, noise_variance, prior_variance):
+    """The independent normals closest to the posterior of Bayesian linear regression.
+
+    KL(q || p) of Gaussians is smallest at the mean of p and at variances that are one
+    over the diagonal of its precision: Bishop (2006), section 10.1.2.
+    """
+    mean, covariance = linear_regression_posterior(X, y, noise_variance, prior_variance)
+    return mean, 1 / torch.linalg.inv(covariance).diagonal()
+
+
+def linear_regression_evidence_bound(X, y, noise_variance, prior_variance, mean, var):
+    """E_q log p(y | w) - KL(q || p) for q = N(mean, diag var), total nats."""
+    residual = y - X @ mean
+    n = len(y)
+    expected = -0.5 * (
+        n * torch.log(torch.as_tensor(2 * torch.pi * noise_variance))
+        + (residual.square().sum() + (X.square() @ var).sum()) / noise_variance
+    )
+    q = torch.distributions.Normal(mean, var.sqrt())
+    p = torch.distributions.Normal(torch.zeros_like(mean), prior_variance**0.5)
+    return expected - torch.distributions.kl_divergence(q, p).sum()

@@ -19,6 +19,8 @@ from gpbridge.dnn.subspace_inference import (
     sample_subspace,
 )
 from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.dnn.variational import MeanFieldVI
+from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
 from gpbridge.types import FitResult
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "HamiltonianMonteCarlo",
     "LogPosterior",
     "MCDropout",
+    "MeanFieldVI",
     "PolyChain",
     "ReplicaFit",
     "Subspace",
@@ -42,6 +45,8 @@ __all__ = [
     "elliptical_slice_sampling",
     "fit_curve",
     "fit_map",
+    "fit_mean_field",
+    "fit_variational",
     "hamiltonian_monte_carlo",
     "sample_subspace",
     "train_replicas",

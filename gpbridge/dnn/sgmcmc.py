@@ -76,6 +76,9 @@ class _NoisyOptimizer(Optimizer):
 
         Returns:
             The loss of the closure, or None without one.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
         """
         loss = None
         if closure is not None:
