@@ -115,7 +115,7 @@ def condition_inducing(
 
     References:
         Jazbec, Ashman, Fortuin, Pearce, Mandt, Rätsch, Scalable Gaussian process
-        variational autoencoders, AISTATS 2021, eqs. (8) and (9).
+        variational autoencoders, AISTATS 2021, the estimates from a minibatch. Titsias 2009, eq. (10), for w = 1.
     """
     precision = weight / noise_variance
     scaled = cross * precision[:, None]  # l x m x b
