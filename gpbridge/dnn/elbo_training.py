@@ -75,6 +75,11 @@ def ascend_elbo(
 
     Returns:
         The model with its history and state.
+
+    Raises:
+        KeyboardInterrupt: If it comes before one epoch is done.
+        RuntimeError: If the bound is not finite in the first epoch.
+        ValueError: If an option is out of range, or nothing can be trained.
     """
     check_count(epochs=epochs, batch_size=batch_size)
     check_positive(learning_rate=groups[0][1], other_learning_rate=groups[1][1])

@@ -278,7 +278,7 @@ class GPPriorVAE(Autoencoder):
         r"""Importance weighted bound of each new datum's log predictive density.
 
         .. math:: \log \frac1k \sum_{s=1}^k \frac{p(y \mid z_s) q(z_s)}{r(z_s)},
-                  \quad z_s \sim r(z) \propto q(z) \, N(\tilde y(y) \mid z, \tilde s^2(y))
+                  \quad z_s \sim r(z) \propto q(z) \, N(\tilde y \mid z, \tilde s^2)
 
         Here q(z) is the Gaussian process posterior at the auxiliary input, given the
         data of :meth:`condition` only, and r that posterior after the datum's own
@@ -323,7 +323,7 @@ class GPPriorVAE(Autoencoder):
         return mean.mT.to(like), variance.mT.to(like)
 
     def _covariances(self, X_aux: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened cross covariances ``... x m x t`` and prior variances ``... x t``."""
+        """Whitened cross covariances ``... x m x t``, prior variances ``... x t``."""
         Z, inputs = self.inducing_points, self._embedded(X_aux)
         cross = whiten(self.kernel(Z).to_dense(), self.kernel(Z, inputs).to_dense())
         return cross, self.kernel(inputs, diag=True)

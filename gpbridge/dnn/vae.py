@@ -146,7 +146,7 @@ class VAE(Autoencoder):
 
 
 def divergence(q: Independent) -> Tensor:
-    """KL divergence of diagonal Gaussians from a standard normal, summed, ``n`` nats."""
+    """KL divergence of diagonal Gaussians from N(0, I), summed over l, ``n`` nats."""
     variance = q.variance
     return 0.5 * (q.mean.square() + variance - variance.log() - 1).sum(-1)
 
