@@ -47,7 +47,7 @@ def ascend_elbo(
     num_data: int,
     device: torch.device,
     *,
-    groups: list[dict[str, Any]],
+    groups: list[tuple[list[nn.Parameter], float]],
     epochs: int,
     batch_size: int,
     generator: Generator | None,
@@ -63,7 +63,7 @@ def ascend_elbo(
         elbo: The bound per datum of some row numbers, with a source of randomness.
         num_data: The number of rows.
         device: Where they are.
-        groups: Parameters and learning rates, as Adam takes them.
+        groups: Parameters and their learning rates; frozen ones stay.
         epochs: Passes over the rows, after those of ``resume``.
         batch_size: Rows per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
@@ -75,15 +75,20 @@ def ascend_elbo(
 
     Returns:
         The model with its history and state.
+
+    Raises:
+        KeyboardInterrupt: If it comes before one epoch is done.
+        RuntimeError: If the bound is not finite in the first epoch.
+        ValueError: If an option is out of range, or nothing can be trained.
     """
     check_count(epochs=epochs, batch_size=batch_size)
-    check_positive(**{f"learning rate {i}": g["lr"] for i, g in enumerate(groups)})
+    check_positive(learning_rate=groups[0][1], other_learning_rate=groups[1][1])
     if resume is not None and generator is not None:
         raise ValueError(
             "Pass resume or generator and not both: a resumed run goes on with the "
             "random numbers of its state."
         )
-    optimizer = torch.optim.Adam(groups)
+    optimizer = _adam(groups)
     history: dict[str, list[float]] = {"elbo": []}
     if resume is None:
         generator = Generator(device).manual_seed(0) if generator is None else generator
@@ -92,9 +97,10 @@ def ascend_elbo(
         generator = Generator(device)
         generator.set_state(resume["generator"])
         model.load_state_dict(resume["model"])
+        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(resume["optimizer"])
-        for group, given in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = given["lr"]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         history = copy.deepcopy(resume["history"])
 
     def snapshot() -> dict[str, Any]:
@@ -108,7 +114,9 @@ def ascend_elbo(
 
     good, first = snapshot(), len(history["elbo"])
     trouble = None
-    bar = tqdm(range(epochs), desc=name, leave=False, disable=None if progress else True)
+    bar = tqdm(
+        range(epochs), desc=name, leave=False, disable=None if progress else True
+    )
     try:
         for epoch in bar:
             model.train()
@@ -140,7 +148,7 @@ def ascend_elbo(
         if done == first:
             raise RuntimeError(
                 f"Training stopped before one epoch was done: {trouble}. Standardise "
-                f"the data, or lower the learning rate (it is {groups[0]['lr']})."
+                f"the data, or lower the learning rate (it is {groups[0][1]})."
             )
         warn_user(
             f"Training stopped after {done - first} of {epochs} epochs: {trouble}. The "
@@ -149,6 +157,16 @@ def ascend_elbo(
         )
         model.load_state_dict(good["model"])
     return ELBOFit(model, copy.deepcopy(good["history"]), good)
+
+
+def _adam(groups: list[tuple[list[nn.Parameter], float]]) -> torch.optim.Adam:
+    free = [([p for p in group if p.requires_grad], rate) for group, rate in groups]
+    if not any(group for group, _ in free):
+        raise ValueError(
+            "The model has nothing to train: no parameter has requires_grad. Try "
+            "encoder.requires_grad_(True)."
+        )
+    return torch.optim.Adam([{"params": g, "lr": rate} for g, rate in free if g])
 
 
 def _epoch(

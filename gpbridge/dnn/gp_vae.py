@@ -63,9 +63,10 @@ class GPPriorVAE(Autoencoder):
         \log p(Y) \ge \sum_i \mathbb{E}_{q(z_i)} \log p(y_i \mid z_i)
         - \sum_l \mathrm{KL}(q(u_l) \,\|\, p(u_l)) .
 
-    This is eq. (10) of Jazbec et al.: their cross entropy with the encoder and the
-    Gaussian part of their sparse bound cancel, as both are expectations under one q.
-    With an inducing point at every datum it is the dense bound of Pearce.
+    This is the bound of Jazbec et al.: their cross entropy with the encoder and the
+    Gaussian part of their sparse bound (Hensman et al., UAI 2013, eq. (4)) are
+    expectations under one q and cancel. With an inducing point at every datum it is
+    the dense bound of Pearce.
 
     Everything given is copied. Kernel and inducing points are kept in float64; modules
     stay as they are. A step costs l (b m^2 + m^3) beside encoder and decoder.
@@ -152,9 +153,9 @@ class GPPriorVAE(Autoencoder):
         With q from all data as ``support``, a minibatch's bound is an unbiased estimate
         of that of all data: the mean over equal minibatches is it, up to the latent
         draws. Without a support, q comes from the minibatch, each datum counted N / b
-        times, as Jazbec et al. train (eqs. (8) to (10)): then the mean over minibatches
-        is another number than the bound of all data and no bound, since each q has seen
-        the data it is scored on as N / b copies. The two agree for b = N. A support
+        times, as Jazbec et al. train: then the mean over minibatches is another
+        number than the bound of all data and no bound, since each q has seen the data
+        it is scored on as N / b copies. The two agree for b = N. A support
         drawn independently of the batch gives a bound again, whatever its size.
 
         Args:
@@ -173,21 +174,25 @@ class GPPriorVAE(Autoencoder):
         check_count(num_samples=num_samples)
         num_data = len(Y) if num_data is None else num_data
         check_count(num_data=num_data)
-        support = (X_aux, Y) if support is None else support
-        self._check(*support)
-        return self._elbo(X_aux, Y, num_data, support, num_samples, generator)
+        cross, variance = self._covariances(X_aux)
+        if support is None:
+            q = self._conditioned(cross, Y, num_data)
+        else:
+            self._check(*support)
+            q = self.infer(*support, num_data=num_data)
+        return self._elbo(cross, variance, q, Y, num_data, num_samples, generator)
 
     def _elbo(
         self,
-        X_aux: Tensor,
+        cross: Tensor,
+        variance: Tensor,
+        q: InducingPosterior,
         Y: Tensor,
         num_data: int,
-        support: tuple[Tensor, Tensor],
         num_samples: int,
         generator: Generator | None,
     ) -> Tensor:
-        q = self.infer(*support, num_data=num_data)
-        mean, variance = self._marginal(q, X_aux, Y)
+        mean, variance = (part.mT.to(Y) for part in q.marginal(cross, variance))
         noise = standard_normal((num_samples, *mean.shape), generator, mean)
         fit = self.log_prob(Y, mean + variance.sqrt() * noise).mean()
         return fit - (q.divergence().sum() / num_data).to(fit)
@@ -196,11 +201,15 @@ class GPPriorVAE(Autoencoder):
         self, X_aux: Tensor, Y: Tensor, *, num_data: int | None = None
     ) -> InducingPosterior:
         """The posterior of the inducing values given data that stand for N of them."""
-        q = self.encode(Y)
         cross, _ = self._covariances(X_aux)
+        return self._conditioned(cross, Y, len(Y) if num_data is None else num_data)
+
+    def _conditioned(
+        self, cross: Tensor, Y: Tensor, num_data: int
+    ) -> InducingPosterior:
+        q = self.encode(Y)
         targets, variance = (part.mT.to(cross) for part in (q.mean, q.variance))
-        weight = 1.0 if num_data is None else num_data / len(Y)
-        return condition_inducing(cross, targets, variance, weight)
+        return condition_inducing(cross, targets, variance, num_data / len(Y))
 
     @torch.no_grad()
     def condition(self, X_aux: Tensor, Y: Tensor) -> GPPriorVAE:
@@ -269,7 +278,7 @@ class GPPriorVAE(Autoencoder):
         r"""Importance weighted bound of each new datum's log predictive density.
 
         .. math:: \log \frac1k \sum_{s=1}^k \frac{p(y \mid z_s) q(z_s)}{r(z_s)},
-                  \quad z_s \sim r(z) \propto q(z) \, N(\tilde y(y) \mid z, \tilde s^2(y))
+                  \quad z_s \sim r(z) \propto q(z) \, N(\tilde y \mid z, \tilde s^2)
 
         Here q(z) is the Gaussian process posterior at the auxiliary input, given the
         data of :meth:`condition` only, and r that posterior after the datum's own
@@ -314,7 +323,7 @@ class GPPriorVAE(Autoencoder):
         return mean.mT.to(like), variance.mT.to(like)
 
     def _covariances(self, X_aux: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened cross covariances ``... x m x t`` and prior variances ``... x t``."""
+        """Whitened cross covariances ``... x m x t``, prior variances ``... x t``."""
         Z, inputs = self.inducing_points, self._embedded(X_aux)
         cross = whiten(self.kernel(Z).to_dense(), self.kernel(Z, inputs).to_dense())
         return cross, self.kernel(inputs, diag=True)
@@ -349,7 +358,7 @@ def fit_gp_vae(
     *,
     epochs: int = 200,
     learning_rate: float = 1e-3,
-    kernel_learning_rate: float = 1e-2,
+    prior_learning_rate: float = 1e-2,
     batch_size: int | None = None,
     support: str = "data",
     num_samples: int = 1,
@@ -365,8 +374,9 @@ def fit_gp_vae(
         X_aux: Auxiliary inputs ``n x a``.
         Y: Data ``n x d`` or ``n x input_shape``.
         epochs: Passes over the data, after those of ``resume``.
-        learning_rate: Of encoder, decoder and likelihood.
-        kernel_learning_rate: Of kernel, embedding and inducing points.
+        learning_rate: Of encoder and decoder.
+        prior_learning_rate: Of kernel, embedding, inducing points and likelihood, which
+            are few numbers on scales of their own.
         batch_size: Rows per step; None takes all.
         support: What q(u) is made of in each step: ``"data"``, all of them, which costs
             a pass of the encoder over all and l N m^2, and has unbiased gradients; or
@@ -393,26 +403,28 @@ def fit_gp_vae(
     check_choice("support", support, ("data", "batch"))
     check_count(num_samples=num_samples)
     own, n = copy.deepcopy(model), len(Y)
-    with torch.no_grad():  # shapes, before any training
-        own._elbo(X_aux[:2], Y[:2], n, (X_aux[:2], Y[:2]), 1, generator)
+    own.log_prob(Y[:2], own.encode(Y[:2]).mean)  # shapes, before any training
+    own._covariances(X_aux[:2])
 
     def elbo(rows: Tensor, generator: Generator) -> Tensor:
-        batch = X_aux[rows], Y[rows]
-        source = (X_aux, Y) if support == "data" else batch
-        return own._elbo(*batch, n, source, num_samples, generator)
+        if support == "batch":
+            cross, variance = own._covariances(X_aux[rows])
+            q = own._conditioned(cross, Y[rows], n)
+        else:
+            cross, variance = own._covariances(X_aux)
+            q = own._conditioned(cross, Y, n)
+            cross, variance = cross[..., rows], variance[..., rows]
+        return own._elbo(cross, variance, q, Y[rows], n, num_samples, generator)
 
-    priors = ("kernel.", "embedding.", "inducing_points")
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, p in own.named_parameters():
-        if p.requires_grad:
-            groups[name.startswith(priors)].append(p)
-    rates = {False: learning_rate, True: kernel_learning_rate}
+    networks = [*own.encoder.parameters(), *own.decoder.parameters()]
+    shared = {id(p) for p in networks}
+    others = [p for p in own.parameters() if id(p) not in shared]
     fit = ascend_elbo(
         own,
         elbo,
         n,
         Y.device,
-        groups=[{"params": groups[k], "lr": rates[k]} for k in groups if groups[k]],
+        groups=[(networks, learning_rate), (others, prior_learning_rate)],
         epochs=epochs,
         batch_size=n if batch_size is None else batch_size,
         generator=generator,

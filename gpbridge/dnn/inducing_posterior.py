@@ -1,8 +1,9 @@
 r"""Sparse Gaussian process posteriors in closed form, given pseudo-observations.
 
-A pseudo-observation is a Gaussian factor :math:`N(\tilde y_i \mid z(x_i), \tilde s_i^2)`
-with a noise variance of its own. In: kernel matrices and such factors. Out: an
-:class:`InducingPosterior` of whitened inducing values, batched over latent dimensions.
+A pseudo-observation is a Gaussian factor
+:math:`N(\tilde y_i \mid z(x_i), \tilde s_i^2)` with a noise variance of its own. In:
+kernel matrices and such factors. Out: an :class:`InducingPosterior` of whitened
+inducing values, batched over latent dimensions.
 Next: ``gp_vae``, whose encoder makes the factors.
 
 References:
@@ -94,7 +95,7 @@ def whiten(inducing: Tensor, cross: Tensor) -> Tensor:
 def condition_inducing(
     cross: Tensor, targets: Tensor, noise_variance: Tensor, weight: float = 1.0
 ) -> InducingPosterior:
-    r"""The optimal Gaussian q(u) for pseudo-observations, each counted ``weight`` times.
+    r"""The optimal q(u) for pseudo-observations that count ``weight`` times each.
 
     .. math::
         B = I + w A S^{-1} A^\top, \qquad \mu = w B^{-1} A S^{-1} \tilde y, \qquad
@@ -115,7 +116,8 @@ def condition_inducing(
 
     References:
         Jazbec, Ashman, Fortuin, Pearce, Mandt, Rätsch, Scalable Gaussian process
-        variational autoencoders, AISTATS 2021, eqs. (8) and (9).
+        variational autoencoders, AISTATS 2021, the estimates from a minibatch.
+        Titsias 2009, eq. (10), for w = 1.
     """
     precision = weight / noise_variance
     scaled = cross * precision[:, None]  # l x m x b

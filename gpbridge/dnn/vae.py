@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Independent
 
 from gpbridge.checks import check_count
 from gpbridge.dnn.autoencoder import Autoencoder
@@ -74,13 +75,7 @@ class VAE(Autoencoder):
         q = self.encode(Y)
         noise = standard_normal((num_samples, *q.mean.shape), generator, q.mean)
         Z = q.mean + q.stddev * noise
-        return (self.log_prob(Y, Z).mean(0) - self.divergence(Y, q)).mean()
-
-    def divergence(self, Y: Tensor, q: Any = None) -> Tensor:
-        """KL divergence of the encoder's distributions from the prior, ``n`` nats."""
-        q = self.encode(Y) if q is None else q
-        variance = q.variance
-        return 0.5 * (q.mean.square() + variance - variance.log() - 1).sum(-1)
+        return (self.log_prob(Y, Z).mean(0) - divergence(q)).mean()
 
     @torch.no_grad()
     def log_likelihood(
@@ -150,12 +145,19 @@ class VAE(Autoencoder):
         return self.decode(self.encode(Y).mean).mean.reshape(Y.shape)
 
 
+def divergence(q: Independent) -> Tensor:
+    """KL divergence of diagonal Gaussians from N(0, I), summed over l, ``n`` nats."""
+    variance = q.variance
+    return 0.5 * (q.mean.square() + variance - variance.log() - 1).sum(-1)
+
+
 def fit_vae(
     vae: VAE,
     Y: Tensor,
     *,
     epochs: int = 200,
     learning_rate: float = 1e-3,
+    likelihood_learning_rate: float = 1e-2,
     batch_size: int = 100,
     num_samples: int = 1,
     generator: Generator | None = None,
@@ -169,7 +171,9 @@ def fit_vae(
         vae: The model, which stays as it is.
         Y: Data ``n x d`` or ``n x input_shape``.
         epochs: Passes over the data, after those of ``resume``.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam, for encoder and decoder.
+        likelihood_learning_rate: For the likelihood: a noise variance is one number,
+            with far to go.
         batch_size: Rows per step.
         num_samples: Latent draws per datum and step.
         generator: Source of all randomness; None is a fresh one with seed 0.
@@ -193,13 +197,14 @@ def fit_vae(
     check_count(num_samples=num_samples)
     own = copy.deepcopy(vae)
     own.log_prob(Y[:2], own.encode(Y[:2]).mean)  # shapes, before any training
-    parameters = [p for p in own.parameters() if p.requires_grad]
+    networks = [*own.encoder.parameters(), *own.decoder.parameters()]
+    others = list(own.likelihood.parameters())
     return ascend_elbo(
         own,
         lambda rows, generator: own._elbo(Y[rows], num_samples, generator),
         len(Y),
         Y.device,
-        groups=[{"params": parameters, "lr": learning_rate}],
+        groups=[(networks, learning_rate), (others, likelihood_learning_rate)],
         epochs=epochs,
         batch_size=batch_size,
         generator=generator,
