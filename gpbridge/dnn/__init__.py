@@ -1,6 +1,7 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.replicas import train_replicas
@@ -12,10 +13,12 @@ __all__ = [
     "SWA",
     "SWAG",
     "DivergedError",
+    "EnsembleFit",
     "FitResult",
     "LogPosterior",
     "MCDropout",
     "ReplicaFit",
+    "fit_ensemble",
     "fit_map",
     "train_replicas",
 ]
