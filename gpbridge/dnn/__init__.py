@@ -3,6 +3,7 @@
 from gpbridge.dnn.curve_training import fit_curve
 from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
@@ -32,6 +33,7 @@ __all__ = [
     "CurveLosses",
     "DivergedError",
     "EllipticalSliceSampling",
+    "EnsembleFit",
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
@@ -44,6 +46,7 @@ __all__ = [
     "curve_losses",
     "elliptical_slice_sampling",
     "fit_curve",
+    "fit_ensemble",
     "fit_map",
     "fit_mean_field",
     "fit_variational",
