@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks storage randomness metrics data distributed
-tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation plots
+tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator features layer_signals layer_features layer_gram spectral draws batch_norm weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
@@ -30,6 +30,7 @@ sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
 dnn: objective training fit_input fit replicas ensemble_fit priors log_posterior schedules snapshots swag ensembles fast_geometric slice_sampling curve_ends curves curve_training loss_surface subspace subspace_inference dropout sgmcmc local_reparameterization variational planes deep_gp vae gp_vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare
+plots: style bands traces calibration landscape
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model
 doctor

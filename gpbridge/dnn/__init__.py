@@ -6,6 +6,13 @@ from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
+from gpbridge.dnn.planes import (
+    LossPlane,
+    WeightPlane,
+    loss_plane,
+    plane_through,
+    principal_plane,
+)
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.types import FitResult
 
@@ -16,9 +23,14 @@ __all__ = [
     "CurveLosses",
     "FitResult",
     "LogPosterior",
+    "LossPlane",
     "MCDropout",
     "PolyChain",
+    "WeightPlane",
     "curve_losses",
     "fit_curve",
     "fit_map",
+    "loss_plane",
+    "plane_through",
+    "principal_plane",
 ]
