@@ -111,7 +111,7 @@ def main() -> None:
         return fit.network
 
     def measure(path: nn.Module, inputs: Tensor, labels: Tensor) -> CurveLosses:
-        # One network at a time: on a CPU a vmapped convolution is no faster than a loop.
+        # One network at a time: on a CPU, vmapped convolutions lose to a loop.
         return curve_losses(
             path, inputs, labels, t=times, batches=batches, chunk_size=1
         )

@@ -8,6 +8,13 @@ from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
+from gpbridge.dnn.planes import (
+    LossPlane,
+    WeightPlane,
+    loss_plane,
+    plane_through,
+    principal_plane,
+)
 from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
@@ -37,12 +44,14 @@ __all__ = [
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
+    "LossPlane",
     "MCDropout",
     "MeanFieldVI",
     "PolyChain",
     "ReplicaFit",
     "Subspace",
     "VariationalInference",
+    "WeightPlane",
     "curve_losses",
     "elliptical_slice_sampling",
     "fit_curve",
@@ -51,6 +60,9 @@ __all__ = [
     "fit_mean_field",
     "fit_variational",
     "hamiltonian_monte_carlo",
+    "loss_plane",
+    "plane_through",
+    "principal_plane",
     "sample_subspace",
     "train_replicas",
 ]
