@@ -1,9 +1,6 @@
 """Weight-space answers in dense float64, typed from the papers, without gpbridge."""
 
 import math
-
-"""Dense float64 answers for posteriors over weights, without gpbridge."""
-
 import torch
 
 
