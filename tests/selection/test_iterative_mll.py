@@ -16,7 +16,7 @@ from gpbridge.checks import NotConvergedWarning
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.models import NetworkKernelGP
 from gpbridge.selection import SubsetStart, fit_iterative
-from gpbridge.selection.iterative_mll import _surrogate
+from gpbridge.selection.evidence_ascent import _surrogate
 from gpbridge.solvers import Cholesky, ConjugateGradients
 from tests import oracles_sampling as oracles
 
