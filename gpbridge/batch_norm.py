@@ -23,7 +23,15 @@ from torch.func import functional_call, vmap
 
 from gpbridge.draws import WeightDraws
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether a layer keeps statistics of activations."""
+    return any(
+        isinstance(module, NORMS) and module.track_running_stats
+        for module in network.modules()
+    )
 
 
 @torch.no_grad()
@@ -46,7 +54,7 @@ def refresh_batch_norm(draws: WeightDraws, batches: Iterable[Tensor]) -> WeightD
     layers = {
         name: module
         for name, module in work.named_modules()
-        if isinstance(module, _NORMS) and module.track_running_stats
+        if isinstance(module, NORMS) and module.track_running_stats
     }
     if not layers:
         return draws

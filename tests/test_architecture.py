@@ -20,7 +20,8 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks storage randomness metrics data distributed
-tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation plots
+tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation
+plots: style bands traces calibration landscape
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral draws batch_norm weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
@@ -28,9 +29,8 @@ kernels: matern buffers compositions feature_gram feature random_features tangen
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_space models representers
 sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
-dnn: objective training initial_weights fit_input fit stacked_layers replica_input stacked_training replicas ensemble_fit priors log_posterior schedules snapshots swag scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_inference subspace_tuning dropout sgmcmc cyclical chains local_reparameterization variational variational_fit planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae
+dnn: objective training initial_weights fit_input fit stacked_layers replica_input stacked_training replicas ensemble_fit priors log_posterior schedules snapshots swag point_likelihood scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_inference subspace_tuning dropout sgmcmc cyclical chains local_reparameterization variational variational_fit planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start evidence_ascent iterative_mll online invariance hypergradient training_speed compare
-plots: style bands traces calibration landscape
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model
 doctor

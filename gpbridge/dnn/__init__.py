@@ -16,6 +16,7 @@ from gpbridge.dnn.planes import (
     principal_plane,
 )
 from gpbridge.dnn.replicas import train_replicas
+from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
@@ -26,6 +27,7 @@ from gpbridge.dnn.subspace_inference import (
     VariationalInference,
     sample_subspace,
 )
+from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.dnn.variational import MeanFieldVI
 from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
@@ -65,4 +67,6 @@ __all__ = [
     "principal_plane",
     "sample_subspace",
     "train_replicas",
+    "tune_scale",
+    "tune_subspace",
 ]

@@ -72,8 +72,9 @@ def hamiltonian_monte_carlo(
     with a step size drawn within 20% of its own (a trajectory of fixed length can be
     periodic) and accepts by the change of energy. One gradient is the Metropolis
     adjusted Langevin algorithm. During the warm-up the step size goes to where the
-    target share is accepted, on average over chains, and halfway the scales of the
-    coordinates become the standard deviations that were seen, over all chains.
+    target share is accepted, on average over chains, and after an eighth, a quarter
+    and a half of it the scales of the coordinates become the standard deviations that
+    were seen, over all chains.
 
     Args:
         value_and_gradient: Log density up to a constant and gradient, of all chains.
@@ -168,8 +169,8 @@ def hamiltonian_monte_carlo(
         if step < warm_up:
             adaptation.learn(float(chance.mean()))
             seen.append(z)
-            if step + 1 == warm_up // 2 and step > 20:
-                scale = _spread(seen, scale)
+            if step + 1 in (warm_up // 8, warm_up // 4, warm_up // 2) and step > 8:
+                scale, seen = _spread(seen, scale), []
                 adaptation = _StepSize(step_size, target_acceptance)
             if step + 1 == warm_up:
                 adaptation.finish()
@@ -215,6 +216,8 @@ class _StepSize:
 def _spread(seen: list[Tensor], scale: Tensor) -> Tensor:
     """Standard deviations of the later half of what was seen, over all chains."""
     states = torch.cat(seen[len(seen) // 2 :])
-    std = states.std(0)
-    # A chain that hardly moved says little.
-    return torch.where(std > 1e-3 * scale, std, scale)
+    n, std = len(states), states.std(0)
+    # Few states say little: on the log scale, five count for what was there before.
+    mixed = (n * std.log() + 5 * scale.log()) / (n + 5)
+    # A coordinate that hardly moved says nothing.
+    return torch.where(std > 1e-6 * scale, mixed.exp(), scale)

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from gpbridge.checks import ShapeError, check_count, check_positive
 from gpbridge.dnn.chain_diagnostics import effective_sample_size, split_r_hat
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
+from gpbridge.dnn.point_likelihood import PointLikelihood
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.subspace import Subspace
-from gpbridge.dnn.subspace_likelihood import PointLikelihood, SubspaceLikelihood
+from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
 from gpbridge.randomness import fresh, standard_normal
 from gpbridge.weights import EmpiricalWeights, GaussianWeights
 

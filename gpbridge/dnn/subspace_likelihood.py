@@ -11,33 +11,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor, nn
 
-from gpbridge.checks import (
-    ShapeError,
-    check_choice,
-    check_count,
-    check_inputs,
-    check_not_empty,
-    check_positive,
-    check_same_device,
-    check_same_length,
-    check_tensor,
+from gpbridge.batch_norm import NORMS, has_batch_norm
+from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.dnn.point_likelihood import (
+    PointLikelihood,
+    check_data,
+    check_point_targets,
+    point_log_density,
 )
+from gpbridge.dnn.stacked_layers import stack_layers
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet
-from gpbridge.likelihoods import log_prob
-from gpbridge.targets import check_targets
 
-PointLikelihood = Callable[[Tensor, Tensor], Tensor]
-"""From outputs ``c x n x m`` and targets to log densities of each datum, ``c x n``."""
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ROWS = 4096  # of data in one pass, by default
 
 
@@ -96,12 +88,11 @@ class SubspaceLikelihood(nn.Module):
             check_count(batch_size=batch_size)
         check_data(X, Y)
         num_outputs = subspace.net.probe(X)
-        if has_rule(likelihood):
-            Y = check_targets(likelihood, Y, num_outputs, len(X), X.dtype, name="Y")
+        Y = check_point_targets(likelihood, X, Y, num_outputs)
         self.subspace, self.likelihood = subspace, likelihood
         self.net, self.temperature = subspace.net, float(temperature)
         self.num_chunks = math.ceil(len(X) / (batch_size or _ROWS))
-        if batch_norm == "batch" and has_batch_norm(self.net):
+        if batch_norm == "batch" and has_batch_norm(self.net.network):
             if len(X) < 2 * self.num_chunks:
                 raise ValueError(
                     f"Batch normalisation needs at least 2 rows in every pass, but "
@@ -144,71 +135,14 @@ class SubspaceLikelihood(nn.Module):
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             noise = self.likelihood.noise_covar.noise
             noise = noise.tensor_split(self.num_chunks, -1)[chunk]
-        outputs = WeightDraws(self.net, weights)(X)
+        net = self.net
+        # Faster, but only where nothing is to be converted on the way.
+        if net.vectorized and X.dtype == weights.dtype == net.dtype:
+            each = X.expand(len(weights), *X.shape)
+            outputs = stack_layers(net)(net.unflatten(weights), each)
+        else:
+            outputs = WeightDraws(net, weights)(X)
         return point_log_density(self.likelihood, outputs, Y, noise).double().sum(-1)
-
-
-def point_log_density(
-    likelihood: Likelihood | PointLikelihood,
-    outputs: Tensor,
-    Y: Tensor,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Log density of each datum under each draw, ``s x n``.
-
-    Args:
-        likelihood: As for :class:`SubspaceLikelihood`.
-        outputs: ``s x n x m``.
-        Y: Targets, ``n`` of them.
-        noise: As for :func:`gpbridge.likelihoods.log_prob`.
-
-    Returns:
-        Nats.
-
-    Raises:
-        ShapeError: If a user's function returns another shape.
-    """
-    if isinstance(likelihood, Likelihood):
-        return log_prob(likelihood, outputs, Y, noise)
-    values = likelihood(outputs, Y)
-    check_tensor(likelihood=values)
-    if values.shape != outputs.shape[:-1]:
-        s, n, m = outputs.shape
-        raise ShapeError(
-            "likelihood must return one log density per draw and datum, "
-            f"``{s} x {n}``, for outputs ``{s} x {n} x {m}``, but returned shape "
-            f"{tuple(values.shape)}. Sum over outputs, not over data."
-        )
-    return values
-
-
-def check_data(X: Tensor, Y: Tensor, suffix: str = "") -> None:
-    """Require inputs ``n x d`` and as many targets, at least one."""
-    x, y = f"X{suffix}", f"Y{suffix}"
-    check_inputs(X, x)
-    if X.dim() != 2:
-        raise ShapeError(
-            f"{x} must be ``n x d``, but has shape {tuple(X.shape)}. Flatten images to "
-            "rows and give the network's input_shape."
-        )
-    check_tensor(**{y: Y})
-    check_not_empty(**{x: X})
-    check_same_length(**{x: X, y: Y})
-    check_same_device(**{x: X, y: Y})
-
-
-def has_rule(likelihood: Likelihood | PointLikelihood) -> bool:
-    """Whether targets of this likelihood can be checked."""
-    default = check_targets.dispatch(object)
-    return check_targets.dispatch(type(likelihood)) is not default
-
-
-def has_batch_norm(net: FunctionalNet) -> bool:
-    """Whether layers keep statistics of activations."""
-    return any(
-        isinstance(module, _BATCH_NORMS) and module.track_running_stats
-        for module in net.network.modules()
-    )
 
 
 def _by_batches(net: FunctionalNet) -> FunctionalNet:
@@ -218,7 +152,7 @@ def _by_batches(net: FunctionalNet) -> FunctionalNet:
     """
     own = copy.deepcopy(net)
     for module in own.network.modules():
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, NORMS):
             module.track_running_stats = False
             module.running_mean = module.running_var = None
             module.num_batches_tracked = None

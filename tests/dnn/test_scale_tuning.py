@@ -1,0 +1,139 @@
+"""The scale of SWAG on held-out data, and the score that chooses it."""
+
+import math
+
+import pytest
+import torch
+from gpytorch.likelihoods import GaussianLikelihood
+from torch import nn
+
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.dnn.point_likelihood import mixture_log_density
+from gpbridge.dnn.scale_tuning import tune_scale
+from gpbridge.dnn.swag import SWAG
+from gpbridge.testing import assert_module_unchanged
+
+NOISE = 0.04
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def gaussian():
+    likelihood = GaussianLikelihood().double()
+    likelihood.noise = NOISE
+    return likelihood
+
+
+def tracked(network, spread, steps=30):
+    tracker, generator = SWAG(network, rank=5), seeded(1)
+    start = [p.detach().clone() for p in network.parameters()]
+    for _ in range(steps):
+        with torch.no_grad():
+            for p, w in zip(network.parameters(), start, strict=True):
+                noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                p.copy_(w + spread * noise)
+        tracker.update(network)
+    return tracker
+
+
+def problem(shift, spread=0.5):
+    """Held-out data of a line whose weights are off by a shift."""
+    network = nn.Linear(2, 1).double()
+    X = normal(40, 2)
+    with torch.no_grad():
+        wrong = network.weight + shift
+        Y = X @ wrong.mT + network.bias + NOISE**0.5 * normal(40, 1, seed=2)
+    return tracked(network, spread), X, Y
+
+
+def test_the_score_is_the_mean_log_density_of_the_mixture():
+    tracker, X, Y = problem(0.3)
+    draws = tracker.posterior(1.0).draw(7, seeded())
+    densities = torch.distributions.Normal(draws(X), NOISE**0.5).log_prob(Y).exp()
+    expected = densities[..., 0].mean(0).log().mean()
+    torch.testing.assert_close(mixture_log_density(gaussian(), draws, X, Y), expected)
+
+    def own(f, y):
+        return log_normal(f, y)
+
+    def log_normal(f, y):
+        error = (y - f)[..., 0].square() / NOISE
+        return -0.5 * (error + math.log(2 * math.pi * NOISE))
+
+    torch.testing.assert_close(mixture_log_density(own, draws, X, Y), expected)
+
+
+def test_every_scale_is_scored_by_draws_of_its_own_posterior():
+    tracker, X, Y = problem(0.3)
+    found = tune_scale(tracker, X, Y, gaussian(), num_draws=9, generator=seeded())
+    assert found.scales == (0.0, 0.1, 0.25, 0.5, 1.0)
+    for scale, score in zip(found.scales[1:], found.scores[1:], strict=True):
+        draws = tracker.posterior(scale).draw(9, seeded())
+        expected = mixture_log_density(gaussian(), draws, X, Y)
+        torch.testing.assert_close(score, expected)
+    mean = X @ tracker.mean[:2, None] + tracker.mean[2]
+    swa = torch.distributions.Normal(mean, NOISE**0.5).log_prob(Y).mean()
+    torch.testing.assert_close(found.scores[0], swa)
+    best = int(found.scores.argmax())
+    assert found.scale == found.scales[best]
+    if found.scale:
+        expected = tracker.posterior(found.scale).covariance.to_dense()
+        torch.testing.assert_close(found.posterior.covariance.to_dense(), expected)
+
+
+def test_weights_that_are_right_want_no_spread_and_wrong_ones_want_it():
+    assert tune_scale(*problem(0.0), gaussian(), generator=seeded()).scale == 0.0
+    assert tune_scale(*problem(0.5), gaussian(), generator=seeded()).scale >= 0.25
+    tracker, X, Y = problem(0.0)
+    swa = tune_scale(tracker, X, Y, gaussian(), (0.0,)).posterior
+    assert swa.root is None and swa.variance is None
+    torch.testing.assert_close(swa.mean, tracker.mean)
+
+
+def test_the_diagonal_can_be_left_out_and_the_network_stays_as_it_was():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    tracker = tracked(network, 0.1)
+    before = torch.get_rng_state()
+    with assert_module_unchanged(network):
+        given = {"scales": (0.5,), "diagonal": False, "generator": seeded()}
+        found = tune_scale(tracker, normal(4, 2), normal(4, 1), gaussian(), **given)
+    assert found.posterior.variance is None and found.posterior.root.shape == (13, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_norm_is_refreshed_for_every_draw():
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    tracker = tracked(network.double(), 0.3)
+    X, Y = 2 + normal(20, 2), normal(20, 1)
+    with pytest.raises(ValueError, match="batch normalisation.*pass the training"):
+        tune_scale(tracker, X, Y, gaussian())
+    found = tune_scale(tracker, X, Y, gaussian(), (1.0,), X=X, generator=seeded())
+    draws = refresh_batch_norm(tracker.posterior(1.0).draw(30, seeded()), [X])
+    score = mixture_log_density(gaussian(), draws, X, Y)
+    torch.testing.assert_close(found.scores[0], score)
+
+
+def test_bad_arguments_are_refused():
+    tracker, X, Y = problem(0.0)
+    with pytest.raises(ValueError, match="scales must be positive and finite"):
+        tune_scale(tracker, X, Y, gaussian(), (0.0, -0.5))
+    with pytest.raises(ValueError, match="scales must hold at least one"):
+        tune_scale(tracker, X, Y, gaussian(), ())
+    with pytest.raises(ValueError, match="num_draws must be a whole number"):
+        tune_scale(tracker, X, Y, gaussian(), num_draws=0)
+    with pytest.raises(ValueError, match="X_val has 40, Y_val has 39"):
+        tune_scale(tracker, X, Y[1:], gaussian())
+    with pytest.raises(RuntimeError, match="0 snapshots and needs"):
+        tune_scale(SWAG(nn.Linear(2, 1).double()), X, Y, gaussian())
+
+    def nothing(f, y):
+        return torch.full_like(f[..., 0], math.nan)
+
+    with pytest.raises(ValueError, match="No candidate has a finite log density"):
+        tune_scale(tracker, X, Y, nothing)

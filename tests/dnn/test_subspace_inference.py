@@ -1,0 +1,455 @@
+"""Inference in a subspace against linear regression, and its choice of temperature."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from botorch.exceptions.errors import InputDataError
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    GaussianLikelihood,
+    SoftmaxLikelihood,
+)
+from torch import nn
+
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ShapeError
+from gpbridge.dnn.point_likelihood import mixture_log_density
+from gpbridge.dnn.subspace import Subspace
+from gpbridge.dnn.subspace_inference import (
+    EllipticalSliceSampling,
+    HamiltonianMonteCarlo,
+    VariationalInference,
+    sample_subspace,
+)
+from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
+from gpbridge.dnn.subspace_tuning import tune_subspace
+from gpbridge.functional import FunctionalNet
+from gpbridge.likelihoods import LogisticLikelihood, log_prob
+from gpbridge.testing import assert_module_unchanged
+from gpbridge.weights import EmpiricalWeights, GaussianWeights
+from tests import oracles_weight_space as oracles
+
+NOISE, STD = 0.3, 1.5
+METHODS = {
+    "slice": EllipticalSliceSampling(num_samples=4, burn_in=1),
+    "hamiltonian": HamiltonianMonteCarlo(num_samples=4, warm_up=8, num_steps=2),
+    "variational": VariationalInference(num_steps=3),
+    "full": VariationalInference(num_steps=3, full_covariance=True),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def gaussian(noise=NOISE):
+    likelihood = GaussianLikelihood().double()
+    likelihood.noise = noise
+    return likelihood
+
+
+def linear_problem(n=12):
+    """A linear network, so that the coordinates are those of linear regression."""
+    net = FunctionalNet(nn.Linear(4, 1).double())
+    X = normal(n, 4)
+    Y = X.sum(-1, keepdim=True) + NOISE**0.5 * normal(n, 1, seed=1)
+    basis = normal(3, 5, seed=2) / 2
+    return Subspace(net, normal(5, seed=3) / 2, basis), X, Y
+
+
+def exact(subspace, X, Y, temperature):
+    wide = torch.cat([X, torch.ones(len(X), 1)], 1).double()
+    residual = Y[:, 0] - wide @ subspace.origin
+    features = wide @ subspace.basis.mT
+    return oracles.tempered_regression(features, residual, NOISE, temperature, STD)
+
+
+def log_evidence(subspace, X, Y, temperature):
+    """Where the Gaussian is exact the bound is the log of the integral."""
+    wide = torch.cat([X, torch.ones(len(X), 1)], 1).double()
+    features, n = wide @ subspace.basis.mT, len(X)
+    # N(y | f, v)^(1/T) is N(y | f, T v) times a constant.
+    K = STD**2 * features @ features.mT + NOISE * temperature * torch.eye(n).double()
+    normal = torch.distributions.MultivariateNormal(wide @ subspace.origin, K)
+    constant = math.log(2 * math.pi * NOISE * temperature)
+    constant -= math.log(2 * math.pi * NOISE) / temperature
+    return normal.log_prob(Y[:, 0]).item() + 0.5 * n * constant
+
+
+class Block(nn.Module):
+    """A real module: nested, with layers that are no attributes of a Sequential."""
+
+    def __init__(self, outputs=1, norm=False):
+        super().__init__()
+        self.first = nn.Linear(2, 4)
+        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, outputs)})
+
+    def forward(self, x):
+        return self.heads["a"](torch.tanh(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 10.0])
+@pytest.mark.parametrize(
+    "method",
+    [
+        EllipticalSliceSampling(num_samples=12, num_chains=500, burn_in=20),
+        HamiltonianMonteCarlo(num_samples=10, num_chains=300, warm_up=40, num_steps=5),
+    ],
+    ids=["slice", "hamiltonian"],
+)
+def test_chains_of_a_linear_model_are_bayesian_linear_regression(method, temperature):
+    problem = linear_problem()
+    mean, covariance = exact(*problem, temperature)
+    run = sample_subspace(
+        *(*problem, gaussian()),
+        method=method,
+        temperature=temperature,
+        prior_std=STD,
+        generator=seeded(),
+        progress=False,
+    )
+    z = run.samples.flatten(0, 1)
+    std = covariance.diagonal().sqrt()
+    # Standard errors of 3000 to 6000 draws are below two percent.
+    assert ((z.mean(0) - mean) / std).abs().max() < 0.06
+    off = (z.mT.cov() - covariance) / torch.outer(std, std)
+    assert off.abs().max() < 0.09
+    assert run.r_hat.max() < 1.1
+    weights = problem[0].weights(z)
+    torch.testing.assert_close(run.posterior.weights, weights)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 10.0])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_gaussian_of_a_linear_model_is_the_optimum_of_its_bound(full, temperature):
+    problem = linear_problem()
+    mean, covariance = exact(*problem, temperature)
+    run = sample_subspace(
+        *(*problem, gaussian()),
+        method=VariationalInference(250, 0.1, num_draws=32, full_covariance=full),
+        temperature=temperature,
+        prior_std=STD,
+        generator=seeded(),
+        progress=False,
+    )
+    torch.testing.assert_close(run.mean, mean, atol=1e-3, rtol=1e-3)
+    found = run.root @ run.root.mT
+    if full:
+        std = covariance.diagonal().sqrt()
+        assert ((found - covariance) / torch.outer(std, std)).abs().max() < 0.06
+        assert run.elbo[-50:].mean().item() == pytest.approx(
+            log_evidence(*problem, temperature), abs=0.1
+        )
+    else:
+        variances = oracles.mean_field(covariance)
+        torch.testing.assert_close(found.diagonal(), variances, rtol=0.06, atol=0)
+        assert bool((variances < covariance.diagonal()).all())
+    B = problem[0].basis
+    torch.testing.assert_close(run.posterior.covariance.to_dense(), B.mT @ found @ B)
+    assert len(run.elbo) == run.num_calls == 250 and run.elbo[-1] > run.elbo[0]
+
+
+def test_the_target_is_the_sum_over_data_and_chunks_do_not_matter():
+    torch.manual_seed(0)
+    net = FunctionalNet(Block())
+    subspace = Subspace.random(net, None, 3, generator=seeded())
+    X, Y = normal(23, 2).float(), normal(23, 1).float()
+    z = normal(4, 3, seed=5).float()
+    whole = SubspaceLikelihood(subspace, X, Y, gaussian().float(), temperature=2.0)
+    expected = []
+    for row in z:
+        f = net.apply_network(net.unflatten(subspace.weights(row)), X)
+        expected.append(-0.5 * ((Y - f).square() / NOISE + math.log(NOISE)).sum())
+    expected = torch.stack(expected) / 2 - 23 / 4 * math.log(2 * math.pi)
+    torch.testing.assert_close(whole(z), expected.double(), rtol=1e-5, atol=0)
+    value, gradient = whole.value_and_gradient(z)
+    for size in (1, 5, 22):
+        part = SubspaceLikelihood(
+            *(subspace, X, Y, gaussian().float()), temperature=2.0, batch_size=size
+        )
+        torch.testing.assert_close(part(z), whole(z), rtol=1e-5, atol=0)
+        parts = part.value_and_gradient(z)
+        torch.testing.assert_close(parts[0], value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(parts[1], gradient, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value, whole(z))
+    single = torch.stack([whole(row[None])[0] for row in z])
+    torch.testing.assert_close(single, whole(z), rtol=1e-6, atol=0)
+    order = torch.randperm(23, generator=seeded())
+    shuffled = SubspaceLikelihood(
+        *(subspace, X[order], Y[order], gaussian().float()), temperature=2.0
+    )
+    torch.testing.assert_close(shuffled(z), whole(z), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "network", [Block(), nn.Sequential(nn.Linear(2, 3), nn.Tanh())]
+)
+def test_the_gradient_of_the_target_is_that_of_differences(network):
+    net = FunctionalNet(network.double())
+    subspace = Subspace.random(net, None, 2, generator=seeded())
+    outputs = net.probe(normal(1, 2))
+    kinds = {
+        1: LogisticLikelihood(),
+        3: SoftmaxLikelihood(num_classes=3, mixing_weights=False),
+    }
+    if outputs == 3:
+        Y = torch.tensor([0, 1, 2, 1, 0])
+    else:
+        Y = torch.tensor([0.0, 1, 1, 0, 1]).double()
+    target = SubspaceLikelihood(subspace, normal(5, 2), Y, kinds[outputs])
+    z, step = normal(3, 2), 1e-6
+    _, gradient = target.value_and_gradient(z)
+    for i in range(2):
+        shift = step * torch.eye(2)[i].double()
+        slope = (target(z + shift) - target(z - shift)) / (2 * step)
+        torch.testing.assert_close(gradient[:, i], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_likelihoods_of_a_user_and_with_noise_of_their_own_are_chunked():
+    subspace, X, Y = linear_problem()
+    noise = 0.1 + normal(len(X)).square()
+    fixed = FixedNoiseGaussianLikelihood(noise)
+    z = normal(4, 3, seed=9)
+    parts = SubspaceLikelihood(subspace, X, Y, fixed, batch_size=5)
+    whole = SubspaceLikelihood(subspace, X, Y, fixed)
+    torch.testing.assert_close(parts(z), whole(z))
+    rows = subspace.net.apply_network(subspace.net.unflatten(subspace.weights(z[0])), X)
+    normals = torch.distributions.Normal(rows[:, 0], noise.sqrt())
+    torch.testing.assert_close(whole(z)[0], normals.log_prob(Y[:, 0]).sum())
+
+    def tails(outputs, targets):
+        return -(targets - outputs).abs().sum(-1)
+
+    own = SubspaceLikelihood(subspace, X, Y, tails, batch_size=7)
+    torch.testing.assert_close(own(z)[0], -(Y - rows).abs().sum())
+    with pytest.raises(ShapeError, match="per draw and datum, ``4 x 12``.*shape .4,."):
+        SubspaceLikelihood(subspace, X, Y, lambda f, y: tails(f, y).sum(-1))(z)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("n", [1, 6])
+def test_every_method_draws_functions_of_a_module_it_does_not_change(name, n):
+    torch.manual_seed(0)
+    network = Block()
+    X, Y = normal(n, 2).float(), normal(n, 1).float()
+    before = torch.get_rng_state()
+    with assert_module_unchanged(network):
+        subspace = Subspace.random(FunctionalNet(network), None, 3, generator=seeded())
+        runs = [
+            sample_subspace(
+                *(subspace, X, Y, gaussian().float()),
+                method=METHODS[name],
+                generator=seeded(),
+                progress=False,
+            )
+            for _ in range(2)
+        ]
+    assert torch.equal(torch.get_rng_state(), before)
+    posterior, twin = (run.posterior for run in runs)
+    kind = EmpiricalWeights if name in ("slice", "hamiltonian") else GaussianWeights
+    assert isinstance(posterior, kind)
+    draws = posterior.draw(5, seeded(1))
+    assert draws(X).shape == (5, n, 1) and draws(X).dtype == X.dtype
+    for other in (
+        twin,
+        copy.deepcopy(posterior),
+        pickle.loads(pickle.dumps(posterior)),
+    ):
+        assert torch.equal(other.draw(5, seeded(1))(X), draws(X))
+    target = SubspaceLikelihood(subspace, X, Y, gaussian().float(), temperature=3.0)
+    z = normal(2, 3).float()
+    for other in (copy.deepcopy(target), pickle.loads(pickle.dumps(target))):
+        assert torch.equal(other(z), target(z))
+
+
+def test_few_draws_have_no_diagnostics_and_starts_are_taken():
+    subspace, X, Y = linear_problem()
+    start = normal(2, 3, seed=4)
+    run = sample_subspace(
+        *(subspace, X, Y, gaussian()),
+        method=EllipticalSliceSampling(num_samples=2, burn_in=0),
+        temperature=1e12,
+        prior_std=1e-9,
+        initial=start,
+        generator=seeded(),
+        progress=False,
+    )
+    assert run.r_hat is None and run.effective_sample_size is None
+    # The prior is far narrower than the start: the first ellipse passes through it.
+    cosine = nn.functional.cosine_similarity(run.samples[:, 0], start).abs()
+    torch.testing.assert_close(cosine, torch.ones(2).double())
+
+
+def test_batch_norm_takes_the_statistics_of_each_pass():
+    torch.manual_seed(0)
+    network = Block(norm=True).double()
+    subspace = Subspace.random(FunctionalNet(network), None, 3, generator=seeded())
+    X, Y = 3 + 2 * normal(20, 2), normal(20, 1)
+    z = normal(2, 3)
+    with assert_module_unchanged(network):
+        by_batch = SubspaceLikelihood(subspace, X, Y, gaussian())(z)
+        stored = SubspaceLikelihood(subspace, X, Y, gaussian(), batch_norm="stored")(z)
+    for i in range(2):
+        twin = copy.deepcopy(network).train()
+        nn.utils.vector_to_parameters(subspace.weights(z[i]), twin.parameters())
+        expected = log_prob(gaussian(), twin(X), Y).sum()
+        torch.testing.assert_close(by_batch[i], expected)
+        expected = log_prob(
+            gaussian(),
+            subspace.net.apply_network(
+                subspace.net.unflatten(subspace.weights(z[i])), X
+            ),
+            Y,
+        ).sum()
+        torch.testing.assert_close(stored[i], expected)
+    assert (by_batch - stored).abs().min() > 0.5
+    # Refreshed statistics are those that the likelihood has seen, up to n / (n - 1).
+    run = sample_subspace(
+        *(subspace, X, Y, gaussian()), method=METHODS["slice"], progress=False
+    )
+    draws = refresh_batch_norm(run.posterior.draw(), [X])
+    refreshed = log_prob(gaussian(), draws(X), Y).sum(-1).reshape(2, 4)
+    torch.testing.assert_close(refreshed, run.log_densities, rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match="at least 2 rows in every pass, but 20 rows"):
+        SubspaceLikelihood(subspace, X, Y, gaussian(), batch_size=1)
+
+
+def tuning_problem():
+    """Data of a network in the subspace, so that the model is the right one."""
+    subspace, X, _ = linear_problem(30)
+    w = subspace.weights(torch.tensor([1.0, -1.0, 0.5]).double())
+    Y = X @ w[:4, None] + w[4] + NOISE**0.5 * normal(30, 1, seed=7)
+    return subspace, X[:20], Y[:20], X[20:], Y[20:], gaussian()
+
+
+def test_the_table_is_the_held_out_density_of_each_pair():
+    problem = tuning_problem()
+    found = tune_subspace(
+        *problem,
+        temperatures=(1.0, 1e4),
+        prior_stds=(0.01, 1.0),
+        generator=seeded(),
+        progress=False,
+    )
+    assert found.table.shape == (2, 2)
+    best = found.table.max()
+    for i, temperature in enumerate(found.temperatures):
+        for j, std in enumerate(found.prior_stds):
+            run = sample_subspace(
+                *(*problem[:3], problem[5]),
+                temperature=temperature,
+                prior_std=std,
+                generator=seeded(),
+                progress=False,
+            )
+            f = run.posterior.draw()(problem[3])[..., 0]
+            logs = torch.distributions.Normal(f, NOISE**0.5).log_prob(problem[4][:, 0])
+            score = logs.exp().mean(0).log().mean()
+            torch.testing.assert_close(found.table[i, j], score)
+            if score == best:
+                assert (found.temperature, found.prior_std) == (temperature, std)
+                assert torch.equal(found.best.samples, run.samples)
+    # Well specified: Bayes' rule wins over what is nearly the prior, or the origin.
+    assert (found.temperature, found.prior_std) == (1.0, 1.0)
+
+
+def test_the_grid_has_defaults_and_any_method_fits():
+    found = tune_subspace(
+        *tuning_problem(), prior_stds=(1.0,), method=METHODS["full"], progress=False
+    )
+    assert found.temperatures == (1.0, 20 / 3, 10.0, 100.0, 1000.0, 10000.0)
+    assert isinstance(found.best.posterior, GaussianWeights)
+    assert bool(torch.isfinite(found.table).all())
+
+
+def test_tuning_refreshes_batch_norm():
+    torch.manual_seed(0)
+    network = Block(norm=True).double()
+    subspace = Subspace.random(FunctionalNet(network), None, 2, generator=seeded())
+    X, Y = 3 + 2 * normal(20, 2), normal(20, 1)
+    given = {"method": METHODS["slice"], "generator": seeded(), "progress": False}
+    found = tune_subspace(subspace, X, Y, X, Y, gaussian(), (1.0,), (1.0,), **given)
+    draws = refresh_batch_norm(found.best.posterior.draw(), [X])
+    score = mixture_log_density(gaussian(), draws, X, Y)
+    torch.testing.assert_close(found.table[0, 0], score)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive"),
+        ({"prior_std": 0.0}, ValueError, "prior_std must be positive"),
+        ({"prior_std": math.nan}, ValueError, "prior_std must be positive"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number"),
+        ({"batch_norm": "train"}, ValueError, "batch_norm must be one of 'batch'"),
+        ({"X": torch.zeros(12)}, ShapeError, "X must be ``... x n x d``"),
+        ({"X": torch.zeros(1, 12, 4)}, ShapeError, "X must be ``n x d``"),
+        ({"Y": torch.zeros(11, 1)}, ShapeError, "numbers of rows must agree"),
+        ({"Y": torch.zeros(12)}, ShapeError, "Y must be ``12 x 1``"),
+        (
+            {"X": torch.zeros(0, 4), "Y": torch.zeros(0, 1)},
+            InputDataError,
+            "X has no rows",
+        ),
+        ({"initial": torch.zeros(4)}, ShapeError, "initial must be ``3`` coordinates"),
+        (
+            {"initial": torch.zeros(5, 3)},
+            ShapeError,
+            "has 5 rows for 2 chains. Pass num_chains=5",
+        ),
+        (
+            {"method": EllipticalSliceSampling(num_chains=0)},
+            ValueError,
+            "num_chains must be a whole number",
+        ),
+        (
+            {"method": VariationalInference(initial_std=0.0)},
+            ValueError,
+            "initial_std must be positive",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(change, error, message):
+    subspace, X, Y = linear_problem()
+    given = {"X": X, "Y": Y, "likelihood": gaussian(), **change}
+    with pytest.raises(error, match=message):
+        sample_subspace(subspace, **given, progress=False)
+
+
+def test_a_bound_that_diverges_is_an_error():
+    subspace, X, Y = linear_problem()
+
+    def wall(f, y):
+        return torch.where(f.abs() < 1e3, -(y - f).square(), torch.nan)[..., 0]
+
+    with pytest.raises(RuntimeError, match="The bound is nan in step 0"):
+        sample_subspace(
+            *(subspace, X, Y, wall),
+            method=VariationalInference(initial_std=1e4),
+            progress=False,
+        )
+
+
+def test_a_grid_without_a_finite_score_is_an_error():
+    subspace, X, Y, X_val, Y_val, _ = tuning_problem()
+
+    def impossible(f, y):
+        return torch.full_like(f[..., 0], -math.inf if len(y) == 10 else 0.0)
+
+    data = subspace, X, Y, X_val, Y_val
+    with pytest.raises(ValueError, match="No candidate has a finite log density"):
+        tune_subspace(*data, impossible, (1.0,), (1.0,), progress=False)
+    for name in ("temperatures", "prior_stds"):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            tune_subspace(*data, gaussian(), **{name: (1.0, -1.0)}, progress=False)
+        with pytest.raises(ValueError, match="must hold at least one candidate"):
+            tune_subspace(*data, gaussian(), **{name: ()}, progress=False)
