@@ -124,27 +124,15 @@ class FunctionSpace(nn.Module):
             ValueError: If there is a single function, which has no spread.
         """
         mean, covariance = self.moments(X)
-        jitter = torch.full_like(mean, self.jitter)
-        return latent_distribution(mean, add_variance(covariance, jitter), X.dtype)
+        covariance = add_variance(covariance, torch.full_like(mean, self.jitter))
+        return latent_distribution(mean, covariance, X.dtype)
 
     def moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
         """Mean ``... x n x m`` and covariance ``... x (n m) x (n m)``, no jitter."""
         check_inputs(X, "X")
         if self.kernel is not None:
             return self._tangent_moments(X)
-        values = self.values(X)
-        s = len(values)
-        if s < 2:
-            raise ValueError(
-                "One function has no spread to estimate a covariance from. Pass "
-                "num_samples=64, or a posterior with several members."
-            )
-        mean = values.mean(0)
-        deviations = (values - mean).movedim(0, -1)  # ... x n x m x s
-        root = deviations.flatten(-3, -2) / (s - 1) ** 0.5
-        if root.shape[-2] > s:
-            return mean, LowRankRootLinearOperator(root)
-        return mean, to_linear_operator(root @ root.mT)
+        return draw_moments(self.values(X))
 
     def values(self, X: Tensor) -> Tensor:
         """The functions of all draws, ``s x ... x n x m``."""
@@ -198,6 +186,33 @@ def freeze(
     if members is not None and members <= num_samples:
         return copy.deepcopy(posterior.draw())
     return copy.deepcopy(posterior.draw(num_samples, generator))
+
+
+def draw_moments(values: Tensor) -> tuple[Tensor, LinearOperator]:
+    """Mean and covariance of the values of draws, over points and outputs.
+
+    Args:
+        values: ``s x ... x n x m``.
+
+    Returns:
+        ``... x n x m``, and ``... x (n m) x (n m)`` divided by s - 1: of low rank where
+        there are more values than draws.
+
+    Raises:
+        ValueError: If there is a single draw.
+    """
+    s = len(values)
+    if s < 2:
+        raise ValueError(
+            "One function has no spread to estimate a covariance from. Pass "
+            "num_samples=64, or a posterior with several members."
+        )
+    mean = values.mean(0)
+    deviations = (values - mean).movedim(0, -1)  # ... x n x m x s
+    root = deviations.flatten(-3, -2) / (s - 1) ** 0.5
+    if root.shape[-2] > s:
+        return mean, LowRankRootLinearOperator(root)
+    return mean, to_linear_operator(root @ root.mT)
 
 
 def add_variance(covariance: LinearOperator, variance: Tensor) -> LinearOperator:

@@ -148,15 +148,25 @@ def _mixture(likelihood, outputs, noise=None):
     _check_draws(outputs)
     mean = _means(likelihood, outputs)
     variances = noise_variances(likelihood, outputs, noise)
-    if variances is None:
-        covariance = noise_covariance(likelihood, outputs, noise)
-        parts = MultivariateNormal(mean.movedim(0, -2), covariance.movedim(0, -3))
-    elif mean.shape[-1] == 1:
-        parts = Normal(mean.movedim(0, -1), variances.movedim(0, -1).sqrt())
+    if variances is not None:
+        return normal_mixture(mean, variances)
+    covariance = noise_covariance(likelihood, outputs, noise)
+    parts = MultivariateNormal(mean.movedim(0, -2), covariance.movedim(0, -3))
+    return MixtureSameFamily(Categorical(mean.new_ones(parts.batch_shape)), parts)
+
+
+def normal_mixture(means: Tensor, variances: Tensor) -> MixtureSameFamily:
+    """An equal mixture of normals, ``s x ... x n x m`` means and variances.
+
+    Its batch is ``... x n x 1`` for one output, ``... x n`` for several.
+    """
+    variances = variances.expand_as(means)
+    if means.shape[-1] == 1:
+        parts = Normal(means.movedim(0, -1), variances.movedim(0, -1).sqrt())
     else:
         std = variances.movedim(0, -2).sqrt()
-        parts = Independent(Normal(mean.movedim(0, -2), std), 1)
-    return MixtureSameFamily(Categorical(mean.new_ones(parts.batch_shape)), parts)
+        parts = Independent(Normal(means.movedim(0, -2), std), 1)
+    return MixtureSameFamily(Categorical(means.new_ones(parts.batch_shape)), parts)
 
 
 def _moments(likelihood, outputs, noise=None):

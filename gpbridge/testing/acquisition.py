@@ -54,7 +54,7 @@ class AcquisitionContract(ModelCase):
         model, transform = self._scalar(m)
         before = self._moments(model, self.inputs(4))
         best = self.train_data(torch.float64, m)[1].sum(-1).max()
-        sampler = SobolQMCNormalSampler(torch.Size([16]), seed=0)
+        sampler = self.sampler(16)
         function = qLogExpectedImprovement(
             model, best, sampler=sampler, posterior_transform=transform
         )
@@ -96,7 +96,7 @@ class AcquisitionContract(ModelCase):
             model, transform = self._scalar(m)
             X, Y = self.train_data(torch.float64, m)
             best = Y.sum(-1).max()
-            sampler = SobolQMCNormalSampler(torch.Size([16]), seed=0)
+            sampler = self.sampler(16)
             shared = {"sampler": sampler, "posterior_transform": transform}
             yield (
                 "LogEI",

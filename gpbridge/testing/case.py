@@ -13,6 +13,8 @@ import torch
 from botorch.acquisition.objective import ScalarizedPosteriorTransform
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models.model import Model
+from botorch.sampling.base import MCSampler
+from botorch.sampling.normal import SobolQMCNormalSampler
 from torch import Tensor, nn
 
 from gpbridge.testing.modules import check_unchanged, snapshot
@@ -74,6 +76,17 @@ class ModelCase:
         return self.build(
             X.dtype, m, train_X=torch.cat([train_X, X]), train_Y=torch.cat([train_Y, Y])
         )
+
+    def sampler(self, num_samples: int) -> MCSampler:
+        """The sampler of acquisition functions, for posteriors of another kind.
+
+        Args:
+            num_samples: How many samples to take, where the kind of sampler asks.
+
+        Returns:
+            A sampler with fixed base samples; default for normal posteriors.
+        """
+        return SobolQMCNormalSampler(torch.Size([num_samples]), seed=0)
 
     def train_data(self, dtype: torch.dtype, num_outputs: int) -> tuple[Tensor, Tensor]:
         """Inputs ``n x d`` and smooth targets ``n x m``, or labels."""
