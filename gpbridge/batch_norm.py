@@ -15,15 +15,20 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from gpbridge.draws import WeightDraws
+from gpbridge.draws import JoinedDraws, WeightDraws
+from gpbridge.types import Params
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+Draws = TypeVar("Draws", WeightDraws, JoinedDraws)
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -35,11 +40,14 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def refresh_batch_norm(draws: WeightDraws, batches: Iterable[Tensor]) -> WeightDraws:
+def refresh_batch_norm(draws: Draws, batches: Iterable[Tensor]) -> Draws:
     """Give every draw the batch-norm statistics of its own activations.
 
+    The batches are passed over once, whatever the number of draws.
+
     Args:
-        draws: Functions of the nonlinear network; changed in place.
+        draws: Functions of the nonlinear network, of one or, as those of a mixture, of
+            several; changed in place.
         batches: Inputs ``b x d``, those of training; a loader of tensors, or of tuples
             that begin with them.
 
@@ -47,41 +55,75 @@ def refresh_batch_norm(draws: WeightDraws, batches: Iterable[Tensor]) -> WeightD
         The draws. Without batch norm in the network they are as they were.
 
     Raises:
+        TypeError: If some draws are not of the nonlinear network.
         ValueError: If there is no batch.
     """
-    net = draws.net
-    work = copy.deepcopy(net.network).eval()
-    layers = {
-        name: module
-        for name, module in work.named_modules()
-        if isinstance(module, NORMS) and module.track_running_stats
-    }
-    if not layers:
+    passes = [_Pass(part) for part in _parts(draws)]
+    passes = [each for each in passes if each.layers]
+    if not passes:
         return draws
-    s = len(draws.weights)
-    statistics = {}
-    for name, module in layers.items():
-        module.train()
-        for kind, value in module.named_buffers():
-            start = torch.ones_like(value) if kind == "running_var" else value * 0
-            statistics[f"{name}.{kind}"] = start.expand(s, *value.shape).clone()
-    params = net.unflatten(draws.weights.to(net.dtype))
-
-    def run(params: dict, statistics: dict, rows: Tensor) -> Tensor:
-        return functional_call(work, {**params, **statistics}, (rows,))
-
     seen = 0
     for batch in batches:
         X = batch if isinstance(batch, Tensor) else batch[0]
-        rows = X.reshape(-1, *(net.input_shape or X.shape[-1:])).to(net.dtype)
-        for module in layers.values():
-            module.momentum = len(rows) / (seen + len(rows))
-        vmap(run, in_dims=(0, 0, None))(params, statistics, rows)
-        seen += len(rows)
+        for each in passes:
+            count = each.take(X, seen)
+        seen += count
     if not seen:
         raise ValueError(
             "batches must hold at least one batch of inputs, but are empty. A "
             "generator that was used up has none left: pass a list or a loader."
         )
-    draws.statistics = statistics
+    for each in passes:
+        each.draws.statistics = {**each.draws.statistics, **each.statistics}
     return draws
+
+
+def _parts(draws: nn.Module) -> Iterator[WeightDraws]:
+    if isinstance(draws, JoinedDraws):
+        for part in draws.parts:
+            yield from _parts(part)
+    elif isinstance(draws, WeightDraws):
+        yield draws
+    else:
+        raise TypeError(
+            "draws must be of weights of the nonlinear network, but are "
+            f"{type(draws).__name__}, whose batch norm keeps the statistics of the "
+            "trained network."
+        )
+
+
+class _Pass:
+    """The statistics of the draws of one network, while data pass."""
+
+    def __init__(self, draws: WeightDraws) -> None:
+        self.draws, net = draws, draws.net
+        self.work = copy.deepcopy(net.network).eval()
+        self.layers = {
+            name: module
+            for name, module in self.work.named_modules()
+            if isinstance(module, NORMS) and module.track_running_stats
+        }
+        s = len(draws.weights)
+        self.statistics: Params = {}
+        for name, module in self.layers.items():
+            module.train()
+            for kind, value in module.named_buffers():
+                start = torch.ones_like(value) if kind == "running_var" else value * 0
+                own = start.expand(s, *value.shape).clone()
+                self.statistics[f"{name}.{kind}"] = own
+        self.params = net.unflatten(draws.weights.to(net.dtype))
+        for name, value in draws.statistics.items():
+            if name not in self.statistics:  # frozen weights and the like
+                self.params[name] = value
+
+    def take(self, X: Tensor, seen: int) -> int:
+        """Move the statistics by a batch after ``seen`` rows; returns its rows."""
+        net = self.draws.net
+        rows = X.reshape(-1, *(net.input_shape or X.shape[-1:])).to(net.dtype)
+        for module in self.layers.values():
+            module.momentum = len(rows) / (seen + len(rows))
+        vmap(self._run, in_dims=(0, 0, None))(self.params, self.statistics, rows)
+        return len(rows)
+
+    def _run(self, params: Params, statistics: Params, rows: Tensor) -> Tensor:
+        return functional_call(self.work, {**params, **statistics}, (rows,))

@@ -99,7 +99,7 @@ class WeightDraws(nn.Module):
 
     @statistics.setter
     def statistics(self, values: Params) -> None:
-        self._statistics = {name: name.replace(".", "__") for name in values}
+        self._statistics = {name: own_buffer(name) for name in values}
         for name, held in self._statistics.items():
             self.register_buffer(held, values[name])
 
@@ -119,6 +119,11 @@ class WeightDraws(nn.Module):
                 ]
             )
         return values.to(X.dtype)
+
+
+def own_buffer(name: str) -> str:
+    """Under which name a tensor of the network is kept beside it, one row per draw."""
+    return "own_" + name.replace(".", "__")
 
 
 class JoinedDraws(nn.Module):

@@ -24,10 +24,10 @@ from linear_operator.operators import (
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ShapeError, check_finite, check_positive, check_tensor
-from gpbridge.draws import JoinedDraws, WeightDraws
+from gpbridge.draws import JoinedDraws, WeightDraws, own_buffer
 from gpbridge.functional import FunctionalNet
 from gpbridge.randomness import fresh, standard_normal
-from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.types import FunctionDraws, Params, WeightPosterior
 
 
 class GaussianWeights(nn.Module):
@@ -165,18 +165,31 @@ class EmpiricalWeights(nn.Module):
     Args:
         net: The network as a function of its random weights.
         weights: One row per member, ``s x p``.
+        statistics: Other tensors of the network that each member has of its own, by
+            name ``s x shape``: batch-norm statistics, frozen weights.
 
     Raises:
-        ShapeError: If a row does not have p weights, or there is none.
+        ShapeError: If a row does not have p weights, or there is none, or statistics do
+            not have one row for each member.
     """
 
-    def __init__(self, net: FunctionalNet, weights: Tensor) -> None:
+    def __init__(
+        self, net: FunctionalNet, weights: Tensor, statistics: Params | None = None
+    ) -> None:
         super().__init__()
         _check_weights("weights", weights, (*weights.shape[:1], net.num_params))
         if not len(weights):
             raise ShapeError("weights must have at least one row, but has none.")
         self.net = net
         self.register_buffer("weights", weights.detach())
+        self._held = {name: own_buffer(name) for name in statistics or {}}
+        for name, held in self._held.items():
+            if len(statistics[name]) != len(weights):
+                raise ShapeError(
+                    f"statistics[{name!r}] must have one row for each of the "
+                    f"{len(weights)} members, but has {len(statistics[name])}."
+                )
+            self.register_buffer(held, statistics[name].detach())
 
     @property
     def num_members(self) -> int:
@@ -198,9 +211,17 @@ class EmpiricalWeights(nn.Module):
             The functions.
         """
         if num_samples is None:
-            return WeightDraws(self.net, self.weights)
-        chosen = _even_choice(num_samples, self.num_members, generator)
-        return WeightDraws(self.net, self.weights[chosen.to(self.weights.device)])
+            return self.members(torch.arange(self.num_members))
+        return self.members(even_choice(num_samples, self.num_members, generator))
+
+    def members(self, numbers: Tensor) -> WeightDraws:
+        """Freeze the members of these numbers, in this order."""
+        numbers = numbers.to(self.weights.device)
+        draws = WeightDraws(self.net, self.weights[numbers])
+        draws.statistics = {
+            name: getattr(self, held)[numbers] for name, held in self._held.items()
+        }
+        return draws
 
 
 class MixtureWeights(nn.Module):
@@ -225,7 +246,7 @@ class MixtureWeights(nn.Module):
     def draw(self, num_samples: int, generator: Generator | None = None) -> JoinedDraws:
         """Freeze functions, as many of each part as of any other, up to one."""
         generator = fresh(generator)
-        chosen = _even_choice(num_samples, len(self.parts), generator)
+        chosen = even_choice(num_samples, len(self.parts), generator)
         counts = torch.bincount(chosen, minlength=len(self.parts)).tolist()
         draws: list[FunctionDraws] = [
             part.draw(count, generator)
@@ -235,10 +256,19 @@ class MixtureWeights(nn.Module):
         return JoinedDraws(draws)
 
 
-def _even_choice(
+def even_choice(
     num_samples: int, num_members: int, generator: Generator | None
 ) -> Tensor:
-    """Numbers of members, each as often as any other, up to one."""
+    """Numbers of members, each as often as any other, up to one.
+
+    Args:
+        num_samples: How many numbers.
+        num_members: How many members there are.
+        generator: Source of the choice.
+
+    Returns:
+        The numbers, on the CPU.
+    """
     check_positive(num_samples=num_samples)
     generator = fresh(generator)
     rounds = -(-num_samples // num_members)

@@ -4,10 +4,13 @@ from gpbridge.dnn.curve_training import fit_curve
 from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
+from gpbridge.dnn.ensembles import DeepEnsemble
+from gpbridge.dnn.fast_geometric import FastGeometricEnsemble
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
+from gpbridge.dnn.multi_swag import MultiSWAG
 from gpbridge.dnn.planes import (
     LossPlane,
     WeightPlane,
@@ -19,6 +22,7 @@ from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
+from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import (
@@ -40,17 +44,21 @@ __all__ = [
     "SWAG",
     "BezierCurve",
     "CurveLosses",
+    "DeepEnsemble",
     "DivergedError",
     "EllipticalSliceSampling",
     "EnsembleFit",
+    "FastGeometricEnsemble",
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
     "LossPlane",
     "MCDropout",
     "MeanFieldVI",
+    "MultiSWAG",
     "PolyChain",
     "ReplicaFit",
+    "Snapshots",
     "Subspace",
     "VariationalInference",
     "WeightPlane",

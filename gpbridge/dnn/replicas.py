@@ -96,6 +96,7 @@ def train_replicas(
         ``validation_loss``, ``epochs x k`` each.
 
     Raises:
+        FileNotFoundError: If the folder of the checkpoint does not exist.
         DivergedError: If a copy diverges; it names the copy and holds all copies as
             they were before.
         ShapeError: If weights, data, or the loss have the wrong shape.
@@ -117,6 +118,10 @@ def train_replicas(
         True
     """
     check_count(epochs=epochs, checkpoint_every=checkpoint_every)
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
+        )
     training = StackedTraining(
         network,
         weights,

@@ -21,20 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from gpbridge.checks import (
-    ShapeError,
     check_choice,
     check_count,
     check_positive,
     warn_user,
 )
-from gpbridge.functional import FunctionalNet, Parameters
-from gpbridge.types import Params
+from gpbridge.dnn.trackers import WeightTracker
+from gpbridge.functional import Parameters
 from gpbridge.weights import GaussianWeights
 
 _FLOOR = 1e-30  # of a variance, so that a density exists
 
 
-class SWA(nn.Module):
+class SWA(WeightTracker):
     r"""The average of the weights along a run.
 
     .. math:: \bar w \leftarrow \bar w + (w - \bar w) / n
@@ -61,54 +60,9 @@ class SWA(nn.Module):
         parameters: Parameters = "all",
         input_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.net = FunctionalNet(network, parameters, input_shape)
+        super().__init__(network, parameters, input_shape)
         weights = self.net.flatten(self.net.params).detach()
-        self.register_buffer("num_snapshots", torch.zeros((), dtype=torch.long))
         self.register_buffer("mean", torch.zeros_like(weights))
-
-    @torch.no_grad()
-    def update(self, network: nn.Module | Params) -> None:
-        """Take the present weights into the moments; costs a few p operations.
-
-        Args:
-            network: The module that is trained, or its weights by name, buffers among
-                them if it has any that training changes.
-
-        Raises:
-            ShapeError: If a weight has another shape than the tracker's.
-            ValueError: If a weight is missing or not finite; the moments stay as they
-                were.
-        """
-        is_module = isinstance(network, nn.Module)
-        own = dict(network.named_parameters()) if is_module else network
-        missing = [name for name in self.net.names if name not in own]
-        if missing:
-            raise ValueError(
-                f"The network has no {', '.join(missing)}, which the tracker was built "
-                "for. Pass the module that is trained, or a copy of it."
-            )
-        for name, p in self.net.params.items():
-            if own[name].shape != p.shape:
-                raise ShapeError(
-                    f"{name} must have shape {tuple(p.shape)} as in the network the "
-                    f"tracker was built for, but has {tuple(own[name].shape)}. Of "
-                    "stacked weights pass those of one copy."
-                )
-        weights = self.net.flatten({name: own[name] for name in self.net.names})
-        if not bool(torch.isfinite(weights).all()):
-            raise ValueError(
-                "The weights contain NaN or Inf: training has diverged. The tracker "
-                f"keeps the {int(self.num_snapshots)} snapshots before; lower the "
-                "learning rate."
-            )
-        self._take(weights)
-        # What is not averaged, buffers among it, is that of the last snapshot.
-        state = network.state_dict() if is_module else network
-        random = set(self.net.names)
-        for name, value in self.net.network.state_dict().items():
-            if name not in random and name in state:
-                value.copy_(state[name])
 
     def _take(self, weights: Tensor) -> Tensor:
         """Move the mean; returns the deviation from the mean before."""
@@ -121,13 +75,6 @@ class SWA(nn.Module):
         """The average, as weights without spread."""
         self._need(1)
         return GaussianWeights(self.net, self.mean.clone())
-
-    def _need(self, wanted: int) -> None:
-        if int(self.num_snapshots) < wanted:
-            raise RuntimeError(
-                f"The tracker has {int(self.num_snapshots)} snapshots and needs "
-                f"{wanted}. Call update(network) at the end of each epoch."
-            )
 
 
 class SWAG(SWA):

@@ -1,0 +1,91 @@
+"""What observes the weights of a training run and never owns it.
+
+In: a network being trained, or its weights by name. Out: their flat vector, checked,
+handed to a subclass that keeps moments or copies of it. Next: ``snapshots``, ``swag``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpbridge.checks import ShapeError
+from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.types import Params
+
+
+class WeightTracker(nn.Module):
+    """Reads the weights of a run, one snapshot at a time.
+
+    Args:
+        network: The module that is trained; its weights are read, nothing is changed.
+        parameters: Which weights are read, as in
+            :class:`~gpbridge.functional.FunctionalNet`; the others are taken as they
+            are at the last update.
+        input_shape: Shape of one input, to unflatten the ``d`` columns.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Parameters = "all",
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = FunctionalNet(network, parameters, input_shape)
+        self.register_buffer("num_snapshots", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module | Params) -> None:
+        """Take the present weights in; costs a few p operations.
+
+        Args:
+            network: The module that is trained, or its weights by name, buffers among
+                them if it has any that training changes.
+
+        Raises:
+            ShapeError: If a weight has another shape than the tracker's.
+            ValueError: If a weight is missing or not finite; the tracker stays as it
+                was.
+        """
+        is_module = isinstance(network, nn.Module)
+        own = dict(network.named_parameters()) if is_module else network
+        missing = [name for name in self.net.names if name not in own]
+        if missing:
+            raise ValueError(
+                f"The network has no {', '.join(missing)}, which the tracker was built "
+                "for. Pass the module that is trained, or a copy of it."
+            )
+        for name, p in self.net.params.items():
+            if own[name].shape != p.shape:
+                raise ShapeError(
+                    f"{name} must have shape {tuple(p.shape)} as in the network the "
+                    f"tracker was built for, but has {tuple(own[name].shape)}. Of "
+                    "stacked weights pass those of one copy."
+                )
+        weights = self.net.flatten({name: own[name] for name in self.net.names})
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError(
+                "The weights contain NaN or Inf: training has diverged. The tracker "
+                f"keeps the {int(self.num_snapshots)} snapshots before; lower the "
+                "learning rate."
+            )
+        # What is not tracked, buffers among it, is that of the last snapshot.
+        state = network.state_dict() if is_module else network
+        random = set(self.net.names)
+        for name, value in self.net.network.state_dict().items():
+            if name not in random and name in state:
+                value.copy_(state[name])
+        self._take(weights)
+
+    def _take(self, weights: Tensor) -> None:
+        raise NotImplementedError
+
+    def _need(self, wanted: int) -> None:
+        if int(self.num_snapshots) < wanted:
+            raise RuntimeError(
+                f"The tracker has {int(self.num_snapshots)} snapshots and needs "
+                f"{wanted}. Call update(network) at the end of each epoch."
+            )

@@ -1,0 +1,229 @@
+"""Ensembles as functions, against their modules one by one; mixtures of SWAG."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ShapeError
+from gpbridge.dnn import DeepEnsemble, MCDropout, MultiSWAG, fit_ensemble, fit_map
+from gpbridge.draws import JoinedDraws, WeightDraws
+from gpbridge.testing import assert_module_unchanged
+from gpbridge.types import FunctionDraws, WeightPosterior
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+class Nested(nn.Module):
+    """Two norms, a frozen weight, and a setting that only forward knows."""
+
+    def __init__(self, m=1, scale=2.0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, m))
+        self.body[0].bias.requires_grad_(False)
+        self.scale = scale
+        self.double()
+        self(torch.randn(20, 2).double())  # statistics of its own
+        self.eval()
+
+    def forward(self, x):
+        return self.scale * self.head(self.body(x))
+
+
+def mlp(activation=nn.Tanh, width=3):
+    return nn.Sequential(
+        nn.Linear(2, width), activation(), nn.Linear(width, 1)
+    ).double()
+
+
+ENSEMBLES = {
+    "one": lambda: [mlp()],
+    "alike": lambda: [mlp() for _ in range(4)],
+    "nested": lambda: [Nested() for _ in range(3)],
+    "settings": lambda: [Nested(), Nested(scale=3.0), Nested(), Nested(scale=3.0)],
+    "different": lambda: [mlp(), Nested(), mlp(nn.ReLU), mlp(width=5), mlp()],
+    "slopes": lambda: [mlp(partial(nn.LeakyReLU, s)) for s in (0.1, 0.5, 0.1)],
+}
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_every_member_comes_once_in_order_with_its_own_statistics(kind):
+    networks = ENSEMBLES[kind]()
+    ensemble, X = DeepEnsemble(networks), random(3, 5, 2)
+    with assert_module_unchanged(networks[0]):
+        values = ensemble.draw()(X)
+    expected = [net(X.reshape(-1, 2)).reshape(3, 5, 1) for net in networks]
+    torch.testing.assert_close(values, torch.stack(expected))
+    assert isinstance(ensemble, WeightPosterior)
+    assert isinstance(ensemble.draw(), FunctionDraws)
+    for twin in (copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
+        torch.testing.assert_close(twin.draw()(X), values)
+    other = DeepEnsemble(ENSEMBLES[kind]())
+    other.load_state_dict(ensemble.state_dict())
+    torch.testing.assert_close(other.draw()(X), values)
+    X.requires_grad_()
+    assert torch.autograd.grad(ensemble.draw()(X).sum(), X)[0].abs().max() > 0
+
+
+def test_networks_that_differ_in_weights_alone_are_stacked():
+    sizes = {
+        kind: [group.num_members for group in DeepEnsemble(build()).groups]
+        for kind, build in ENSEMBLES.items()
+    }
+    assert sizes == {
+        "one": [1], "alike": [4], "nested": [3], "settings": [2, 2],
+        "different": [2, 1, 1, 1], "slopes": [2, 1],
+    }  # fmt: skip
+    hooked = mlp()
+    hooked.register_forward_hook(lambda *args: None)  # stays behind
+    assert len(DeepEnsemble([hooked, mlp()]).groups) == 1
+
+
+@pytest.mark.parametrize("kind", ["alike", "different"])
+def test_members_come_evenly_and_from_the_seed(kind):
+    networks = ENSEMBLES[kind]()
+    ensemble, X, k = DeepEnsemble(networks), random(6, 2), len(networks)
+    members = ensemble.draw()(X)
+    for num_samples in (k - 2, k, 2 * k + 1):
+        values = ensemble.draw(num_samples, seeded(1))(X)
+        assert torch.equal(values, ensemble.draw(num_samples, seeded(1))(X))
+        found = (values[:, None] - members).abs().amax((-2, -1)) < 1e-12
+        assert torch.equal(found.sum(1), torch.ones(num_samples).long())
+        counts = found.sum(0)
+        assert counts.max() - counts.min() <= 1
+    with pytest.raises(ValueError, match="num_samples must be positive"):
+        ensemble.draw(0)
+
+
+def test_results_of_training_are_members():
+    X, Y = random(20, 2), random(20, 1)
+    options = {"epochs": 2, "progress": False}
+    fit = fit_ensemble(mlp(), X, Y, 3, **options)
+    expected = torch.stack([network(X) for network in fit.networks])
+    torch.testing.assert_close(DeepEnsemble(fit).draw()(X), expected)
+    results = [fit_map(mlp(), X, Y, **options), fit.member(1)]
+    torch.testing.assert_close(DeepEnsemble(results).draw()(X)[1], expected[1])
+
+
+def test_images_come_as_rows():
+    networks = [
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+        for _ in range(2)
+    ]
+    X = torch.randn(5, 16, generator=seeded())
+    values = DeepEnsemble(networks, input_shape=(1, 4, 4)).draw()(X)
+    torch.testing.assert_close(values[1], networks[1](X.reshape(5, 1, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda: DeepEnsemble([]), ValueError, "at least one network, but is empty"),
+        (lambda: DeepEnsemble([len]), TypeError, "one is builtin_function_or_method"),
+        (
+            lambda: DeepEnsemble([mlp(), Nested(2)]).draw()(random(3, 2)),
+            ShapeError,
+            r"one number of outputs, but these architectures have \[1, 2\]",
+        ),
+        (lambda: MultiSWAG([]), ValueError, "at least one module, but is empty"),
+        (
+            lambda: MultiSWAG([mlp(), mlp()]).update([mlp()]),
+            ValueError,
+            "must be the 2 that the tracker was built for, but are 1",
+        ),
+        (
+            lambda: MultiSWAG([mlp(), mlp()]).update({}),
+            ValueError,
+            "but have no common number",
+        ),
+        (
+            lambda: refresh_batch_norm(
+                JoinedDraws([MCDropout(nn.Dropout()).draw(1)]), [random(2, 2)]
+            ),
+            TypeError,
+            "nonlinear network, but are DropoutDraws",
+        ),
+    ],
+)
+def test_bad_input(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def collected(steps=4, k=2):
+    networks = [Nested() for _ in range(k)]
+    tracker, generator = MultiSWAG(networks, rank=3), seeded(7)
+    for _ in range(steps):
+        with torch.no_grad():
+            for network in networks:
+                for p in network.parameters():
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        tracker.update(networks)
+    return tracker, networks
+
+
+def test_multi_swag_is_the_mixture_of_the_swags_of_its_networks():
+    tracker, networks = collected()
+    by_name, by_module = (MultiSWAG(networks, rank=3) for _ in range(2))
+    names = networks[0].state_dict().keys()
+    for step in range(2):
+        with torch.no_grad():
+            networks[1].head[1].bias.add_(step)
+        by_module.update(networks)
+        by_name.update(
+            {n: torch.stack([m.state_dict()[n] for m in networks]) for n in names}
+        )
+    a, b = by_name.state_dict(), by_module.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["trackers.0.mean"], a["trackers.1.mean"])
+    posterior = tracker.posterior(0.3)
+    for part, one in zip(posterior.parts, tracker.trackers, strict=True):
+        assert torch.equal(part.root, one.posterior(0.3).root)
+    X = random(5, 2)
+    assert posterior.draw(5, seeded())(X).shape == (5, 5, 1)
+    twin, _ = collected()
+    twin.load_state_dict(tracker.state_dict())
+    again = twin.posterior(0.3).draw(5, seeded())
+    torch.testing.assert_close(again(X), posterior.draw(5, seeded())(X))
+
+
+def test_statistics_of_a_mixture_are_those_of_update_bn_in_one_pass():
+    tracker, networks = collected()
+    draws = tracker.posterior().draw(5, seeded())
+    assert isinstance(draws, JoinedDraws)
+    X = random(40, 2, seed=3)
+    batches = iter(X.split(20))  # can be passed over once only
+    assert refresh_batch_norm(draws, batches) is draws
+    values = iter(draws(X))
+    for part in draws.parts:
+        assert isinstance(part, WeightDraws)
+        for weights in part.weights:
+            single = copy.deepcopy(part.net.network)
+            for name, value in part.net.unflatten(weights).items():
+                dict(single.named_parameters())[name].data.copy_(value)
+            torch.optim.swa_utils.update_bn(X.split(20), single)
+            torch.testing.assert_close(next(values), single.eval()(X))
+
+
+def test_refreshed_statistics_replace_those_of_the_members():
+    networks = [Nested() for _ in range(3)]
+    with torch.no_grad():
+        networks[1].body[0].bias.add_(1.0)  # frozen, and yet its own
+    X, draws = random(30, 2), DeepEnsemble(networks).draw()
+    before = draws(X)
+    refresh_batch_norm(draws, [X])
+    assert (draws(X) - before).abs().max() > 1e-3
+    for network, values in zip(networks, draws(X), strict=True):
+        torch.optim.swa_utils.update_bn([X], network)
+        torch.testing.assert_close(values, network.eval()(X))
