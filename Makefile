@@ -10,6 +10,8 @@ STAMP  := $(VENV)/.installed
 
 # Extra words for pytest:            make test ARGS="-k links"
 ARGS ?=
+# Processes that run the tests:      make test WORKERS=8
+WORKERS ?= 2
 # Folder with larger data sets:      make bench DATA=PATH
 DATA ?=
 # Scripts that `make bench` runs:    make bench BENCHMARKS=benchmarks/bench_gram.py
@@ -38,10 +40,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # One thread, because ratios between methods are what the benchmarks report.
 bench: $(STAMP)

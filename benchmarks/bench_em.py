@@ -155,7 +155,7 @@ def mnist(data: Path, device: str, smoke: bool, seed: int = 0) -> None:
         clock = time.perf_counter()
 
     solver = ConjugateGradients(
-        tolerance=1e-2, preconditioner_rank=0, max_iterations=200
+        tolerance=1e-2, preconditioner_rank=100, max_iterations=200
     )
     model = LinearizedGP(
         network,

@@ -103,9 +103,14 @@ def check_not_empty(**values: Tensor) -> None:
     """Require at least one row."""
     for name, value in values.items():
         if value.shape[0] == 0:
+            remedy = "Pass at least one."
+            if name.startswith("train"):
+                remedy = (
+                    "A model without data is its prior: ask the kernel and the mean "
+                    "for it."
+                )
             raise InputDataError(
-                f"{name} has no rows (shape {tuple(value.shape)}). A model without "
-                "data is its prior: ask the kernel and the mean for it."
+                f"{name} has no rows (shape {tuple(value.shape)}). {remedy}"
             )
 
 

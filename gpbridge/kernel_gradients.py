@@ -24,7 +24,6 @@ def quadratic_form(
     noise: Tensor,
     left: Tensor,
     right: Tensor,
-    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""The sum :math:`\mathrm{tr}(L^\top H R)`, differentiable in hyperparameters.
 
@@ -42,9 +41,6 @@ def quadratic_form(
         noise: Noise variances ``n``, or one number.
         left: L, ``n x k``.
         right: R, ``n x k``.
-        compute_dtype: Of the tiles of kernels that have a fast form; default that of
-            the inputs. Squared distances are as precise as the noise is low, as in
-            products.
 
     Returns:
         A scalar.
@@ -53,9 +49,7 @@ def quadratic_form(
     noise = torch.as_tensor(noise, dtype=X.dtype, device=X.device)
     of_noise = (noise.reshape(-1, 1) * L * R).sum()
     if kernel_tiles.stationary_part(kernel) is not None:
-        return of_noise + _stationary_form(
-            kernel, X.detach(), noise, L, R, compute_dtype
-        )
+        return of_noise + _stationary_form(kernel, X.detach(), L, R)
     found = kernel_tiles.feature_part(kernel, X.detach())
     if found is not None:
         return of_noise + _feature_form(*found, L, R)
@@ -124,30 +118,18 @@ def _feature_form(
     return amplitude * _with_gradients((left * right).sum(), learnt, gradients)
 
 
-def _stationary_form(
-    kernel: Kernel,
-    X: Tensor,
-    noise: Tensor,
-    L: Tensor,
-    R: Tensor,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _stationary_form(kernel: Kernel, X: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """The sum of L R' times the kernel matrix, by formulas for its derivatives."""
     base, amplitude = kernel_tiles.stationary_part(kernel)
-    total, slopes = weighted_sum(kernel, X, noise, L, R, dtype)
+    total, slopes = _weighted_sum(kernel, X, L, R)
     # A shared lengthscale is broadcast, so that its derivatives add up.
     logs = base.lengthscale.log().reshape(-1)
     return amplitude * (total + ((logs - logs.detach()) * slopes).sum())
 
 
 @torch.no_grad()
-def weighted_sum(
-    kernel: Kernel,
-    X: Tensor,
-    noise: Tensor,
-    L: Tensor,
-    R: Tensor,
-    dtype: torch.dtype | None = None,
+def _weighted_sum(
+    kernel: Kernel, X: Tensor, L: Tensor, R: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""The sum of :math:`G \circ K` with :math:`G = L R^\top`, and its derivatives.
 
@@ -156,20 +138,16 @@ def weighted_sum(
     Args:
         kernel: Of which :func:`~gpbridge.kernel_tiles.stationary_part` is known.
         X: Points ``n x d``.
-        noise: Noise variances, which distances are computed as precisely as.
         L: Left factor ``n x k``.
         R: Right factor ``n x k``.
-        dtype: Of the tiles, whose sums are added in the dtype of X; default that.
 
     Returns:
         The sum, and its derivative in the logarithm of each lengthscale, ``d``.
     """
     base, _ = kernel_tiles.stationary_part(kernel)
-    dtype = X.dtype if dtype is None else dtype
-    accuracy = kernel_tiles.distance_accuracy(kernel, noise)
-    tiles = kernel_tiles.prepare(kernel, X, dtype=dtype, accuracy=accuracy)
+    tiles = kernel_tiles.prepare(kernel, X)
     points = tiles.right[:, :-2]  # scaled and centred, as precise as distances
-    L, R = L.to(dtype), R.to(dtype)
+    L, R = L.to(X), R.to(X)
     squares = points.square()
     nu = getattr(base, "nu", math.inf)
     total, slopes = X.new_zeros(()), X.new_zeros(points.shape[-1])
@@ -178,7 +156,7 @@ def weighted_sum(
         for start, stop in tile_products.spans(bottom, width):
             G = L[top:bottom] @ R[start:stop].mT
             squared = torch.mm(tiles.left[top:bottom], tiles.right[start:stop].mT)
-            squared = squared.to(dtype).clamp_(min=0.0)
+            squared = squared.to(X.dtype).clamp_(min=0.0)
             if start == top:
                 squared.fill_diagonal_(0.0)
             else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpbridge.checks import (
     ShapeError,
     check_binary,
+    check_choice,
     check_finite,
     check_floating,
     check_labels,
@@ -188,27 +189,34 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def reliability_curve(
-    probabilities: Tensor, labels: Tensor, bins: int = 15
+    probabilities: Tensor, labels: Tensor, bins: int = 15, equal: str = "width"
 ) -> ReliabilityCurve:
-    """Accuracy against confidence in equal-width bins of the largest probability.
+    """Accuracy against confidence in bins of the largest probability.
 
-    Bins are open on the left and closed on the right, (k/b, (k+1)/b].
+    Bins are open on the left and closed on the right: (k/b, (k+1)/b], or between
+    quantiles of the confidence, so that each holds as many points as any other. Points
+    of equal confidence share a bin.
 
     Args:
         probabilities: Class probabilities, ``n x C``.
         labels: Integer labels, ``n``.
         bins: Number of bins between 0 and 1; empty ones are left out of the result.
+        equal: ``"width"``, or ``"mass"`` for equally many points.
 
     Returns:
         The curve, each field with one entry per bin that holds a point.
     """
     _check_classes(probabilities, labels)
     check_positive(bins=bins)
+    check_choice("equal", equal, ("width", "mass"))
     confidence, predicted = probabilities.max(-1)
     correct = (predicted == labels).to(probabilities)
     edges = torch.linspace(
         0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device
     )
+    if equal == "mass":
+        last = (torch.arange(1, bins) * len(labels) + bins - 1) // bins - 1
+        edges[1:-1] = confidence.clamp_max(1).sort().values[last.to(confidence.device)]
     # Rounding can leave a probability just above one.
     index = torch.bucketize(confidence.clamp_max(1), edges[1:])  # n
     count = torch.bincount(index, minlength=bins)
@@ -225,9 +233,9 @@ def reliability_curve(
 
 
 def expected_calibration_error(
-    probabilities: Tensor, labels: Tensor, bins: int = 15
+    probabilities: Tensor, labels: Tensor, bins: int = 15, equal: str = "width"
 ) -> Tensor:
-    r"""Mean gap between confidence and accuracy over equal-width bins.
+    r"""Mean gap between confidence and accuracy over bins of the confidence.
 
     .. math:: \sum_b \tfrac{n_b}{n} | \text{accuracy}_b - \text{confidence}_b |
 
@@ -237,7 +245,8 @@ def expected_calibration_error(
     Args:
         probabilities: Class probabilities, ``n x C``.
         labels: Integer labels, ``n``.
-        bins: Number of equal-width bins of the largest probability.
+        bins: Number of bins of the largest probability.
+        equal: ``"width"``, or ``"mass"`` for bins of equally many points.
 
     Returns:
         A scalar between 0 and 1.
@@ -245,9 +254,23 @@ def expected_calibration_error(
     References:
         Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. (3).
     """
-    curve = reliability_curve(probabilities, labels, bins)
+    curve = reliability_curve(probabilities, labels, bins, equal)
     gap = (curve.accuracy - curve.confidence).abs()
     return (curve.count * gap).sum() / len(labels)
+
+
+def predictive_entropy(probabilities: Tensor) -> Tensor:
+    r"""How undecided a prediction is: :math:`-\sum_c p_c \log p_c` of each point.
+
+    Args:
+        probabilities: Class probabilities, ``n x C``.
+
+    Returns:
+        Nats ``n``, from 0 to log C.
+    """
+    # Labels only matter to what compares with them.
+    _check_classes(probabilities, torch.zeros(len(probabilities), dtype=torch.long))
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ from gpbridge.checks import (
     ShapeError,
     check_binary,
     check_finite,
+    check_floating,
     check_labels,
     check_not_empty,
     check_positive,
+    check_same_dtype,
     check_tensor,
     warn_user,
 )
+from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.likelihoods import (
     GAUSSIAN,
     LogisticLikelihood,
@@ -139,8 +142,9 @@ def check_targets(
         name: What the messages call Y.
 
     Returns:
-        Y in canonical form: ``... x n x m`` floats, ``n`` integers for softmax,
-        ``... x n x 1`` floats 0 and 1 for the binary links.
+        Y in canonical form: ``... x n x m`` floats (for 2m outputs of the network if it
+        predicts the noise), ``n`` integers for softmax, ``... x n x 1`` floats 0 and 1
+        for the binary links.
 
     Raises:
         TypeError: If Y is of the wrong kind, as float labels for a softmax.
@@ -179,6 +183,28 @@ def _check_gaussian(likelihood, Y, num_outputs, num_rows, dtype=None, name="trai
 
 for _kind in GAUSSIAN:
     check_targets.register(_kind, _check_gaussian)
+
+
+@check_targets.register(HeteroscedasticGaussianLikelihood)
+def _(likelihood, Y, num_outputs, num_rows, dtype=None, name="train_Y"):
+    m = likelihood.num_outputs
+    if num_outputs != 2 * m:
+        raise ShapeError(
+            f"HeteroscedasticGaussianLikelihood(num_outputs={m}) needs a network with "
+            f"{2 * m} outputs, means first and then raw variances, but it has "
+            f"{num_outputs}. Give it two outputs per column of targets."
+        )
+    check_tensor(**{name: Y})
+    if Y.dim() < 2 or Y.shape[-2:] != (num_rows, m):
+        raise ShapeError(
+            f"{name} must be ``{num_rows} x {m}`` (rows of the inputs x half the "
+            f"outputs of the network), but has shape {tuple(Y.shape)}."
+        )
+    check_floating(**{name: Y})
+    if dtype is not None:
+        check_same_dtype(name, Y, dtype)
+    check_finite(**{name: Y})
+    return Y
 
 
 @check_targets.register(SoftmaxLikelihood)

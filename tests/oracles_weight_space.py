@@ -1,6 +1,89 @@
+"""Weight-space answers in dense float64, typed from the papers, without gpbridge."""
+
+import math
+
 """Dense float64 answers for posteriors over weights, without gpbridge."""
 
 import torch
+
+
+def sghmc_stationary_covariance(curvature, lr, alpha, tau):
+    """Covariance of (v, theta) of SGHMC on a loss per datum ``h theta^2 / 2``.
+
+    The step v' = (1 - a) v - lr h theta + e, theta' = theta + v', with variance
+    2 lr a tau of e and tau = T / N, is linear, z' = A z + B e, so that the covariance
+    solves P = A P A' + Q: the discrete Lyapunov equation, by Kronecker products.
+    """
+    h = float(curvature)
+    A = torch.tensor(
+        [[1 - alpha, -lr * h], [1 - alpha, 1 - lr * h]], dtype=torch.float64
+    )
+    B = torch.ones(2, 1, dtype=torch.float64)
+    Q = 2 * lr * alpha * tau * B @ B.T
+    identity = torch.eye(4, dtype=torch.float64)
+    P = torch.linalg.solve(identity - torch.kron(A, A), Q.reshape(-1))
+    return P.reshape(2, 2)
+
+
+def linear_regression_posterior(X, y, noise_variance, prior_variance):
+    """Mean and covariance of w in y = X w + e: Rasmussen and Williams (2006), (2.8)."""
+    precision = X.T @ X / noise_variance
+    precision = precision + torch.eye(X.shape[1], dtype=X.dtype) / prior_variance
+    covariance = torch.linalg.inv(precision)
+    return covariance @ X.T @ y / noise_variance, covariance
+
+
+def bezier(points, t):
+    """Garipov et al. (NeurIPS 2018), section 3.2: Bernstein form, ``s x p``."""
+    n = len(points) - 1
+    rows = []
+    for time in t.tolist():
+        row = torch.zeros_like(points[0])
+        for i, point in enumerate(points):
+            row = row + math.comb(n, i) * (1 - time) ** (n - i) * time**i * point
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def poly_chain(points, t):
+    """Garipov et al. (NeurIPS 2018), section 3.2: linear between neighbours."""
+    pieces = len(points) - 1
+    rows = []
+    for time in t.tolist():
+        i = min(int(time * pieces), pieces - 1)
+        share = time * pieces - i
+        rows.append((1 - share) * points[i] + share * points[i + 1])
+    return torch.stack(rows)
+
+
+def curve_rate(share):
+    """Rate after a share of the run: Garipov et al., their public training script."""
+    if share <= 0.5:
+        return 1.0
+    return 1 - 0.99 * (share - 0.5) / 0.4 if share <= 0.9 else 0.01
+
+
+def mean_field_optimum(X, y, noise_variance, prior_variance):
+    """The independent normals closest to the posterior of Bayesian linear regression.
+
+    KL(q || p) of Gaussians is smallest at the mean of p and at variances that are one
+    over the diagonal of its precision: Bishop (2006), section 10.1.2.
+    """
+    mean, covariance = linear_regression_posterior(X, y, noise_variance, prior_variance)
+    return mean, 1 / torch.linalg.inv(covariance).diagonal()
+
+
+def linear_regression_evidence_bound(X, y, noise_variance, prior_variance, mean, var):
+    """E_q log p(y | w) - KL(q || p) for q = N(mean, diag var), total nats."""
+    residual = y - X @ mean
+    n = len(y)
+    expected = -0.5 * (
+        n * torch.log(torch.as_tensor(2 * torch.pi * noise_variance))
+        + (residual.square().sum() + (X.square() @ var).sum()) / noise_variance
+    )
+    q = torch.distributions.Normal(mean, var.sqrt())
+    p = torch.distributions.Normal(torch.zeros_like(mean), prior_variance**0.5)
+    return expected - torch.distributions.kl_divergence(q, p).sum()
 
 
 def tempered_regression(features, residual, noise, temperature, prior_std):

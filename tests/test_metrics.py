@@ -138,6 +138,49 @@ def test_calibration_error_agrees_with_a_loop_over_bins(classes, bins):
     close(metrics.expected_calibration_error(*classes, bins=bins), error)
 
 
+@pytest.mark.parametrize("bins", [1, 7, 20])
+def test_bins_of_equal_mass_agree_with_chunks_of_the_sorted_points(classes, bins):
+    probabilities, labels = classes
+    curve = metrics.reliability_curve(*classes, bins=bins, equal="mass")
+    confidence, predicted = probabilities.double().max(-1)
+    order = confidence.argsort()
+    # Bin k ends with the point of number ceil(n k / b).
+    n = len(order)
+    ends = [-(-n * k // bins) for k in range(bins + 1)]
+    parts = [order[i:j] for i, j in zip(ends[:-1], ends[1:], strict=True)]
+    correct = (predicted == labels).double()
+    assert curve.count.tolist() == [len(part) for part in parts]
+    for k, part in enumerate(parts):
+        torch.testing.assert_close(
+            curve.confidence[k].double(), confidence[part].mean()
+        )
+        torch.testing.assert_close(curve.accuracy[k].double(), correct[part].mean())
+    gap = sum(
+        len(part) / n * abs(float((confidence - correct)[part].mean()))
+        for part in parts
+    )
+    found = metrics.expected_calibration_error(*classes, bins=bins, equal="mass")
+    assert float(found) == pytest.approx(gap)
+
+
+def test_equal_confidences_share_a_bin_in_any_order():
+    probabilities = torch.eye(2)[[0, 0, 0, 1, 1, 0]]
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    curve = metrics.reliability_curve(probabilities, labels, bins=3, equal="mass")
+    assert curve.count.tolist() == [6]
+    with pytest.raises(ValueError, match="equal must be one of 'width', 'mass'"):
+        metrics.reliability_curve(probabilities, labels, equal="size")
+
+
+def test_predictive_entropy_is_that_of_scipy(classes):
+    expected = torch.as_tensor(stats.entropy(classes[0].numpy(), axis=1))
+    torch.testing.assert_close(
+        metrics.predictive_entropy(classes[0]), expected.to(classes[0])
+    )
+    certain = metrics.predictive_entropy(torch.eye(3))
+    assert certain.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_confidence_on_an_edge_belongs_to_the_bin_below():
     certain = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     curve = metrics.reliability_curve(certain, torch.tensor([0, 0]), bins=2)

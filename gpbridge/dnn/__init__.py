@@ -1,11 +1,25 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
+from gpbridge.dnn.curve_training import fit_curve
+from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
+from gpbridge.dnn.planes import (
+    LossPlane,
+    WeightPlane,
+    loss_plane,
+    plane_through,
+    principal_plane,
+)
+from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.scale_tuning import tune_scale
+from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
+from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import (
     EllipticalSliceSampling,
@@ -15,22 +29,44 @@ from gpbridge.dnn.subspace_inference import (
 )
 from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.dnn.variational import MeanFieldVI
+from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
 from gpbridge.types import FitResult
 
 __all__ = [
+    "SGHMC",
+    "SGLD",
     "SWA",
     "SWAG",
+    "BezierCurve",
+    "CurveLosses",
+    "DivergedError",
     "EllipticalSliceSampling",
+    "EnsembleFit",
     "FitResult",
     "HamiltonianMonteCarlo",
     "LogPosterior",
+    "LossPlane",
     "MCDropout",
+    "MeanFieldVI",
+    "PolyChain",
+    "ReplicaFit",
     "Subspace",
     "VariationalInference",
+    "WeightPlane",
+    "curve_losses",
     "elliptical_slice_sampling",
+    "fit_curve",
+    "fit_ensemble",
     "fit_map",
+    "fit_mean_field",
+    "fit_variational",
     "hamiltonian_monte_carlo",
+    "loss_plane",
+    "plane_through",
+    "principal_plane",
     "sample_subspace",
+    "train_replicas",
     "tune_scale",
     "tune_subspace",
 ]

@@ -24,7 +24,10 @@ EVALUATION_ROWS = 4096  # rows per forward pass without gradient
 
 
 class Objective(NamedTuple):
-    """A mean loss of outputs ``n x m`` and of targets in the form that it wants."""
+    """A mean loss of outputs ``n x m`` and of targets in the form that it wants.
+
+    With outputs and targets of k networks, ``k x n x m``, it gives ``k``.
+    """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     targets: Tensor
@@ -58,16 +61,17 @@ def objective_for(
 
 
 def _mean_nll(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    return -log_prob(likelihood, outputs, targets).mean()
+    return -log_prob(likelihood, outputs, targets).mean(-1)
 
 
 def _square_loss(outputs: Tensor, Y: Tensor) -> Tensor:
-    return 0.5 * Y.shape[1] * F.mse_loss(outputs, Y)  # a sum over outputs
+    squares = F.mse_loss(outputs, Y, reduction="none")
+    return 0.5 * Y.shape[-1] * squares.mean((-2, -1))  # a sum over outputs
 
 
 def _weighted_square_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    Y, weights = targets[:, :-1], targets[:, -1:]
-    return 0.5 * (weights * (outputs - Y).square()).sum() / len(Y)
+    Y, weights = targets[..., :-1], targets[..., -1:]
+    return 0.5 * (weights * (outputs - Y).square()).sum((-2, -1)) / Y.shape[-2]
 
 
 def evaluate(network: nn.Module, X: Tensor, num_outputs: int) -> Tensor:

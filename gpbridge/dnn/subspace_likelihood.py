@@ -25,7 +25,7 @@ from gpbridge.dnn.point_likelihood import (
     check_point_targets,
     point_log_density,
 )
-from gpbridge.dnn.stacked_layers import apply_stacked, stacked_layers
+from gpbridge.dnn.stacked_layers import stack_layers
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet
@@ -100,9 +100,6 @@ class SubspaceLikelihood(nn.Module):
                     'or pass batch_norm="stored".'
                 )
             self.net = _by_batches(self.net)
-        # Only where nothing is to be converted on the way.
-        same = X.dtype == subspace.basis.dtype == self.net.dtype
-        self.layers = stacked_layers(self.net) if same else None
         self.register_buffer("X", X.detach())
         self.register_buffer("Y", Y.detach())
 
@@ -138,10 +135,13 @@ class SubspaceLikelihood(nn.Module):
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             noise = self.likelihood.noise_covar.noise
             noise = noise.tensor_split(self.num_chunks, -1)[chunk]
-        if self.layers is not None:
-            outputs = apply_stacked(self.net, self.layers, weights, X)
+        net = self.net
+        # Faster, but only where nothing is to be converted on the way.
+        if net.vectorized and X.dtype == weights.dtype == net.dtype:
+            each = X.expand(len(weights), *X.shape)
+            outputs = stack_layers(net)(net.unflatten(weights), each)
         else:
-            outputs = WeightDraws(self.net, weights)(X)
+            outputs = WeightDraws(net, weights)(X)
         return point_log_density(self.likelihood, outputs, Y, noise).double().sum(-1)
 
 

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from gpbridge.checks import (
+    ShapeError,
     check_choice,
     check_count,
     check_positive,
     warn_user,
 )
 from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.types import Params
 from gpbridge.weights import GaussianWeights
 
 _FLOOR = 1e-30  # of a variance, so that a density exists
@@ -66,19 +68,33 @@ class SWA(nn.Module):
         self.register_buffer("mean", torch.zeros_like(weights))
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
+    def update(self, network: nn.Module | Params) -> None:
         """Take the present weights into the moments; costs a few p operations.
 
+        Args:
+            network: The module that is trained, or its weights by name, buffers among
+                them if it has any that training changes.
+
         Raises:
-            ValueError: If a weight is not finite; the moments stay as they were.
+            ShapeError: If a weight has another shape than the tracker's.
+            ValueError: If a weight is missing or not finite; the moments stay as they
+                were.
         """
-        own = dict(network.named_parameters())
+        is_module = isinstance(network, nn.Module)
+        own = dict(network.named_parameters()) if is_module else network
         missing = [name for name in self.net.names if name not in own]
         if missing:
             raise ValueError(
                 f"The network has no {', '.join(missing)}, which the tracker was built "
                 "for. Pass the module that is trained, or a copy of it."
             )
+        for name, p in self.net.params.items():
+            if own[name].shape != p.shape:
+                raise ShapeError(
+                    f"{name} must have shape {tuple(p.shape)} as in the network the "
+                    f"tracker was built for, but has {tuple(own[name].shape)}. Of "
+                    "stacked weights pass those of one copy."
+                )
         weights = self.net.flatten({name: own[name] for name in self.net.names})
         if not bool(torch.isfinite(weights).all()):
             raise ValueError(
@@ -88,7 +104,7 @@ class SWA(nn.Module):
             )
         self._take(weights)
         # What is not averaged, buffers among it, is that of the last snapshot.
-        state = network.state_dict()
+        state = network.state_dict() if is_module else network
         random = set(self.net.names)
         for name, value in self.net.network.state_dict().items():
             if name not in random and name in state:

@@ -103,6 +103,16 @@ class SampledState:
         return noise.reshape(-1).expand(len(self._train_X))
 
     @property
+    def has_batch_data(self) -> bool:
+        """Whether observations were added that are not among the solved ones."""
+        return self._new is not None
+
+    @property
+    def seed(self) -> int:
+        """Of all randomness of the model."""
+        return int(self._seed)
+
+    @property
     def solution(self) -> Solution | None:
         """What is known about the last solve, None before the first one."""
         return None if self._solved is None else self._solved[1].solution
@@ -162,9 +172,9 @@ class SampledState:
             follow=True,
         )
 
-    def _problem(self, kernel: Kernel, mean: Mean) -> tuple[PriorDraw, Data]:
+    def system(self, kernel: Kernel, mean: Mean) -> tuple[PriorDraw, Data]:
         """The system at the current hyperparameters, from the same base draws."""
-        generator = Generator().manual_seed(int(self._seed))
+        generator = Generator().manual_seed(self.seed)
         prior = self._draw_prior(self.num_samples, generator, kernel)
         with torch.no_grad():
             Z = self.transform_inputs(self._train_X).double()
@@ -196,14 +206,14 @@ class SampledState:
         with torch.no_grad():
             kernel = copy.deepcopy(self.covar_module).double().requires_grad_(False)
             mean = copy.deepcopy(self.mean_module).double().requires_grad_(False)
-            prior, data = self._problem(kernel, mean)
+            prior, data = self.system(kernel, mean)
             solved = solve_representers(
                 prior,
                 mean,
                 data,
-                int(self._seed),
+                self.seed,
                 self.solver,
-                self._warm_start(),
+                self.warm_start(),
                 self.compute_dtype,
             )
         self._solved = [value.clone() for value in key], solved
@@ -211,7 +221,7 @@ class SampledState:
         self._initial, self._correction = None, None
         return solved
 
-    def _warm_start(self) -> Tensor | None:
+    def warm_start(self) -> Tensor | None:
         """The last solution, with zeros for points that have come since."""
         old = self._initial
         if self._solved is not None:
@@ -223,6 +233,11 @@ class SampledState:
         grown = old.new_zeros(len(self._train_X), old.shape[-1])
         grown[: len(old)] = old
         return grown
+
+    def start_from(self, solution: Tensor | None) -> None:
+        """Give up what is solved; the next solve starts from these columns."""
+        self._forget()
+        self._initial = solution
 
     def _base(self) -> Representers:
         """The solved system of the outputs that are kept."""
@@ -259,7 +274,7 @@ class SampledState:
         return values[..., self.output_indices]
 
     def _grown(self, X: Tensor, Y: Tensor, noise: Tensor | None) -> Self:
-        warm = self._warm_start()
+        warm = self.warm_start()
         grown = self._share()
         grown._train_X = torch.cat([self._train_X, X.detach()])
         grown._targets = torch.cat([self._targets, Y.detach()])
@@ -269,8 +284,7 @@ class SampledState:
             grown.likelihood = copy.deepcopy(self.likelihood)
             both = torch.cat([own, shared_noise(noise, X)])
             grown.likelihood.noise_covar.noise = both
-        grown._forget()
-        grown._initial = warm
+        grown.start_from(warm)
         return grown
 
     def _forget(self) -> None:

@@ -6,7 +6,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from gpbridge.checks import check_share
-from gpbridge.kernel_operator import tiled
+from gpbridge.lazy_covariance import tiled
 from gpbridge.partial_products import (
     diagonal,
     has_cheap_columns,

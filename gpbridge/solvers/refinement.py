@@ -28,7 +28,7 @@ from gpbridge.checks import (
     check_finite,
     warn_user,
 )
-from gpbridge.kernel_operator import tiled
+from gpbridge.lazy_covariance import tiled
 from gpbridge.partial_products import exact_products, full_precision, precision
 from gpbridge.solvers.factors import (
     IndefiniteError,

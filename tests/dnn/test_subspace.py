@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.stacked_layers import apply_stacked, stacked_layers
+from gpbridge.dnn.stacked_layers import stack_layers
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.swag import SWAG
 from gpbridge.draws import WeightDraws
@@ -205,7 +205,13 @@ def stacks():
     frozen[0].requires_grad_(False)
     half = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
     half[2].bias.requires_grad_(False)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
     return {
+        "tied": tied,
+        "tied in a module": Tied(),
+        "batch norm": nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval(),
+        "dropout in eval mode": nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)).eval(),
         "nested": nn.Sequential(
             nn.Sequential(nn.Linear(3, 4), nn.SiLU()), nn.Linear(4, 2)
         ),
@@ -221,27 +227,12 @@ def stacks():
 @pytest.mark.parametrize("name", stacks())
 def test_a_stack_has_the_outputs_and_gradients_of_the_network(name):
     net = FunctionalNet(stacks()[name].double())
-    layers = stacked_layers(net)
     w = normal(4, net.num_params).requires_grad_()
     X = normal(5, 3, seed=1)
-    fast, slow = apply_stacked(net, layers, w, X), WeightDraws(net, w)(X)
+    fast = stack_layers(net)(net.unflatten(w), X.expand(4, 5, 3))
+    slow = WeightDraws(net, w)(X)
     torch.testing.assert_close(fast, slow)
     weight = normal(*fast.shape, seed=2)
     torch.testing.assert_close(
         *(torch.autograd.grad((f * weight).sum(), w) for f in (fast, slow))
     )
-
-
-def test_what_is_not_a_stack_is_left_to_the_network():
-    tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
-    tied[2].weight = tied[0].weight
-    others = [
-        Tied(),
-        tied,
-        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
-        nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)),
-        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
-    ]
-    for network in others:
-        assert stacked_layers(FunctionalNet(network)) is None
-    assert stacked_layers(FunctionalNet(nn.Linear(4, 1), input_shape=(4,))) is None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ShapeError
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.weights import GaussianWeights
 
@@ -157,3 +158,20 @@ def test_statistics_of_all_draws_are_those_of_update_bn(sizes):
     torch.testing.assert_close(twin(X), draws(X))
     with pytest.raises(ValueError, match="at least one batch"):
         refresh_batch_norm(draws, iter(()))
+
+
+def test_weights_by_name_stand_for_a_module():
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    by_module, by_name = SWAG(network, rank=3), SWAG(network, rank=3)
+    for step in range(3):
+        with torch.no_grad():
+            for value in [*network.parameters(), network[1].running_mean]:
+                value.add_(step + 1.0)
+        by_module.update(network)
+        by_name.update({k: v.clone() for k, v in network.state_dict().items()})
+    a, b = by_module.state_dict(), by_name.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert float(by_name.net.network[1].running_mean[0]) == 6.0
+    stacked = {k: torch.stack([v, v]) for k, v in network.state_dict().items()}
+    with pytest.raises(ShapeError, match=r"0.weight must have shape \(3, 2\).*\(2, 3,"):
+        by_name.update(stacked)

@@ -16,7 +16,7 @@ from gpbridge.checks import NotConvergedWarning
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.models import NetworkKernelGP
 from gpbridge.selection import SubsetStart, fit_iterative
-from gpbridge.selection.iterative_mll import _surrogate
+from gpbridge.selection.evidence_ascent import _surrogate
 from gpbridge.solvers import Cholesky, ConjugateGradients
 from tests import oracles_sampling as oracles
 
@@ -76,7 +76,7 @@ def test_probes_that_have_their_law_exactly_give_the_gradient_exactly(estimator,
         probes = (torch.linalg.cholesky(H) @ probes).repeat(1, m)
     solutions = torch.linalg.solve(H, probes)
     right = solutions if estimator == "pathwise" else probes
-    _, data = model._problem(model.covar_module, model.mean_module)
+    _, data = model.system(model.covar_module, model.mean_module)
     v = torch.linalg.solve(H, Y - 0.25)
     value = _surrogate(model, data, v, solutions, right)
     named = dict(model.named_parameters())

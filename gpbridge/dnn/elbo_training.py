@@ -1,0 +1,199 @@
+"""Ascent of an evidence lower bound by Adam over minibatches, resumable bit for bit.
+
+In: a model and its bound on some rows. Out: an :class:`ELBOFit`, the trained model, the
+bounds of the epochs, and a plain state from which the same run goes on. Where the bound
+becomes NaN the last good state is kept. Next: ``vae`` and ``gp_vae`` say what the rows
+are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from gpbridge.checks import check_count, check_generator, check_positive, warn_user
+from gpbridge.dnn.training import isolated_randomness
+
+Callback = Callable[[int, nn.Module, dict[str, float]], object]
+
+
+@dataclass(frozen=True)
+class ELBOFit:
+    """A model trained on its evidence lower bound.
+
+    Attributes:
+        model: The trained copy, in eval mode.
+        history: ``elbo``, nats per datum, the mean over each epoch.
+        state: Weights, moments of Adam and the generator: pass it as ``resume`` to
+            train on as if there had been no pause. Plain, for
+            :func:`gpbridge.storage.save_state`.
+    """
+
+    model: nn.Module
+    history: dict[str, list[float]]
+    state: dict[str, Any] = field(repr=False)
+
+
+def ascend_elbo(
+    model: nn.Module,
+    elbo: Callable[[Tensor, Generator], Tensor],
+    num_data: int,
+    device: torch.device,
+    *,
+    groups: list[tuple[list[nn.Parameter], float]],
+    epochs: int,
+    batch_size: int,
+    generator: Generator | None,
+    resume: dict[str, Any] | None,
+    progress: bool,
+    callback: Callback | None,
+    name: str,
+) -> ELBOFit:
+    """Train ``model`` in place, leave it in eval mode at its last good epoch.
+
+    Args:
+        model: What is trained; not the caller's.
+        elbo: The bound per datum of some row numbers, with a source of randomness.
+        num_data: The number of rows.
+        device: Where they are.
+        groups: Parameters and their learning rates; frozen ones stay.
+        epochs: Passes over the rows, after those of ``resume``.
+        batch_size: Rows per step.
+        generator: Source of all randomness; None is a fresh one with seed 0.
+        resume: The state of a run before.
+        progress: Whether to show a bar, if there is a terminal.
+        callback: Called after every epoch with (epoch, model, entries of the history);
+            True ends training.
+        name: Of the bar.
+
+    Returns:
+        The model with its history and state.
+
+    Raises:
+        KeyboardInterrupt: If it comes before one epoch is done.
+        RuntimeError: If the bound is not finite in the first epoch.
+        ValueError: If an option is out of range, or nothing can be trained.
+    """
+    check_count(epochs=epochs, batch_size=batch_size)
+    check_positive(learning_rate=groups[0][1], other_learning_rate=groups[1][1])
+    if resume is not None and generator is not None:
+        raise ValueError(
+            "Pass resume or generator and not both: a resumed run goes on with the "
+            "random numbers of its state."
+        )
+    optimizer = _adam(groups)
+    history: dict[str, list[float]] = {"elbo": []}
+    if resume is None:
+        generator = Generator(device).manual_seed(0) if generator is None else generator
+        check_generator(generator, device)
+    else:
+        generator = Generator(device)
+        generator.set_state(resume["generator"])
+        model.load_state_dict(resume["model"])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(resume["optimizer"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        history = copy.deepcopy(resume["history"])
+
+    def snapshot() -> dict[str, Any]:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "history": history,
+        }
+        return copy.deepcopy(state)
+
+    good, first = snapshot(), len(history["elbo"])
+    trouble = None
+    bar = tqdm(
+        range(epochs), desc=name, leave=False, disable=None if progress else True
+    )
+    try:
+        for epoch in bar:
+            model.train()
+            with isolated_randomness(generator, device):
+                value = _epoch(
+                    elbo, optimizer, num_data, batch_size, generator, device, model
+                )
+            model.eval()
+            if not (math.isfinite(value) and _is_finite(model)):
+                trouble = f"the bound was {value} in epoch {first + epoch}"
+                break
+            history["elbo"].append(value)
+            good = snapshot()
+            if not bar.disable:
+                bar.set_postfix_str(f"elbo {value:.4g}", refresh=False)
+            entry = {"elbo": value}
+            if callback is not None and callback(first + epoch, model, entry) is True:
+                break
+    except KeyboardInterrupt:
+        trouble = "it was interrupted"
+        if len(good["history"]["elbo"]) == first:
+            raise
+    finally:
+        bar.close()
+        model.eval()
+        model.zero_grad()
+    if trouble is not None:
+        done = len(good["history"]["elbo"])
+        if done == first:
+            raise RuntimeError(
+                f"Training stopped before one epoch was done: {trouble}. Standardise "
+                f"the data, or lower the learning rate (it is {groups[0][1]})."
+            )
+        warn_user(
+            f"Training stopped after {done - first} of {epochs} epochs: {trouble}. The "
+            "last good state is returned; lower the learning rate to go on from it.",
+            RuntimeWarning,
+        )
+        model.load_state_dict(good["model"])
+    return ELBOFit(model, copy.deepcopy(good["history"]), good)
+
+
+def _adam(groups: list[tuple[list[nn.Parameter], float]]) -> torch.optim.Adam:
+    free = [([p for p in group if p.requires_grad], rate) for group, rate in groups]
+    if not any(group for group, _ in free):
+        raise ValueError(
+            "The model has nothing to train: no parameter has requires_grad. Try "
+            "encoder.requires_grad_(True)."
+        )
+    return torch.optim.Adam([{"params": g, "lr": rate} for g, rate in free if g])
+
+
+def _epoch(
+    elbo: Callable[[Tensor, Generator], Tensor],
+    optimizer: torch.optim.Optimizer,
+    num_data: int,
+    batch_size: int,
+    generator: Generator,
+    device: torch.device,
+    model: nn.Module,
+) -> float:
+    order = torch.randperm(num_data, generator=generator, device=generator.device)
+    total = 0.0
+    for rows in order.to(device).split(batch_size):
+        optimizer.zero_grad()
+        try:
+            value = elbo(rows, generator)
+        except Exception:
+            # Weights that are NaN already make distributions and factorisations raise.
+            if _is_finite(model):
+                raise
+            return math.nan
+        (-value).backward()
+        optimizer.step()
+        total = total + len(rows) * value.detach()
+    return float(total) / num_data
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())

@@ -1,0 +1,234 @@
+r"""A posterior over weights as a Gaussian over functions, joint over inputs.
+
+In: any :class:`~gpbridge.types.WeightPosterior`. Out: the mean and covariance of its
+functions at any inputs, as a gpytorch distribution; from draws of the nonlinear
+network, or exactly for its tangent model. The posterior has seen the data already: what
+comes out is never conditioned on them again.
+Next: ``surrogates`` makes a BoTorch model of it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods import Likelihood
+from linear_operator import to_linear_operator
+from linear_operator.operators import (
+    DiagLinearOperator,
+    LinearOperator,
+    LowRankRootLinearOperator,
+)
+from torch import Generator, Tensor, nn
+
+from gpbridge.checks import check_choice, check_count, check_inputs
+from gpbridge.draws import TangentDraws
+from gpbridge.functional import FunctionalNet
+from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
+from gpbridge.kernels import NeuralTangentKernel
+from gpbridge.outcomes import latent_distribution
+from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.weights import GaussianWeights
+
+MODES = ("sample", "linearized")
+
+
+class FunctionSpace(nn.Module):
+    r"""The Gaussian over functions that a posterior over weights implies.
+
+    With s frozen draws :math:`f_i`, mode ``"sample"``,
+
+    .. math::
+        \bar f = \tfrac1s \sum_i f_i(X), \qquad
+        K = \tfrac{1}{s - 1} \sum_i (f_i - \bar f)(f_i - \bar f)^\top + \epsilon I,
+
+    which has rank s - 1 but for the jitter, so that a density at more points than draws
+    says nothing; it is held as an ``(n m) x s`` root there. A standard deviation has
+    a relative error of :math:`1 / \sqrt{2 s}`. For weights :math:`N(m, \Sigma)`, mode
+    ``"linearized"``,
+
+    .. math:: \bar f = f(X, m), \qquad K = J \Sigma J^\top + \epsilon I
+
+    with the Jacobian J at the mean, the covariance of the tangent model without Monte
+    Carlo error: the kernel of :class:`~gpbridge.kernels.NeuralTangentKernel` with
+    :math:`\Sigma` as weight covariance. It needs the ``(n m) x p`` Jacobian in memory.
+
+    A Gaussian with the moments of several modes has none of them: where that matters
+    use the draws themselves, :attr:`draws`.
+
+    Args:
+        posterior: What has a ``draw``, or frozen functions, such as draws with
+            refreshed batch-norm statistics. A posterior of at most ``num_samples``
+            members is not drawn from: each member counts once.
+        mode: ``"sample"``, or ``"linearized"`` for :class:`GaussianWeights`.
+        num_samples: The number s of draws.
+        jitter: Variance added to each value, in squared units of the outputs.
+        generator: Source of the draws; default one of seed 0.
+        likelihood: How outputs are read. If it predicts noise, the functions are the
+            means; any other changes nothing.
+
+    Raises:
+        TypeError: If the posterior does not fit the mode.
+        ValueError: If an option is out of range, or one function has no spread.
+
+    Example:
+        >>> net = FunctionalNet(nn.Linear(2, 1))
+        >>> weights = GaussianWeights(net, torch.zeros(3), variance=torch.ones(3))
+        >>> space = FunctionSpace(weights, mode="linearized", jitter=0)
+        >>> space(torch.ones(2, 2)).covariance_matrix
+        tensor([[3., 3.],
+                [3., 3.]])
+
+    References:
+        Maddox, Tang, Moreno, Wilson, Damianou, Fast adaptation with linearized neural
+        networks, AISTATS 2021, for the kernel.
+    """
+
+    def __init__(
+        self,
+        posterior: WeightPosterior | FunctionDraws,
+        mode: str = "sample",
+        num_samples: int = 64,
+        jitter: float = 1e-6,
+        generator: Generator | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, MODES)
+        check_count(num_samples=num_samples)
+        if not 0 <= jitter < float("inf"):
+            raise ValueError(
+                f"jitter must be at least zero and finite, but is {jitter}."
+            )
+        self.mode, self.jitter, self.likelihood = mode, float(jitter), likelihood
+        if generator is None:
+            generator = Generator().manual_seed(0)
+        self.kernel: NeuralTangentKernel | None = None
+        if mode == "linearized":
+            self.draws, self.kernel = _tangent(posterior, num_samples, generator)
+        else:
+            self.draws = freeze(posterior, num_samples, generator)
+
+    def forward(self, X: Tensor) -> MultivariateNormal:
+        """Joint distribution of the functions at inputs, differentiable in them.
+
+        Args:
+            X: Inputs ``... x n x d``.
+
+        Returns:
+            Over ``... x n`` values, or ``... x n x m`` if there are several outputs,
+            point-major, output fastest.
+
+        Raises:
+            ValueError: If there is a single function, which has no spread.
+        """
+        mean, covariance = self.moments(X)
+        jitter = torch.full_like(mean, self.jitter)
+        return latent_distribution(mean, add_variance(covariance, jitter), X.dtype)
+
+    def moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
+        """Mean ``... x n x m`` and covariance ``... x (n m) x (n m)``, no jitter."""
+        check_inputs(X, "X")
+        if self.kernel is not None:
+            return self._tangent_moments(X)
+        values = self.values(X)
+        s = len(values)
+        if s < 2:
+            raise ValueError(
+                "One function has no spread to estimate a covariance from. Pass "
+                "num_samples=64, or a posterior with several members."
+            )
+        mean = values.mean(0)
+        deviations = (values - mean).movedim(0, -1)  # ... x n x m x s
+        root = deviations.flatten(-3, -2) / (s - 1) ** 0.5
+        if root.shape[-2] > s:
+            return mean, LowRankRootLinearOperator(root)
+        return mean, to_linear_operator(root @ root.mT)
+
+    def values(self, X: Tensor) -> Tensor:
+        """The functions of all draws, ``s x ... x n x m``."""
+        return self._latent(self.draws(X))
+
+    def _tangent_moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
+        net = self.kernel.functional
+        outputs = net(X.to(net.dtype)).to(X.dtype)
+        mean, covariance = self._latent(outputs), self.kernel(X).to_dense()
+        if mean.shape[-1] != outputs.shape[-1]:
+            n, both, m = *outputs.shape[-2:], mean.shape[-1]
+            blocks = covariance.unflatten(-1, (n, both)).unflatten(-3, (n, both))
+            kept = blocks[..., :, :m, :, :m]
+            covariance = kept.flatten(-4, -3).flatten(-2)
+        return mean, to_linear_operator(covariance)
+
+    def _latent(self, outputs: Tensor) -> Tensor:
+        if isinstance(self.likelihood, HeteroscedasticGaussianLikelihood):
+            return self.likelihood.moments(outputs)[0]
+        return outputs
+
+
+def freeze(
+    posterior: WeightPosterior | FunctionDraws,
+    num_samples: int,
+    generator: Generator | None = None,
+) -> FunctionDraws:
+    """Frozen functions of a posterior, as copies that nobody else moves or changes.
+
+    Args:
+        posterior: What has a ``draw``, or frozen functions as they are.
+        num_samples: How many; a finite posterior of at most as many gives each member
+            once.
+        generator: Source of the draws.
+
+    Returns:
+        The functions.
+
+    Raises:
+        TypeError: If nothing can be drawn or evaluated.
+    """
+    if not hasattr(posterior, "draw"):
+        if not callable(posterior) or isinstance(posterior, type):
+            raise TypeError(
+                "posterior must have draw(num_samples, generator), or be functions "
+                f"that it returned, but is {type(posterior).__name__}. For a network "
+                "or its snapshots try gpbridge.weights.EmpiricalWeights."
+            )
+        return copy.deepcopy(posterior)
+    members = getattr(posterior, "num_members", None)
+    if members is not None and members <= num_samples:
+        return copy.deepcopy(posterior.draw())
+    return copy.deepcopy(posterior.draw(num_samples, generator))
+
+
+def add_variance(covariance: LinearOperator, variance: Tensor) -> LinearOperator:
+    """Add variances ``... x n x m`` to a covariance ``... x (n m) x (n m)``."""
+    diagonal = variance.flatten(-2)
+    if isinstance(covariance, LowRankRootLinearOperator):
+        return covariance + DiagLinearOperator(diagonal)
+    return to_linear_operator(covariance.to_dense() + torch.diag_embed(diagonal))
+
+
+def _tangent(
+    posterior: object, num_samples: int, generator: Generator
+) -> tuple[TangentDraws, NeuralTangentKernel]:
+    """Draws and covariance of the tangent model at the mean of the weights."""
+    if not isinstance(posterior, GaussianWeights):
+        raise TypeError(
+            "mode='linearized' needs GaussianWeights, as SWAG or variational inference "
+            f"give them, but the posterior is {type(posterior).__name__}. Try "
+            "mode='sample'."
+        )
+    net: FunctionalNet = copy.deepcopy(posterior.net)
+    mean = posterior.mean
+    with torch.no_grad():
+        for name, value in net.unflatten(mean).items():
+            net.params[name].copy_(value)
+    covariance = posterior.covariance
+    if posterior.variance is None and posterior.root is None:
+        covariance = DiagLinearOperator(torch.zeros_like(mean))  # keeps its tensors
+    # Dense Gram matrices: their other form wants a p x p root of the covariance.
+    kernel = NeuralTangentKernel(
+        net, weight_covariance=covariance, representation="function"
+    )
+    change = posterior.sample_weights(num_samples, generator) - mean
+    return TangentDraws(net, change), kernel.requires_grad_(False)
