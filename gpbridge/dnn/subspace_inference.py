@@ -97,7 +97,7 @@ class EllipticalSliceSampling:
 
     num_samples: int = 30
     num_chains: int = 2
-    burn_in: int = 10
+    burn_in: int = 30
     thinning: int = 1
     max_shrinks: int = 200
 
@@ -224,7 +224,8 @@ class VariationalInference:
         # Inverse of softplus, so that the first L is a multiple of the identity.
         raw = torch.eye(r).to(mean) * torch.tensor(self.initial_std).expm1().log()
         parameters = [mean.clone().requires_grad_(), raw.to(mean).requires_grad_()]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        # A memory of 100 steps, not 1000: the first gradients are the largest.
+        optimizer = torch.optim.Adam(parameters, self.learning_rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
         trace = []
         bar = tqdm(
