@@ -1,5 +1,7 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
+from gpbridge.dnn.chains import SGMCMC, sample_sgmcmc
+from gpbridge.dnn.cyclical import CyclicalSchedule
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
@@ -12,6 +14,8 @@ from gpbridge.types import FitResult
 __all__ = [
     "SGHMC",
     "SGLD",
+    "SGMCMC",
+    "CyclicalSchedule",
     "SWA",
     "SWAG",
     "FitResult",
@@ -21,4 +25,5 @@ __all__ = [
     "fit_map",
     "fit_mean_field",
     "fit_variational",
+    "sample_sgmcmc",
 ]
