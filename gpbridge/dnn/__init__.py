@@ -1,7 +1,9 @@
 """Deep networks and posteriors over the weights of the nonlinear network."""
 
+from gpbridge.dnn.chains import SGMCMC, sample_sgmcmc
 from gpbridge.dnn.curve_training import fit_curve
 from gpbridge.dnn.curves import BezierCurve, PolyChain
+from gpbridge.dnn.cyclical import CyclicalSchedule
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.ensembles import DeepEnsemble
@@ -40,10 +42,12 @@ from gpbridge.types import FitResult
 __all__ = [
     "SGHMC",
     "SGLD",
+    "SGMCMC",
     "SWA",
     "SWAG",
     "BezierCurve",
     "CurveLosses",
+    "CyclicalSchedule",
     "DeepEnsemble",
     "DivergedError",
     "EllipticalSliceSampling",
@@ -73,6 +77,7 @@ __all__ = [
     "loss_plane",
     "plane_through",
     "principal_plane",
+    "sample_sgmcmc",
     "sample_subspace",
     "train_replicas",
     "tune_scale",

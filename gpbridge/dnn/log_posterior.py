@@ -62,13 +62,16 @@ class LogPosterior(nn.Module):
         self.likelihood_temperature = likelihood_temperature
         self.reduction = reduction
 
-    def forward(self, params: Params, X: Tensor, Y: Tensor) -> Tensor:
+    def forward(
+        self, params: Params, X: Tensor, Y: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         """Evaluate at weights, on a batch.
 
         Args:
             params: Weights by name.
             X: Inputs ``b x d``.
             Y: Targets in the form of the likelihood, b of them.
+            noise: Noise variances of these points, for a likelihood with fixed ones.
 
         Returns:
             A scalar.
@@ -79,6 +82,8 @@ class LogPosterior(nn.Module):
         if not len(X):
             raise ShapeError("X must have at least one row, but the batch is empty.")
         values = self.net.apply_network(params, X)
-        fit = log_prob(self.likelihood, values, Y).sum() * (self.num_data / len(X))
+        fit = log_prob(self.likelihood, values, Y, noise).sum() * (
+            self.num_data / len(X)
+        )
         total = fit / self.likelihood_temperature + self.prior(params)
         return total / self.num_data if self.reduction == "mean" else total

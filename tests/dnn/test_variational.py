@@ -94,7 +94,7 @@ def test_a_linear_model_is_fitted_to_the_optimum_of_the_bound(regression):
 def test_the_expected_gradient_vanishes_at_the_optimum(regression, local):
     """And only there: the divergence of normals is convex in these parameters."""
     X, y = regression
-    vi, generator, repeats = linear(local), seeded(5), 400
+    vi, generator, repeats = linear(local), seeded(5), 250
     mean, variance = oracles.mean_field_optimum(X, y, 0.25, 0.8)
     errors = []
     for shift in (0.0, 1.0):
@@ -112,7 +112,7 @@ def test_the_expected_gradient_vanishes_at_the_optimum(regression, local):
             ]
         )
         errors.append(gradients.mean(0) / (gradients.std(0) / repeats**0.5))
-    assert errors[0].abs().max() < 4 and errors[1].abs().max() > 8
+    assert errors[0].abs().max() < 4 and errors[1].abs().max() > 6
 
 
 @pytest.mark.parametrize("local", ["exact", "none"])
@@ -122,15 +122,15 @@ def test_the_loss_is_the_bound_per_datum(regression, temperature, local):
     vi = linear(local, initial_std=0.15, likelihood_temperature=temperature)
     generator = seeded(3)
     with torch.no_grad():
-        losses = torch.stack([vi.loss(X, y[:, None], generator) for _ in range(500)])
+        losses = torch.stack([vi.loss(X, y[:, None], generator) for _ in range(300)])
     bound = oracles.linear_regression_evidence_bound(
         X, y, 0.25, 0.8, vi.mean.detach(), vi.variance.detach()
     )
     kl = kl_divergence(Normal(vi.mean, vi.variance.sqrt()), Normal(0.0, 0.8**0.5)).sum()
     exact = (-bound + (temperature - 1) * kl) / 30
     error = losses.mean() - exact
-    assert abs(error) < 4.5 * losses.std() / 500**0.5
-    assert losses.std() / 500**0.5 < 0.03 * exact.abs()
+    assert abs(error) < 4.5 * losses.std() / 300**0.5
+    assert losses.std() / 300**0.5 < 0.03 * exact.abs()
 
 
 def test_the_divergence_is_that_of_torch_summed_over_weights():
@@ -158,7 +158,7 @@ def test_both_forms_have_one_expected_loss_and_the_local_one_less_noise(outputs)
     likelihood, Y = gaussian(), random(40, 1, seed=2)
     if outputs == 3:
         likelihood, Y = SOFTMAX, torch.arange(40) % 3
-    losses, spread, repeats = [], [], 150
+    losses, spread, repeats = [], [], 100
     for how in ("exact", "none"):
         vi = MeanFieldVI(
             network, likelihood, 40, initial_std=0.3, local_reparameterization=how
