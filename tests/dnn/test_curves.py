@@ -172,7 +172,7 @@ def trained_pair():
     def network(seed):
         torch.manual_seed(seed)
         start = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 1)).double()
-        options = {"epochs": 120, "learning_rate": 0.05, "batch_size": 60}
+        options = {"epochs": 80, "learning_rate": 0.05, "batch_size": 60}
         fit = fit_map(
             start, X, y, early_stopping=False, progress=False, generator=seeded(seed),
             **options,
@@ -191,7 +191,7 @@ def test_a_trained_curve_goes_round_the_barrier_of_the_line():
         torch.testing.assert_close(untrained.loss, line.loss)
         with assert_module_unchanged(start), assert_module_unchanged(end):
             history = fit_curve(
-                curve, X, y, epochs=150, learning_rate=0.05, batch_size=30,
+                curve, X, y, epochs=100, learning_rate=0.05, batch_size=30,
                 optimizer="adam", weight_decay=0.0, progress=False,
             )  # fmt: skip
         along = curve_losses(curve, X, y, t=21)
@@ -199,7 +199,7 @@ def test_a_trained_curve_goes_round_the_barrier_of_the_line():
         assert along.barrier() < 0.3 * line.barrier()
         assert along.length > line.length
         assert torch.equal(along.loss[[0, -1]], line.loss[[0, -1]])
-        assert len(history["train_loss"]) == 150
+        assert len(history["train_loss"]) == 100
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
