@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ShapeError
 from gpbridge.data import two_moons
 from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve, fit_map
 from gpbridge.dnn.loss_surface import CurveLosses, losses_at
@@ -481,6 +482,8 @@ def test_bad_input_is_refused_with_its_reason():
     for bad in (1.5, -0.1, torch.nan, torch.zeros(1, 1)):
         with pytest.raises(ValueError, match=r"t must be a time in \[0, 1\]"):
             curve.weights(bad)
+    with pytest.raises(ShapeError, match=r"t must be one time, but has shape \(2,\)"):
+        curve(X, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="nothing to train"):
         fit_curve(PolyChain(*networks, 2), X, Y)
     with pytest.raises(ValueError, match="optimizer must be one of"):
