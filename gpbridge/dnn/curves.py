@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import check_count, check_tensor
+from gpbridge.checks import ShapeError, check_count, check_tensor
 from gpbridge.dnn.curve_ends import check_same_network
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet, Parameters
@@ -110,7 +110,9 @@ class WeightCurve(nn.Module):
         Raises:
             ValueError: If a time is not in [0, 1].
         """
-        t = torch.as_tensor(t).to(self.start)
+        # A Python float would be rounded to float32.
+        dtype = None if isinstance(t, Tensor) else torch.float64
+        t = torch.as_tensor(t, dtype=dtype).to(self.start)
         # Written so that NaN fails too.
         if t.dim() > 1 or not bool(((t >= 0) & (t <= 1)).all()):
             shown = t.tolist() if t.numel() <= 8 else f"of shape {tuple(t.shape)}"
@@ -141,8 +143,17 @@ class WeightCurve(nn.Module):
 
         Returns:
             Outputs ``b x m``, differentiable in the bends.
+
+        Raises:
+            ShapeError: If there are several times.
         """
-        return self._outputs(X, self.weights(t))
+        weights = self.weights(t)
+        if weights.dim() > 1:
+            raise ShapeError(
+                f"t must be one time, but has shape {tuple(weights.shape[:-1])}. "
+                "Networks at several are draw_at(t)."
+            )
+        return self._outputs(X, weights)
 
     def _outputs(self, X: Tensor, weights: Tensor) -> Tensor:
         net = self.net
@@ -197,8 +208,8 @@ class WeightCurve(nn.Module):
         Returns:
             The functions, one for each time.
         """
-        t = torch.as_tensor(t).reshape(-1)
-        return WeightDraws(self.net, self.weights(t).detach())
+        weights = self.weights(t).detach()
+        return WeightDraws(self.net, weights.reshape(-1, len(self.start)))
 
     def draw(self, num_samples: int, generator: Generator | None = None) -> WeightDraws:
         """Freeze functions at uniform times."""

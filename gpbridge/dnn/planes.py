@@ -198,7 +198,7 @@ def loss_plane(
         Y: Targets as for :func:`~gpbridge.dnn.fit_map`.
         likelihood: Picks the loss, as for :func:`~gpbridge.dnn.fit_curve`.
         size: Points along each side.
-        margin: Room around the points, as a share of their extent on each side.
+        margin: Room around the points, as a share of their larger extent.
         batches: Training inputs from which batch norm takes its statistics anew at each
             point; needed if there are any.
         chunk_size: Points evaluated at once.
@@ -219,7 +219,8 @@ def loss_plane(
             f"are {size} and {margin}."
         )
     low, high = plane.points.amin(0), plane.points.amax(0)
-    low, high = low - margin * (high - low), high + margin * (high - low)
+    room = margin * (high - low).amax()  # the same all around: units are equal
+    low, high = low - room, high + room
     shares = torch.linspace(0, 1, size, dtype=torch.float64).to(low)
     x, y = (low + shares[:, None] * (high - low)).unbind(-1)
     rows, columns = torch.meshgrid(y, x, indexing="ij")

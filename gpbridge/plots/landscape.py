@@ -95,6 +95,7 @@ def plot_loss_plane(
     ax = dressed(ax)
     ax.grid(False)
     from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
+    from matplotlib.patheffects import withStroke
 
     # Dark in the valleys, so that what is drawn on them stands out.
     colormap = LinearSegmentedColormap.from_list(
@@ -110,10 +111,12 @@ def plot_loss_plane(
         norm=BoundaryNorm(edges, colormap.N, extend="max"),
         extend="max",
     )
-    bar = ax.figure.colorbar(filled, ax=ax, shrink=0.9, pad=0.02)
+    # Inside the frame of the axes, so that it is as high as they are.
+    bar = ax.figure.colorbar(filled, cax=ax.inset_axes((1.03, 0, 0.045, 1)))
     bar.set_label("loss" if quantity == "loss" else "error")
     shown = edges[:: max(1, levels // 5)]
     bar.set_ticks(shown, labels=[f"{level:.2g}" for level in shown])
+    bar.ax.tick_params(color="#b8bdc6", labelcolor=INK)
     bar.outline.set_visible(False)
     if trajectory is not None:
         path = _pairs("trajectory", trajectory)
@@ -128,12 +131,15 @@ def plot_loss_plane(
                 markersize=7,
                 zorder=4,
             )
+            is_left = bool(point[0] <= (plane.x[0] + plane.x[-1]) / 2)
             ax.annotate(
                 label,
                 point.tolist(),
-                xytext=(6, 6),
+                xytext=(7 if is_left else -7, 7),
                 textcoords="offset points",
+                ha="left" if is_left else "right",
                 color=INK,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 zorder=5,
             )
     ax.set_aspect("equal")
@@ -240,22 +246,23 @@ def plot_subspace_density(
     # The density at the edge of each region, from the largest region to the smallest.
     edges = sorted({float(ordered[int((held < mass).sum())]) for mass in masses})
     ax = dressed(ax)
+    from matplotlib.colors import to_rgba
+
+    inner = [(place + 1) / len(edges) for place in range(len(edges))]
     ax.contourf(
         columns,
         rows,
         density.numpy(),
         levels=[*edges, 1.0 + 1e-9],
-        colors=[colors[0]] * len(edges),
-        alpha=0.22,
+        colors=[to_rgba(colors[0], 0.1 + 0.35 * depth) for depth in inner],
     )
-    inner = [(place + 1) / len(edges) for place in range(len(edges))]
     ax.contour(
         columns,
         rows,
         density.numpy(),
         levels=edges,
         colors=colors[0],
-        linewidths=[0.8 + 0.8 * width for width in inner],
+        linewidths=[0.8 + 0.8 * depth for depth in inner],
     )
     if samples is not None:
         ax.plot(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ShapeError
 from gpbridge.data import two_moons
 from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve, fit_map
 from gpbridge.dnn.loss_surface import CurveLosses, losses_at
@@ -172,7 +173,7 @@ def trained_pair():
     def network(seed):
         torch.manual_seed(seed)
         start = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 1)).double()
-        options = {"epochs": 120, "learning_rate": 0.05, "batch_size": 60}
+        options = {"epochs": 80, "learning_rate": 0.05, "batch_size": 60}
         fit = fit_map(
             start, X, y, early_stopping=False, progress=False, generator=seeded(seed),
             **options,
@@ -191,7 +192,7 @@ def test_a_trained_curve_goes_round_the_barrier_of_the_line():
         torch.testing.assert_close(untrained.loss, line.loss)
         with assert_module_unchanged(start), assert_module_unchanged(end):
             history = fit_curve(
-                curve, X, y, epochs=150, learning_rate=0.05, batch_size=30,
+                curve, X, y, epochs=100, learning_rate=0.05, batch_size=30,
                 optimizer="adam", weight_decay=0.0, progress=False,
             )  # fmt: skip
         along = curve_losses(curve, X, y, t=21)
@@ -199,7 +200,7 @@ def test_a_trained_curve_goes_round_the_barrier_of_the_line():
         assert along.barrier() < 0.3 * line.barrier()
         assert along.length > line.length
         assert torch.equal(along.loss[[0, -1]], line.loss[[0, -1]])
-        assert len(history["train_loss"]) == 150
+        assert len(history["train_loss"]) == 100
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -481,6 +482,8 @@ def test_bad_input_is_refused_with_its_reason():
     for bad in (1.5, -0.1, torch.nan, torch.zeros(1, 1)):
         with pytest.raises(ValueError, match=r"t must be a time in \[0, 1\]"):
             curve.weights(bad)
+    with pytest.raises(ShapeError, match=r"t must be one time, but has shape \(2,\)"):
+        curve(X, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="nothing to train"):
         fit_curve(PolyChain(*networks, 2), X, Y)
     with pytest.raises(ValueError, match="optimizer must be one of"):

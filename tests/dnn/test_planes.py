@@ -91,8 +91,9 @@ def test_losses_on_the_grid_are_those_of_each_network(chunks):
         )  # fmt: skip
     extent = plane.points.amax(0) - plane.points.amin(0)
     for axis, values in enumerate((surface.x, surface.y)):
-        low = plane.points[:, axis].amin() - 0.5 * extent[axis]
-        expected = low + torch.tensor([0, 1.0, 2.0]).double() * extent[axis]
+        middle = plane.points[:, axis].amin() + extent[axis] / 2
+        reach = extent[axis] / 2 + 0.5 * extent.max()
+        expected = middle + torch.tensor([-1.0, 0, 1.0]).double() * reach
         torch.testing.assert_close(values, expected)
     for i, y in enumerate(surface.y):
         for j, x in enumerate(surface.x):
