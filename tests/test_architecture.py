@@ -28,7 +28,7 @@ kernels: matern buffers compositions feature_gram feature random_features tangen
 prior_draws posterior_draws pathwise predictive_mixture function_space models outcomes representers
 sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
-dnn: objective training fit_input fit replicas ensemble_fit priors log_posterior schedules snapshots swag ensembles fast_geometric slice_sampling curves subspace subspace_inference dropout sgmcmc local_reparameterization variational planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae
+dnn: objective training fit_input fit replicas ensemble_fit priors log_posterior schedules snapshots swag ensembles fast_geometric slice_sampling curves subspace subspace_inference dropout sgmcmc local_reparameterization variational planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae gp_vae_fit
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model
