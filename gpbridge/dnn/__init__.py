@@ -9,6 +9,8 @@ from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.ensembles import DeepEnsemble
 from gpbridge.dnn.fast_geometric import FastGeometricEnsemble
 from gpbridge.dnn.fit import fit_map
+from gpbridge.dnn.gp_vae import GPPriorVAE
+from gpbridge.dnn.gp_vae_fit import fit_gp_vae
 from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.loss_surface import CurveLosses, curve_losses
@@ -35,6 +37,7 @@ from gpbridge.dnn.subspace_inference import (
 )
 from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.dnn.vae import VAE, fit_vae
 from gpbridge.dnn.variational import MeanFieldVI
 from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
 from gpbridge.types import FitResult
@@ -45,6 +48,7 @@ __all__ = [
     "SGMCMC",
     "SWA",
     "SWAG",
+    "VAE",
     "BezierCurve",
     "CurveLosses",
     "CyclicalSchedule",
@@ -54,6 +58,7 @@ __all__ = [
     "EnsembleFit",
     "FastGeometricEnsemble",
     "FitResult",
+    "GPPriorVAE",
     "HamiltonianMonteCarlo",
     "LogPosterior",
     "LossPlane",
@@ -70,8 +75,10 @@ __all__ = [
     "elliptical_slice_sampling",
     "fit_curve",
     "fit_ensemble",
+    "fit_gp_vae",
     "fit_map",
     "fit_mean_field",
+    "fit_vae",
     "fit_variational",
     "hamiltonian_monte_carlo",
     "loss_plane",

@@ -2,8 +2,8 @@ r"""Autoencoders whose latent dimensions are Gaussian processes over auxiliary i
 
 Images of a rotating object are not independent: what is known about each (its angle,
 its time, which object it shows) correlates their latent rows. In: two modules, a
-gpytorch kernel, inducing points. Out: a :class:`GPPriorVAE`, a trained one from
-:func:`fit_gp_vae`, and predictions at auxiliary inputs without an image.
+gpytorch kernel, inducing points. Out: a :class:`GPPriorVAE`, which predicts at
+auxiliary inputs without an image. Next: ``gp_vae_fit`` trains it.
 
 References:
     Casale, Dalca, Saglietti, Listgarten, Fusi, Gaussian process prior variational
@@ -14,10 +14,9 @@ References:
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
@@ -27,18 +26,19 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
     ShapeError,
-    check_choice,
     check_count,
     check_inputs,
     check_not_empty,
+    check_positive,
     check_same_device,
     check_same_length,
 )
 from gpbridge.dnn.autoencoder import Autoencoder
-from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
 from gpbridge.dnn.inducing_posterior import (
     InducingPosterior,
-    condition_inducing,
+    evidence_of,
+    posterior_of,
+    refine,
     whiten,
 )
 from gpbridge.frozen import copy_without_hooks
@@ -53,20 +53,27 @@ class Prediction(NamedTuple):
 
 
 class GPPriorVAE(Autoencoder):
-    r"""A variational autoencoder with priors :math:`z_l \sim GP(0, k_l)`.
+    r"""A variational autoencoder with latent rows that Gaussian processes correlate.
 
-    The encoder's outputs are pseudo-observations of the latent functions,
-    :math:`N(\tilde y_l(y_i) \mid z_l(x_i), \tilde s_l^2(y_i))`. With them the posterior
-    of the inducing values is Gaussian in closed form, and the bound of all data is
+    .. math:: z_{il} = f_l(x_i) + \varepsilon_{il}, \qquad f_l \sim GP(0, k_l), \qquad
+              \varepsilon_{il} \sim N(0, \alpha_l)
+
+    The encoder's outputs are pseudo-observations
+    :math:`N(\tilde y_{il} \mid z_{il}, \tilde s_{il}^2)`. With them the posteriors of
+    the inducing values u of f, and of :math:`z_i` given f, are Gaussian in closed form;
+    the bound of all data is
 
     .. math::
-        \log p(Y) \ge \sum_i \mathbb{E}_{q(z_i)} \log p(y_i \mid z_i)
+        \log p(Y) \ge \sum_i \mathbb{E}_q \Bigl[ \log p(y_i \mid z_i)
+        - \mathrm{KL}(q(z_i \mid f_i) \,\|\, p(z_i \mid f_i)) \Bigr]
         - \sum_l \mathrm{KL}(q(u_l) \,\|\, p(u_l)) .
 
-    This is the bound of Jazbec et al.: their cross entropy with the encoder and the
-    Gaussian part of their sparse bound (Hensman et al., UAI 2013, eq. (4)) are
-    expectations under one q and cancel. With an inducing point at every datum it is
-    the dense bound of Pearce.
+    The latent noise :math:`\alpha` is that of Casale et al.: what the auxiliary inputs
+    leave open about a datum. Without it (zero) this is the bound of Jazbec et al.: the
+    cross entropy with the encoder and the Gaussian part of the sparse bound (Hensman
+    et al., UAI 2013, eq. (4)) are expectations under one q and cancel. Predictions are
+    then too certain where the kernel does not explain all. With an inducing point at
+    every datum it is the dense bound of Pearce, of the kernel plus the noise.
 
     Everything given is copied. Kernel and inducing points are kept in float64; modules
     stay as they are. A step costs l (b m^2 + m^3) beside encoder and decoder.
@@ -82,6 +89,8 @@ class GPPriorVAE(Autoencoder):
         inducing_points: Where the inducing values are, ``m x e``, in the inputs of the
             kernel.
         likelihood: Of a pixel, as in :class:`~gpbridge.dnn.autoencoder.Autoencoder`.
+        latent_noise_variance: The first value of each alpha, which is learnt; 0 for
+            none.
         embedding: Maps auxiliary inputs ``n x a`` to inputs of the kernel ``n x e``; it
             is trained too. A learnt vector per object goes here. None leaves them.
         input_shape: Shape of one datum for the encoder.
@@ -96,7 +105,7 @@ class GPPriorVAE(Autoencoder):
         >>> Y = torch.cat([time.sin(), time.cos(), time], -1)
         >>> encoder, decoder = nn.Linear(3, 4), nn.Linear(2, 3)
         >>> model = GPPriorVAE(encoder, decoder, 2, RBFKernel(), time[::2])
-        >>> model = fit_gp_vae(model, time, Y, epochs=2).model
+        >>> model = model.condition(time, Y)
         >>> model.posterior(time[:3]).mean.shape, model.predict(time[:3]).mean.shape
         (torch.Size([3, 2]), torch.Size([3, 3]))
     """
@@ -110,6 +119,7 @@ class GPPriorVAE(Autoencoder):
         inducing_points: Tensor,
         likelihood: Likelihood | None = None,
         *,
+        latent_noise_variance: float = 0.1,
         embedding: nn.Module | None = None,
         input_shape: Sequence[int] | None = None,
         learn_inducing_points: bool = True,
@@ -129,6 +139,11 @@ class GPPriorVAE(Autoencoder):
             )
         self.kernel = copy_without_hooks(kernel).double()
         self.embedding = None if embedding is None else copy_without_hooks(embedding)
+        self.log_latent_noise: nn.Parameter | None = None
+        if latent_noise_variance != 0:
+            check_positive(latent_noise_variance=latent_noise_variance)
+            start = torch.full((latent_dim,), math.log(latent_noise_variance))
+            self.log_latent_noise = nn.Parameter(start.to(inducing_points).double())
         points = inducing_points.detach().double().clone()
         self.inducing_points = nn.Parameter(points, requires_grad=learn_inducing_points)
         # Of all data, as condition() left it; at first the prior.
@@ -137,6 +152,13 @@ class GPPriorVAE(Autoencoder):
         identity = torch.eye(m).to(points).repeat(latent_dim, 1, 1)
         self.register_buffer("posterior_factor", identity)
         self.register_buffer("num_conditioned", torch.zeros((), dtype=torch.long))
+
+    @property
+    def latent_noise_variance(self) -> Tensor:
+        """The variance alpha of each latent dimension, ``l``."""
+        if self.log_latent_noise is None:
+            return self.inducing_points.new_zeros(self.latent_dim)
+        return self.log_latent_noise.exp()
 
     def elbo(
         self,
@@ -155,8 +177,8 @@ class GPPriorVAE(Autoencoder):
         draws. Without a support, q comes from the minibatch, each datum counted N / b
         times, as Jazbec et al. train: then the mean over minibatches is another
         number than the bound of all data and no bound, since each q has seen the data
-        it is scored on as N / b copies. The two agree for b = N. A support
-        drawn independently of the batch gives a bound again, whatever its size.
+        it is scored on as N / b copies. The two agree for b = N. A support drawn
+        independently of the batch gives a bound again, whatever its size.
 
         Args:
             X_aux: Auxiliary inputs ``b x a``.
@@ -175,63 +197,90 @@ class GPPriorVAE(Autoencoder):
         num_data = len(Y) if num_data is None else num_data
         check_count(num_data=num_data)
         cross, variance = self._covariances(X_aux)
+        sites = self._sites(Y)
         if support is None:
-            q = self._conditioned(cross, Y, num_data)
+            q = self._conditioned(cross, sites, num_data)
         else:
             self._check(*support)
             q = self.infer(*support, num_data=num_data)
-        return self._elbo(cross, variance, q, Y, num_data, num_samples, generator)
+        noise = (num_samples, generator)
+        return self._elbo(q, cross, variance, sites, Y, num_data, *noise)
 
     def _elbo(
         self,
+        q: InducingPosterior,
         cross: Tensor,
         variance: Tensor,
-        q: InducingPosterior,
+        sites: tuple[Tensor, Tensor],
         Y: Tensor,
         num_data: int,
         num_samples: int,
         generator: Generator | None,
     ) -> Tensor:
-        mean, variance = (part.mT.to(Y) for part in q.marginal(cross, variance))
+        f = q.marginal(cross, variance)
+        mean, variance, local = refine(*f, *sites, self.latent_noise_variance[:, None])
+        mean, std = mean.mT.to(Y), variance.sqrt().mT.to(Y)  # b x l
         noise = standard_normal((num_samples, *mean.shape), generator, mean)
-        fit = self.log_prob(Y, mean + variance.sqrt() * noise).mean()
-        return fit - (q.divergence().sum() / num_data).to(fit)
+        fit = self.log_prob(Y, mean + std * noise).mean()
+        return fit - (local.sum() / len(Y) + q.divergence().sum() / num_data).to(fit)
 
     def infer(
         self, X_aux: Tensor, Y: Tensor, *, num_data: int | None = None
     ) -> InducingPosterior:
         """The posterior of the inducing values given data that stand for N of them."""
         cross, _ = self._covariances(X_aux)
-        return self._conditioned(cross, Y, len(Y) if num_data is None else num_data)
+        num_data = len(Y) if num_data is None else num_data
+        return self._conditioned(cross, self._sites(Y), num_data)
+
+    def _sites(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-observations and their noise variances, ``l x n`` in float64."""
+        q = self.encode(Y)
+        return q.mean.mT.double(), q.variance.mT.double()
 
     def _conditioned(
-        self, cross: Tensor, Y: Tensor, num_data: int
+        self, cross: Tensor, sites: tuple[Tensor, Tensor], num_data: int
     ) -> InducingPosterior:
-        q = self.encode(Y)
-        targets, variance = (part.mT.to(cross) for part in (q.mean, q.variance))
-        return condition_inducing(cross, targets, variance, num_data / len(Y))
+        targets, variance = sites
+        noise = variance + self.latent_noise_variance[:, None]
+        terms = evidence_of(cross, targets, noise, num_data / targets.shape[-1])
+        return posterior_of(*terms)
 
     @torch.no_grad()
-    def condition(self, X_aux: Tensor, Y: Tensor) -> GPPriorVAE:
+    def condition(self, X_aux: Tensor, Y: Tensor, batch_size: int = 1000) -> GPPriorVAE:
         """Keep the posterior given these data, and no others, for predictions.
 
-        :func:`fit_gp_vae` does so with its data; after changing parameters in another
-        way, do it again. Before the first time predictions are the prior's.
+        :func:`~gpbridge.dnn.gp_vae_fit.fit_gp_vae` does so with its data; after
+        changing parameters in another way, do it again. Before the first time
+        predictions are the prior's.
+
+        Args:
+            X_aux: Auxiliary inputs ``n x a``.
+            Y: Data ``n x d``.
+            batch_size: Rows encoded at once; what is kept is a sum over them.
 
         Returns:
             The model.
         """
         self._check(X_aux, Y)
-        q = self.infer(X_aux, Y)
+        check_count(batch_size=batch_size)
+        sums = (0.0, 0.0)
+        for aux, rows in zip(X_aux.split(batch_size), Y.split(batch_size), strict=True):
+            cross, _ = self._covariances(aux)
+            targets, noise = self._sites(rows)
+            noise = noise + self.latent_noise_variance[:, None]
+            terms = evidence_of(cross, targets, noise)
+            sums = (sums[0] + terms[0], sums[1] + terms[1])
+        q = posterior_of(*sums)
         self.posterior_mean.copy_(q.mean)
         self.posterior_factor.copy_(q.factor)
         self.num_conditioned.fill_(len(Y))
         return self
 
     def posterior(self, X_aux: Tensor) -> MultitaskMultivariateNormal:
-        """Latent functions at auxiliary inputs, jointly: mean ``t x l``.
+        """Latent functions f at auxiliary inputs, jointly: mean ``t x l``.
 
-        Latent dimensions are independent of one another. Differentiable in the inputs.
+        Latent dimensions are independent of one another, and latent noise is not in it.
+        Differentiable in the inputs.
         """
         self._check_aux(X_aux)
         inputs = self._embedded(X_aux)
@@ -259,7 +308,7 @@ class GPPriorVAE(Autoencoder):
         generator = fresh(generator, like.device)
         means, variances = [], []
         for rows in X_aux.split(self._chunk(num_samples)):
-            mean, variance = self._marginal(self._kept(), rows, like)
+            mean, variance = (part.mT.to(like) for part in self._predicted(rows))
             noise = standard_normal((num_samples, *mean.shape), generator, mean)
             pixels = self._pixels(self._decoded(mean + variance.sqrt() * noise))
             means.append(pixels.mean.mean(0))
@@ -281,9 +330,10 @@ class GPPriorVAE(Autoencoder):
                   \quad z_s \sim r(z) \propto q(z) \, N(\tilde y \mid z, \tilde s^2)
 
         Here q(z) is the Gaussian process posterior at the auxiliary input, given the
-        data of :meth:`condition` only, and r that posterior after the datum's own
-        pseudo-observation. The expectation is at most :math:`\log \int p(y \mid z)
-        q(z) dz`, for any encoder, never falls with k, and approaches it.
+        data of :meth:`condition` only, with latent noise, and r that posterior after
+        the datum's own pseudo-observation. The expectation is at most
+        :math:`\log \int p(y \mid z) q(z) dz`, for any encoder, never falls with k, and
+        approaches it.
 
         Args:
             X_aux: Auxiliary inputs of the new data, ``t x a``.
@@ -299,10 +349,10 @@ class GPPriorVAE(Autoencoder):
         generator = fresh(generator, Y.device)
         bounds, size = [], self._chunk(num_importance)
         for aux, rows in zip(X_aux.split(size), Y.split(size), strict=True):
-            mean, variance = self._marginal(self._kept(), aux, self.inducing_points)
-            site = self.encode(rows)
-            precision = 1 / variance + 1 / site.variance.to(variance)
-            shift = (site.mean.to(mean) - mean) / site.variance.to(mean) / precision
+            mean, variance = (part.mT for part in self._predicted(aux))
+            target, spread = (part.mT for part in self._sites(rows))
+            precision = 1 / variance + 1 / spread
+            shift = (target - mean) / spread / precision
             noise = standard_normal((num_importance, *mean.shape), generator, mean)
             Z = mean + shift + noise / precision.sqrt()
             # log q(z) - log r(z), without the 2 pi that both have.
@@ -315,12 +365,10 @@ class GPPriorVAE(Autoencoder):
     def _kept(self) -> InducingPosterior:
         return InducingPosterior(self.posterior_mean, self.posterior_factor)
 
-    def _marginal(
-        self, q: InducingPosterior, X_aux: Tensor, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Latent means and variances at each point, ``t x l``."""
-        mean, variance = q.marginal(*self._covariances(X_aux))
-        return mean.mT.to(like), variance.mT.to(like)
+    def _predicted(self, X_aux: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and variances of z at new points each alone, ``l x t``."""
+        mean, variance = self._kept().marginal(*self._covariances(X_aux))
+        return mean, variance + self.latent_noise_variance[:, None]
 
     def _covariances(self, X_aux: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened cross covariances ``... x m x t``, prior variances ``... x t``."""
@@ -349,89 +397,3 @@ class GPPriorVAE(Autoencoder):
     def _check_aux(self, X_aux: Tensor) -> None:
         check_inputs(X_aux, "X_aux")
         check_not_empty(X_aux=X_aux)
-
-
-def fit_gp_vae(
-    model: GPPriorVAE,
-    X_aux: Tensor,
-    Y: Tensor,
-    *,
-    epochs: int = 200,
-    learning_rate: float = 1e-3,
-    prior_learning_rate: float = 1e-2,
-    batch_size: int | None = None,
-    support: str = "data",
-    num_samples: int = 1,
-    generator: Generator | None = None,
-    resume: dict[str, Any] | None = None,
-    progress: bool = True,
-    callback: Callback | None = None,
-) -> ELBOFit:
-    """Train a copy of the model on its lower bound by Adam, and condition it.
-
-    Args:
-        model: The model, which stays as it is.
-        X_aux: Auxiliary inputs ``n x a``.
-        Y: Data ``n x d`` or ``n x input_shape``.
-        epochs: Passes over the data, after those of ``resume``.
-        learning_rate: Of encoder and decoder.
-        prior_learning_rate: Of kernel, embedding, inducing points and likelihood, which
-            are few numbers on scales of their own.
-        batch_size: Rows per step; None takes all.
-        support: What q(u) is made of in each step: ``"data"``, all of them, which costs
-            a pass of the encoder over all and l N m^2, and has unbiased gradients; or
-            ``"batch"``, as Jazbec et al., l b m^2 and biased.
-        num_samples: Latent draws per datum and step.
-        generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: The ``state`` of a fit before, to go on from.
-        progress: Whether to show a bar, if there is a terminal.
-        callback: Called after every epoch with (epoch, model in eval mode, entries of
-            the history); True ends training. Its model is not conditioned.
-
-    Returns:
-        The trained model, conditioned on these data, and the state to resume from.
-
-    Raises:
-        InputDataError: If there are no data, or NaN among them.
-        RuntimeError: If the bound is not finite in the first epoch.
-
-    Warns:
-        RuntimeWarning: If the bound becomes NaN later, or the keyboard interrupts: the
-            last good epoch is returned.
-    """
-    model._check(X_aux, Y)
-    check_choice("support", support, ("data", "batch"))
-    check_count(num_samples=num_samples)
-    own, n = copy.deepcopy(model), len(Y)
-    own.log_prob(Y[:2], own.encode(Y[:2]).mean)  # shapes, before any training
-    own._covariances(X_aux[:2])
-
-    def elbo(rows: Tensor, generator: Generator) -> Tensor:
-        if support == "batch":
-            cross, variance = own._covariances(X_aux[rows])
-            q = own._conditioned(cross, Y[rows], n)
-        else:
-            cross, variance = own._covariances(X_aux)
-            q = own._conditioned(cross, Y, n)
-            cross, variance = cross[..., rows], variance[..., rows]
-        return own._elbo(cross, variance, q, Y[rows], n, num_samples, generator)
-
-    networks = [*own.encoder.parameters(), *own.decoder.parameters()]
-    shared = {id(p) for p in networks}
-    others = [p for p in own.parameters() if id(p) not in shared]
-    fit = ascend_elbo(
-        own,
-        elbo,
-        n,
-        Y.device,
-        groups=[(networks, learning_rate), (others, prior_learning_rate)],
-        epochs=epochs,
-        batch_size=n if batch_size is None else batch_size,
-        generator=generator,
-        resume=resume,
-        progress=progress,
-        callback=callback,
-        name="fit_gp_vae",
-    )
-    own.condition(X_aux, Y)
-    return fit

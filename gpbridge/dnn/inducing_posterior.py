@@ -92,24 +92,39 @@ def whiten(inducing: Tensor, cross: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, cross, upper=False)
 
 
-def condition_inducing(
+def evidence_of(
     cross: Tensor, targets: Tensor, noise_variance: Tensor, weight: float = 1.0
-) -> InducingPosterior:
-    r"""The optimal q(u) for pseudo-observations that count ``weight`` times each.
+) -> tuple[Tensor, Tensor]:
+    r"""What pseudo-observations say about whitened inducing values; sums over data.
 
-    .. math::
-        B = I + w A S^{-1} A^\top, \qquad \mu = w B^{-1} A S^{-1} \tilde y, \qquad
-        A = C^{-1} K_{mb}, \; S = \mathrm{diag}\, \tilde s^2
-
-    For u this is :math:`N(K_{mm} \Sigma^{-1} w K_{mb} S^{-1} \tilde y, K_{mm}
-    \Sigma^{-1} K_{mm})` with :math:`\Sigma = K_{mm} + w K_{mb} S^{-1} K_{bm}`. Costs
-    l (b m^2 + m^3).
+    .. math:: w A S^{-1} A^\top, \qquad w A S^{-1} \tilde y, \qquad
+              A = C^{-1} K_{mb}, \; S = \mathrm{diag}\, \tilde s^2
 
     Args:
         cross: A, ``m x b`` or ``l x m x b``, of :func:`whiten`.
         targets: Pseudo-observations, ``l x b``.
         noise_variance: Theirs, ``l x b``.
-        weight: N / b, for a batch that stands for N data.
+        weight: How often each counts: N / b, for a batch that stands for N data.
+
+    Returns:
+        Precision added to that of the prior ``l x m x m``, and shift ``l x m``.
+    """
+    scaled = cross * (weight / noise_variance)[:, None]  # l x m x b
+    return scaled @ cross.mT, (scaled @ targets[..., None])[..., 0]
+
+
+def posterior_of(precision: Tensor, shift: Tensor) -> InducingPosterior:
+    r"""The optimal q(u) given the sums of :func:`evidence_of` over all data.
+
+    With them, :math:`B = I + w A S^{-1} A^\top` and
+    :math:`\mu = w B^{-1} A S^{-1} \tilde y`. For u this is, with
+    :math:`\Sigma = K_{mm} + w K_{mb} S^{-1} K_{bm}`, the Gaussian
+    :math:`N(K_{mm} \Sigma^{-1} w K_{mb} S^{-1} \tilde y, K_{mm} \Sigma^{-1} K_{mm})`.
+    Both cost l (b m^2 + m^3).
+
+    Args:
+        precision: ``l x m x m``.
+        shift: ``l x m``.
 
     Returns:
         The posterior.
@@ -119,9 +134,40 @@ def condition_inducing(
         variational autoencoders, AISTATS 2021, the estimates from a minibatch.
         Titsias 2009, eq. (10), for w = 1.
     """
-    precision = weight / noise_variance
-    scaled = cross * precision[:, None]  # l x m x b
-    B = torch.eye(cross.shape[-2]).to(cross) + scaled @ cross.mT
-    factor = torch.linalg.cholesky(B)
-    mean = torch.cholesky_solve(scaled @ targets[..., None], factor)[..., 0]
+    identity = torch.eye(precision.shape[-1]).to(precision)
+    factor = torch.linalg.cholesky(identity + precision)
+    mean = torch.cholesky_solve(shift[..., None], factor)[..., 0]
     return InducingPosterior(mean, factor)
+
+
+def refine(
+    mean: Tensor,
+    variance: Tensor,
+    targets: Tensor,
+    noise_variance: Tensor,
+    latent_noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The posterior of noisy values z = f + e of each point, from its own observation.
+
+    With :math:`e \sim N(0, \alpha)`,
+
+    .. math:: q(z \mid f) = N(\rho f + (1 - \rho) \tilde y, \; \rho \alpha), \qquad
+              \rho = \tilde s^2 / (\alpha + \tilde s^2) .
+
+    Args:
+        mean: Of f, ``l x n``.
+        variance: Of f, ``l x n``.
+        targets: Pseudo-observations of z, ``l x n``.
+        noise_variance: Theirs, ``l x n``.
+        latent_noise: The variance alpha, which may be zero.
+
+    Returns:
+        Means and variances of z, and the expected divergence of q(z | f) from p(z | f).
+    """
+    total = latent_noise + noise_variance
+    share = noise_variance / total  # rho
+    error = (targets - mean).square() + variance
+    distance = latent_noise / total.square() * error
+    divergence = 0.5 * (share - 1 - share.log() + distance)
+    refined = share.square() * variance + share * latent_noise
+    return targets + share * (mean - targets), refined, divergence
