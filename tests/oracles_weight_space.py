@@ -1,6 +1,7 @@
 """Weight-space answers in dense float64, typed from the papers, without gpbridge."""
 
 import math
+
 import torch
 
 
