@@ -419,7 +419,7 @@ def run(
             "MultiSWAG": MixtureWeights([f.posterior for f in scales]).draw(
                 DRAWS, generator
             ),
-            "subspace, ESS": subspace.posterior.draw(),
+            "subspace, ESS": subspace.best.posterior.draw(),
             "MC dropout": best(dropped[s], own),
             "fast geometric ensemble": EmpiricalWeights(
                 net, torch.stack([w[s] for w in snapshots])
