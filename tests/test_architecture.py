@@ -21,14 +21,14 @@ ORDER = """
 types
 _version checks storage randomness metrics data distributed
 tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation plots
-operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator features layer_signals layer_features layer_gram spectral draws batch_norm weights prediction
+operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 prior_draws posterior_draws pathwise predictive_mixture function_space models outcomes representers
 sampled: observations covariance persistence state gp paths
 linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
-dnn: objective training initial_weights fit_input fit stacked_layers replica_input stacked_training replicas ensemble_fit priors log_posterior schedules trackers snapshots swag multi_swag ensembles fast_geometric slice_sampling curves subspace subspace_inference dropout sgmcmc local_reparameterization variational planes deep_gp vae gp_vae
+dnn: objective training initial_weights fit_input fit replica_fit replica_input stacked_loss stacked_training replicas ensemble_fit priors log_posterior schedules trackers snapshots swag multi_swag ensembles fast_geometric slice_sampling curves subspace subspace_inference dropout sgmcmc local_reparameterization variational planes deep_gp vae gp_vae
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start iterative_mll online invariance hypergradient training_speed compare
 acquisition surrogates
 testing: modules gradients case posterior state conditioning acquisition model

@@ -7,9 +7,9 @@ from gpbridge.dnn.fast_geometric import FastGeometricEnsemble
 from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.multi_swag import MultiSWAG
+from gpbridge.dnn.replica_fit import DivergedError, ReplicaFit
 from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.snapshots import Snapshots
-from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.types import FitResult
 
