@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
+from gpbridge.stacked_layers import stack_chain
 from gpbridge.types import Params
 
 
@@ -109,7 +110,12 @@ class WeightDraws(nn.Module):
         params = net.unflatten(self.weights.to(Z))
         for name, value in self.statistics.items():
             params[name] = value.to(Z) if value.is_floating_point() else value
-        if net.vectorized:
+        chain = stack_chain(net)
+        if chain is not None:
+            s = len(self.weights)
+            values = chain(params, Z.reshape(-1, Z.shape[-1]).expand(s, -1, -1))
+            values = values.reshape(s, *Z.shape[:-1], values.shape[-1])
+        elif net.vectorized:
             values = torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
         else:
             values = torch.stack(

@@ -22,6 +22,7 @@ from gpbridge.dnn.planes import (
     plane_through,
     principal_plane,
 )
+from gpbridge.dnn.replica_fit import DivergedError, ReplicaFit
 from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD

@@ -66,7 +66,7 @@ def _mean_nll(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tenso
 
 def _square_loss(outputs: Tensor, Y: Tensor) -> Tensor:
     squares = F.mse_loss(outputs, Y, reduction="none")
-    return 0.5 * Y.shape[-1] * squares.mean((-2, -1))  # a sum over outputs
+    return squares.sum((-2, -1)) * (0.5 / Y.shape[-2])
 
 
 def _weighted_square_loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import check_count, warn_user
-from gpbridge.dnn.stacked_training import Decay, Loss, ReplicaFit, StackedTraining
+from gpbridge.dnn.replica_fit import ReplicaFit
+from gpbridge.dnn.stacked_loss import Loss
+from gpbridge.dnn.stacked_training import Decay, StackedTraining
 from gpbridge.storage import load_state, save_state
 from gpbridge.types import Params
 

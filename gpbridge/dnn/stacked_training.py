@@ -14,11 +14,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import vmap
 
 from gpbridge.checks import (
     ShapeError,
@@ -28,6 +27,7 @@ from gpbridge.checks import (
     check_same_device,
 )
 from gpbridge.dnn.objective import EVALUATION_ROWS
+from gpbridge.dnn.replica_fit import DivergedError, ReplicaFit
 from gpbridge.dnn.replica_input import (
     check_normalisation,
     check_rows,
@@ -36,40 +36,15 @@ from gpbridge.dnn.replica_input import (
     stacked_data,
     stacked_state,
 )
-from gpbridge.dnn.stacked_layers import stack_layers
+from gpbridge.dnn.stacked_loss import Loss, stack_loss
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.functional import FunctionalNet
-from gpbridge.probe import check_outputs, run_or_explain
+from gpbridge.stacked_layers import stack_layers
 from gpbridge.types import Params
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Decay = float | Tensor | Callable[[int, Params], float | Tensor]
 
 _GATHERED = 2**24  # numbers of a minibatch sequence that are gathered at once
-
-
-class ReplicaFit(NamedTuple):
-    """Trained copies of one network.
-
-    Attributes:
-        weights: One row per copy, ``k x p``.
-        state: The same weights by name, and each copy's buffers, ``k x shape``.
-        history: One ``epochs x k`` tensor per recorded quantity.
-        best_epoch: The epoch whose weights these are, ``k``; None for the last.
-    """
-
-    weights: Tensor
-    state: Params
-    history: dict[str, Tensor]
-    best_epoch: Tensor | None
-
-
-class DivergedError(RuntimeError):
-    """Training met NaN or Inf; ``fit`` holds the copies as they were before."""
-
-    def __init__(self, message: str, fit: ReplicaFit) -> None:
-        super().__init__(message)
-        self.fit = fit
 
 
 class StackedTraining:
@@ -134,13 +109,15 @@ class StackedTraining:
         self._each = torch.arange(k, device=self.X.device)[:, None]
         self._ones = torch.ones(k, dtype=self.X.dtype, device=self.X.device)
         self._forward = stack_layers(self.net)
-        self._loss = self._stacked_loss(loss)
+        self._loss = stack_loss(
+            loss, self.net, lambda X: self._forward(self.state, X), self.X, self.Y
+        )
         self.optimizer = _optimizer(optimizer, self._leaves, learning_rate, momentum)
         self.epoch = 0
         self.entries: list[Params] = []
         self.keeps_best = keep_best and validation is not None
         self._good = self._copies()
-        self.best = self._copies()
+        self.best = self._copies() if self.keeps_best else {}
         self.best_loss = torch.full_like(self._ones, math.inf)
         self.best_epoch = torch.zeros(k, dtype=torch.long, device=self.X.device)
 
@@ -159,13 +136,12 @@ class StackedTraining:
         with isolated_randomness(self._noise, self.X.device):
             for X, Y in self._batches():
                 losses = self._loss(self._forward(self.state, X), Y)
-                self.optimizer.zero_grad()
+                for p in self._leaves:  # the optimiser's own loop takes longer
+                    p.grad = None
                 losses.backward(self._ones)
                 if decay is not None:
                     for p in self._leaves:
-                        p.grad.addcmul_(
-                            p.detach(), decay.view(-1, *[1] * (p.dim() - 1))
-                        )
+                        p.grad.addcmul_(p.detach(), _beside(decay, p))
                 self.optimizer.step()
                 total += X.shape[1] * losses.detach()
                 seen += X.shape[1]
@@ -230,7 +206,8 @@ class StackedTraining:
         for name, value in state["state"].items():
             self.state[name].copy_(value)
             self._good[name].copy_(value)
-            self.best[name].copy_(state["best"][name])
+        for name, value in state["best"].items():
+            self.best[name].copy_(value)
         self.epoch = state["epoch"]
         self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
         self.entries = [dict(entry) for entry in state["entries"]]
@@ -245,6 +222,7 @@ class StackedTraining:
             "number of rows": self.num_rows,
             "number of weights": self.net.num_params,
             "batch size": self.batch_size,
+            "keeping of the best epoch": self.keeps_best,
             "optimizer": type(self.optimizer).__name__,
             "learning rate": self.learning_rate,
             "sum of inputs": float(self.X[0].double().sum()),
@@ -267,40 +245,6 @@ class StackedTraining:
         for rows in order.split(together, 1):
             X, Y = self.X[self._each, rows], self.Y[self._each, rows]
             yield from zip(X.split(b, 1), Y.split(b, 1), strict=True)
-
-    def _stacked_loss(self, loss: Loss) -> Loss:
-        """The loss of each copy: as it is if it takes a stack, or vmapped."""
-        mapped = vmap(loss, randomness="different")
-        generator = Generator().manual_seed(0)
-        with isolated_randomness(generator, self.X.device), torch.no_grad():
-            rows = self.X[0, :2].reshape(
-                -1, *(self.net.input_shape or self.X.shape[2:])
-            )
-            outputs = run_or_explain(self.net.network, rows, self.net.input_shape)
-            check_outputs(outputs, rows)
-            X, Y = self.X[:, :2], self.Y[:, :2]
-            try:
-                outputs = self._forward(self.state, X)
-                losses = mapped(outputs, Y)
-            except RuntimeError as error:
-                raise ValueError(
-                    "torch.func.vmap cannot evaluate the copies side by side: "
-                    f"{str(error).strip().splitlines()[0]} Train them one by one with "
-                    "fit_map, or replace the operation."
-                ) from error
-            if losses.shape != self._ones.shape:
-                raise ShapeError(
-                    "loss must map outputs ``b x m`` and targets of one copy to a "
-                    f"scalar, but gave shape {tuple(losses.shape[1:])}. Take the mean "
-                    "over the rows."
-                )
-            try:
-                direct = loss(outputs, Y)
-            except (RuntimeError, ValueError, IndexError):
-                return mapped
-        fits = isinstance(direct, Tensor) and direct.shape == losses.shape
-        fits = fits and torch.allclose(direct, losses, equal_nan=True)
-        return loss if fits else mapped
 
     @torch.no_grad()
     def _validation_loss(self) -> Tensor:
@@ -339,9 +283,9 @@ class StackedTraining:
         )
 
     def _check(self, entry: Params) -> None:
-        fine = torch.stack([torch.isfinite(value) for value in entry.values()]).all(0)
-        for value in self._leaves:
-            fine = fine & torch.isfinite(value.detach()).flatten(1).all(1)
+        # One NaN or Inf makes a sum one, and a sum is the cheapest pass.
+        sums = [value.detach().flatten(1).sum(1) for value in self._leaves]
+        fine = torch.isfinite(torch.stack([*entry.values(), *sums])).all(0)
         if bool(fine.all()):
             return
         bad = torch.nonzero(~fine).flatten().tolist()

@@ -127,9 +127,15 @@ def test_copies_are_trained_as_each_would_be_alone(build, name, make, own):
     torch.testing.assert_close(rates, 0.03 / torch.arange(1, 5).double())
 
 
-@pytest.mark.parametrize("loss", [mse, stacked_mse])
-def test_a_loss_of_one_copy_and_a_stacked_one_give_the_same(loss):
-    modules, weights = starts(mlp)
+def counted_mse(outputs, Y):
+    """Of one copy alone: in a stack ``len`` counts the copies."""
+    return 0.5 * (outputs - Y).square().sum((-2, -1)) / len(Y)
+
+
+@pytest.mark.parametrize("loss", [mse, stacked_mse, counted_mse])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_loss_of_one_copy_and_a_stacked_one_give_the_same(loss, k):
+    modules, weights = starts(mlp, k)
     fit = train_replicas(modules[0], weights, *data(20), loss, **QUICK)
     other = train_replicas(modules[0], weights, *data(20), mse, **QUICK)
     torch.testing.assert_close(fit.weights, other.weights, **EXACT)

@@ -4,7 +4,7 @@ A chain of linear and elementwise layers becomes batched products, which take a 
 the time that ``torch.func.vmap`` takes to dispatch it; everything else is vmapped.
 
 In: a network as a function of its weights. Out: a function of stacked weights and of
-inputs for each copy. Next: ``replicas`` trains the copies.
+inputs for each copy. Next: ``draws`` evaluates them, ``dnn.replicas`` trains them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,21 @@ def stack_layers(net: FunctionalNet) -> Stacked:
     Returns:
         The function.
     """
+    return stack_chain(net) or vmap(net.apply_network, randomness="different")
+
+
+def stack_chain(net: FunctionalNet) -> Stacked | None:
+    """The same by batched products, or None if the network is no plain chain.
+
+    Args:
+        net: The network.
+
+    Returns:
+        The function.
+    """
     chain = _chain(net.network)
     if chain is None or len(net.input_shape or (0,)) != 1:
-        return vmap(net.apply_network, randomness="different")
+        return None
     names = {id(p): name for name, p in net.network.named_parameters()}
     layers = [
         (module, names.get(id(module.weight)), names.get(id(module.bias)))

@@ -1,0 +1,37 @@
+"""What the training of many copies of one network gives, also when it fails.
+
+In: stacked weights, buffers and losses. Out: records. Next: ``stacked_training`` fills
+them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gpbridge.types import Params
+
+
+class ReplicaFit(NamedTuple):
+    """Trained copies of one network.
+
+    Attributes:
+        weights: One row per copy, ``k x p``.
+        state: The same weights by name, and each copy's buffers, ``k x shape``.
+        history: One ``epochs x k`` tensor per recorded quantity.
+        best_epoch: The epoch whose weights these are, ``k``; None for the last.
+    """
+
+    weights: Tensor
+    state: Params
+    history: dict[str, Tensor]
+    best_epoch: Tensor | None
+
+
+class DivergedError(RuntimeError):
+    """Training met NaN or Inf; ``fit`` holds the copies as they were before."""
+
+    def __init__(self, message: str, fit: ReplicaFit) -> None:
+        super().__init__(message)
+        self.fit = fit
