@@ -222,7 +222,7 @@ class VariationalInference:
         mean = torch.atleast_2d(initial)[0] / std
         r = len(mean)
         # Inverse of softplus, so that the first L is a multiple of the identity.
-        raw = torch.eye(r).to(mean) * torch.tensor(self.initial_std).expm1().log()
+        raw = torch.tensor(self.initial_std).expm1().log() * torch.eye(r)
         parameters = [mean.clone().requires_grad_(), raw.to(mean).requires_grad_()]
         # A memory of 100 steps, not 1000: the first gradients are the largest.
         optimizer = torch.optim.Adam(parameters, self.learning_rate, betas=(0.9, 0.99))
@@ -264,8 +264,11 @@ class VariationalInference:
         )
 
     def _root(self, raw: Tensor) -> Tensor:
-        diagonal = (softplus(raw.diagonal()) + 1e-6).diag_embed()
-        return diagonal + raw.tril(-1) if self.full_covariance else diagonal
+        # In units of the diagonal: rows of many entries stay small where it is small.
+        root = torch.eye(len(raw)).to(raw)
+        if self.full_covariance:
+            root = root + raw.tril(-1)
+        return (softplus(raw.diagonal()) + 1e-6)[:, None] * root
 
 
 def sample_subspace(
