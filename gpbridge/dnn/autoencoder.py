@@ -98,7 +98,7 @@ class Autoencoder(nn.Module):
         mean, log_variance = outputs.chunk(2, dim=-1)
         bound = _LOG_VARIANCE_BOUND
         std = (0.5 * log_variance.clamp(-bound, bound)).exp()
-        return Independent(Normal(mean, std), 1)
+        return Independent(Normal(mean, std, validate_args=False), 1)
 
     def decode(self, Z: Tensor) -> Independent:
         """The distribution of the data at latent rows ``... x l``, event ``d``."""
@@ -112,6 +112,7 @@ class Autoencoder(nn.Module):
             else the divergence would count for more than it is.
 
         Raises:
+            FloatingPointError: If the decoder returns NaN or Inf.
             ShapeError: If decoder and data differ in their number of pixels.
         """
         rows = Y.flatten(1)
@@ -166,7 +167,15 @@ class Autoencoder(nn.Module):
         return outputs.reshape(*Z.shape[:-1], *outputs.shape[1:])
 
     def _pixels(self, decoded: Tensor) -> Distribution:
-        pixels = self.likelihood(decoded)
+        try:
+            pixels = self.likelihood(decoded)
+        except ValueError as error:
+            if bool(torch.isfinite(decoded).all()):
+                raise
+            raise FloatingPointError(
+                "The decoder returned NaN or Inf: its weights or the encoder's have "
+                "diverged. Lower the learning rate, or standardise the data."
+            ) from error
         if getattr(pixels, "batch_shape", None) != decoded.shape:
             raise ShapeError(
                 "The likelihood must give a distribution of each pixel alone, but "

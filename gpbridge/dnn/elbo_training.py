@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
 from gpbridge.dnn.training import isolated_randomness
+from gpbridge.frozen import first_line
+
+_DIVERGED = (FloatingPointError, torch.linalg.LinAlgError, NanError, NotPSDError)
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
 
@@ -120,14 +124,22 @@ def ascend_elbo(
     try:
         for epoch in bar:
             model.train()
-            with isolated_randomness(generator, device):
-                value = _epoch(
-                    elbo, optimizer, num_data, batch_size, generator, device, model
-                )
-            model.eval()
-            if not (math.isfinite(value) and _is_finite(model)):
-                trouble = f"the bound was {value} in epoch {first + epoch}"
+            where = f"in epoch {first + epoch}"
+            try:
+                with isolated_randomness(generator, device):
+                    value = _epoch(
+                        elbo, optimizer, num_data, batch_size, generator, device
+                    )
+            except Exception as error:
+                # Weights that are NaN make distributions and factorisations raise.
+                if not isinstance(error, _DIVERGED) and _is_finite(model):
+                    raise
+                trouble = f"{first_line(error)} ({where})"
                 break
+            if not (math.isfinite(value) and _is_finite(model)):
+                trouble = f"the bound or a weight was not finite {where}"
+                break
+            model.eval()
             history["elbo"].append(value)
             good = snapshot()
             if not bar.disable:
@@ -176,19 +188,12 @@ def _epoch(
     batch_size: int,
     generator: Generator,
     device: torch.device,
-    model: nn.Module,
 ) -> float:
     order = torch.randperm(num_data, generator=generator, device=generator.device)
     total = 0.0
     for rows in order.to(device).split(batch_size):
         optimizer.zero_grad()
-        try:
-            value = elbo(rows, generator)
-        except Exception:
-            # Weights that are NaN already make distributions and factorisations raise.
-            if _is_finite(model):
-                raise
-            return math.nan
+        value = elbo(rows, generator)
         (-value).backward()
         optimizer.step()
         total = total + len(rows) * value.detach()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from gpytorch.distributions import MultivariateNormal
+from linear_operator import to_linear_operator
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
@@ -59,7 +60,8 @@ class InducingPosterior(NamedTuple):
         """Normals over all points, batch ``l``, given prior covariances ``t x t``."""
         seen = self._solved(cross)
         posterior = covariance - cross.mT @ cross + seen.mT @ seen
-        return MultivariateNormal(self._at(cross), posterior)
+        # Lazy: a dense matrix would be factorised at once, and it may be singular.
+        return MultivariateNormal(self._at(cross), to_linear_operator(posterior))
 
     def _at(self, cross: Tensor) -> Tensor:
         return (cross.mT @ self.mean[..., None])[..., 0]
