@@ -25,8 +25,7 @@ from torch.func import functional_call, vmap
 from gpbridge.draws import JoinedDraws, WeightDraws
 from gpbridge.types import Params
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
+NORMS = nn.modules.batchnorm._BatchNorm
 
 Draws = TypeVar("Draws", WeightDraws, JoinedDraws)
 

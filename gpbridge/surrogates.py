@@ -127,7 +127,8 @@ class WeightSpaceModel(Model):
             self.input_transform = input_transform.eval()
         if outcome_transform is not None:
             if train_Y is not None:
-                outcome_transform(train_Y, X=train_X)
+                Z = None if train_X is None else self.transform_inputs(train_X)
+                outcome_transform(train_Y, X=Z)
             self.outcome_transform = outcome_transform.eval()
         if num_outputs is not None:
             check_count(num_outputs=num_outputs)
@@ -292,7 +293,7 @@ class WeightSpaceModel(Model):
         """
         Z, likelihood = self._ready(X), self.likelihood
         transform = getattr(self, "outcome_transform", None)
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         variances = None
         if self._has_noise():
             if self.mode != "ensemble":
@@ -307,7 +308,7 @@ class WeightSpaceModel(Model):
                 "predict keeps labels and outputs with correlated noise together and "
                 "as they are. Ask the whole model, without an outcome transform."
             )
-        means = self._chosen(self.function_space.values(Z))
+        means = self._chosen(self.function_space.latent(outputs))
         variances = self._chosen(variances)
         if transform is not None:
             means, variances = transform.untransform(means, variances, X=Z)
@@ -327,7 +328,7 @@ class WeightSpaceModel(Model):
             ValueError: If there is no likelihood.
         """
         Z = self._ready(X)
-        parts = decompose(self.likelihood, self.function_space.draws(Z))
+        parts = decompose(self.likelihood, self.function_space.outputs(Z))
         if isinstance(parts, Entropies):
             return parts
         mean, epistemic, aleatoric = map(self._chosen, parts)
@@ -377,7 +378,7 @@ class WeightSpaceModel(Model):
                 f"is {type(self.likelihood).__name__}. Pass likelihood= to the model, "
                 "or variances as observation_noise."
             )
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         if noise_variances(self.likelihood, outputs) is not None:
             return add_variance(covariance, self._aleatoric(outputs))
         noise = noise_covariance(self.likelihood, outputs)[0]  # ... x q x m x m

@@ -212,7 +212,8 @@ class StackedTraining:
         self.epoch = state["epoch"]
         self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
         self.entries = [dict(entry) for entry in state["entries"]]
-        self.optimizer.load_state_dict(state["optimizer"])
+        # It keeps the tensors, and would move them in the caller's state.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for generator, value in zip(self.generators, state["generators"], strict=True):
             generator.set_state(value.cpu())
         self._noise.set_state(state["noise"].cpu())
@@ -297,8 +298,8 @@ class StackedTraining:
         raise DivergedError(
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
-            "kept as they were before, as .last_good of this error. Standardise inputs and "
-            f"targets, or lower learning_rate (it is {self.learning_rate}).",
+            "kept as they were before, as .last_good of this error. Standardise inputs "
+            f"and targets, or lower learning_rate (it is {self.learning_rate}).",
             self.result(),
         )
 
