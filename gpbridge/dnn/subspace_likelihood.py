@@ -25,10 +25,10 @@ from gpbridge.dnn.point_likelihood import (
     check_point_targets,
     point_log_density,
 )
-from gpbridge.dnn.stacked_layers import stack_layers
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet
+from gpbridge.stacked_layers import stack_layers
 
 _ROWS = 4096  # of data in one pass, by default
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.stacked_layers import stack_layers
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.swag import SWAG
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet
+from gpbridge.stacked_layers import stack_layers
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.weights import EmpiricalWeights
 
