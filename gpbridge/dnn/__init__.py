@@ -4,6 +4,7 @@ from gpbridge.dnn.chains import SGMCMC, sample_sgmcmc
 from gpbridge.dnn.curve_training import fit_curve
 from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.cyclical import CyclicalSchedule
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
 from gpbridge.dnn.ensembles import DeepEnsemble
@@ -22,13 +23,12 @@ from gpbridge.dnn.planes import (
     plane_through,
     principal_plane,
 )
-from gpbridge.dnn.replica_fit import DivergedError, ReplicaFit
+from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replicas import train_replicas
 from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.snapshots import Snapshots
-from gpbridge.dnn.stacked_training import DivergedError, ReplicaFit
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import (
     EllipticalSliceSampling,

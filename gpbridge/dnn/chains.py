@@ -36,6 +36,7 @@ from gpbridge.checks import (
     warn_user,
 )
 from gpbridge.dnn.cyclical import first_sampling_step, kept_steps
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.log_posterior import LogPosterior
 from gpbridge.dnn.schedules import cyclical_factor
 from gpbridge.dnn.sgmcmc import SGHMC
@@ -55,14 +56,6 @@ class Spread(NamedTuple):
 
     within: float | None
     between: float | None
-
-
-class DivergedError(RuntimeError):
-    """A loss or a weight became NaN or infinite; ``chains`` is the run before that."""
-
-    def __init__(self, message: str, chains: SGMCMC) -> None:
-        super().__init__(message)
-        self.chains = chains
 
 
 class SGMCMC(nn.Module):

@@ -27,11 +27,3 @@ class ReplicaFit(NamedTuple):
     state: Params
     history: dict[str, Tensor]
     best_epoch: Tensor | None
-
-
-class DivergedError(RuntimeError):
-    """Training met NaN or Inf; ``fit`` holds the copies as they were before."""
-
-    def __init__(self, message: str, fit: ReplicaFit) -> None:
-        super().__init__(message)
-        self.fit = fit

@@ -26,8 +26,9 @@ from gpbridge.checks import (
     check_positive,
     check_same_device,
 )
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.objective import EVALUATION_ROWS
-from gpbridge.dnn.replica_fit import DivergedError, ReplicaFit
+from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replica_input import (
     check_normalisation,
     check_rows,
@@ -296,7 +297,7 @@ class StackedTraining:
         raise DivergedError(
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
-            "kept as they were before, as .fit of this error. Standardise inputs and "
+            "kept as they were before, as .last_good of this error. Standardise inputs and "
             f"targets, or lower learning_rate (it is {self.learning_rate}).",
             self.result(),
         )

@@ -11,7 +11,8 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihoo
 from torch import nn
 
 from gpbridge.checks import ReliabilityWarning, ShapeError
-from gpbridge.dnn.chains import SGMCMC, DivergedError, sample_sgmcmc
+from gpbridge.dnn import DivergedError
+from gpbridge.dnn.chains import SGMCMC, sample_sgmcmc
 from gpbridge.dnn.cyclical import CyclicalSchedule, first_sampling_step
 from gpbridge.dnn.priors import GaussianPrior, WeightPrior
 from gpbridge.dnn.sgmcmc import SGHMC, SGLD
@@ -258,7 +259,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state():
     assert bool(chains.run(progress=False).posterior().weights.isfinite().all())
     with pytest.raises(DivergedError) as caught:
         sample_sgmcmc(mlp().double(), X, Y, learning_rate=1e200, **SHORT)
-    assert caught.value.chains.step == 0
+    assert caught.value.last_good.step == 0
 
 
 def test_samples_that_are_one_point_are_seen():

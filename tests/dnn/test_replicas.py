@@ -284,7 +284,7 @@ def test_a_copy_that_diverges_is_named_and_the_others_are_kept():
 
     with pytest.raises(DivergedError, match=r"epoch 2 in copies \[1\] of 3") as caught:
         train_replicas(modules[0], weights, X, Y, mse, callback=keep, **QUICK)
-    fit = caught.value.fit
+    fit = caught.value.last_good
     assert len(fit.history["train_loss"]) == 2
     for name, values in states[1].items():
         assert torch.equal(fit.state[name], values)

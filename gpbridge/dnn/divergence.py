@@ -1,0 +1,20 @@
+"""The error of a run that met NaN or infinity, with what was good before.
+
+In: a message, the run's last good state. Out: an exception. Next: ``stacked_training``
+and ``chains`` raise it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DivergedError(RuntimeError):
+    """A loss or a weight became NaN or infinite; ``last_good`` is the run before that.
+
+    A :class:`~gpbridge.dnn.ReplicaFit` of training, the object itself of a chain.
+    """
+
+    def __init__(self, message: str, last_good: Any) -> None:
+        super().__init__(message)
+        self.last_good = last_good
