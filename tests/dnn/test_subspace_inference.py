@@ -18,13 +18,13 @@ from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.dnn.point_likelihood import mixture_log_density
 from gpbridge.dnn.subspace import Subspace
-from gpbridge.dnn.subspace_inference import (
+from gpbridge.dnn.subspace_inference import sample_subspace
+from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
+from gpbridge.dnn.subspace_methods import (
     EllipticalSliceSampling,
     HamiltonianMonteCarlo,
     VariationalInference,
-    sample_subspace,
 )
-from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
 from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import LogisticLikelihood, log_prob
