@@ -45,7 +45,7 @@ from gpbridge.dnn import (
 )
 from gpbridge.dnn.priors import GaussianPrior
 from gpbridge.dnn.schedules import swa_factor, triangular_factor
-from gpbridge.dnn.subspace_inference import EllipticalSliceSampling
+from gpbridge.dnn.subspace_methods import EllipticalSliceSampling
 from gpbridge.function_space import FunctionSpace
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import log_prob
