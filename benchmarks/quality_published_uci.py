@@ -28,7 +28,7 @@ from tabular_networks import LIKELIHOOD, HeteroscedasticMLP, Score, Splits
 from torch import Tensor
 
 from gpbridge.dnn import SWAG, Subspace, sample_subspace, train_replicas
-from gpbridge.dnn.subspace_inference import EllipticalSliceSampling
+from gpbridge.dnn.subspace_methods import EllipticalSliceSampling
 from gpbridge.function_space import FunctionSpace
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import log_prob

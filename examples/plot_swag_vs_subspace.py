@@ -102,7 +102,11 @@ for epoch in range(epochs):
 # %% Three posteriors: SWAG, slices in its principal directions, VI in random ones
 likelihood = GaussianLikelihood().double()
 likelihood.noise = noise_variance
-tuned = tune_scale(tracker, X_val, Y_val, likelihood, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0))
+tuned = tune_scale(
+    *(tracker, X_val, Y_val, likelihood, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
+    num_draws=10 if options.smoke else 200,
+    generator=generator,
+)
 slices = EllipticalSliceSampling(num_samples, num_chains, burn_in=2 * num_samples)
 common = {"prior_std": prior_std, "generator": generator, "progress": False}
 principal = sample_subspace(

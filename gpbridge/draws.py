@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gpbridge.checks import check_count
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
 from gpbridge.stacked_layers import stack_chain
@@ -80,18 +81,25 @@ class TangentDraws(nn.Module):
 class WeightDraws(nn.Module):
     """Draws of the nonlinear network, one set of weights each.
 
+    Evaluated at once, all draws hold their activations side by side; ``chunk_size``
+    bounds how many do.
+
     Args:
         net: The network.
         weights: ``s x p``.
+        chunk_size: Draws evaluated at once; default all. May be set later.
     """
 
-    def __init__(self, net: FunctionalNet, weights: Tensor) -> None:
+    def __init__(
+        self, net: FunctionalNet, weights: Tensor, chunk_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.net = net
+        if chunk_size is not None:
+            check_count(chunk_size=chunk_size)
+        self.net, self.chunk_size = net, chunk_size
         self.register_buffer("weights", weights)
-        self._statistics: dict[
-            str, str
-        ] = {}  # of batch norm: the buffers that hold them
+        # Of batch norm: the buffers that hold them.
+        self._statistics: dict[str, str] = {}
 
     @property
     def statistics(self) -> Params:
@@ -110,21 +118,24 @@ class WeightDraws(nn.Module):
         params = net.unflatten(self.weights.to(Z))
         for name, value in self.statistics.items():
             params[name] = value.to(Z) if value.is_floating_point() else value
+        s = len(self.weights)
+        size = s if self.chunk_size is None else self.chunk_size
+        parts = [
+            self._evaluate({k: v[i : i + size] for k, v in params.items()}, Z)
+            for i in range(0, s, size)
+        ]
+        return torch.cat(parts).to(X.dtype)
+
+    def _evaluate(self, params: Params, Z: Tensor) -> Tensor:
+        net, s = self.net, len(next(iter(params.values())))
         chain = stack_chain(net)
         if chain is not None:
-            s = len(self.weights)
             values = chain(params, Z.reshape(-1, Z.shape[-1]).expand(s, -1, -1))
-            values = values.reshape(s, *Z.shape[:-1], values.shape[-1])
-        elif net.vectorized:
-            values = torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
-        else:
-            values = torch.stack(
-                [
-                    net.apply_network({k: v[s] for k, v in params.items()}, Z)
-                    for s in range(len(self.weights))
-                ]
-            )
-        return values.to(X.dtype)
+            return values.reshape(s, *Z.shape[:-1], values.shape[-1])
+        if net.vectorized:
+            return torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
+        each = ({k: v[i] for k, v in params.items()} for i in range(s))
+        return torch.stack([net.apply_network(own, Z) for own in each])
 
 
 def own_buffer(name: str) -> str:

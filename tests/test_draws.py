@@ -7,7 +7,9 @@ import pytest
 import torch
 from botorch.sampling.pathwise import get_matheron_path_model
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+from torch import nn
 
+from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.draws import TangentDraws, WeightDraws
 from gpbridge.functional import FunctionalNet
 from gpbridge.testing import assert_gradients_match_finite_differences
@@ -223,3 +225,26 @@ def test_fixed_noise_of_each_point_enters_the_draws():
     tight = build("fixed_noise").draw(2000, seeded())
     X = inputs(3, seed=7)
     assert (loose(X).var(0) > 3 * tight(X).var(0)).all()
+
+
+@pytest.mark.parametrize("name", ["chain", "convolution", "batch norm of its own"])
+def test_chunks_of_draws_change_nothing(name):
+    network = {
+        "chain": nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)),
+        "convolution": nn.Sequential(
+            nn.Unflatten(-1, (1, 2, 2)), nn.Conv2d(1, 2, 2), nn.Flatten()
+        ),
+        "batch norm of its own": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
+    }[name].double()
+    net = FunctionalNet(network)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, net.num_params, generator=generator, dtype=torch.float64)
+    X = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    draws = WeightDraws(net, weights)
+    refresh_batch_norm(draws, [X])
+    whole = draws(X)
+    for size in (1, 2, 5, 9):
+        draws.chunk_size = size
+        torch.testing.assert_close(draws(X), whole)
+    with pytest.raises(ValueError, match="chunk_size must be a whole number"):
+        WeightDraws(net, weights, chunk_size=0)

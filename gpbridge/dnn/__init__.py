@@ -30,11 +30,11 @@ from gpbridge.dnn.sgmcmc import SGHMC, SGLD
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
 from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.subspace import Subspace
-from gpbridge.dnn.subspace_inference import (
+from gpbridge.dnn.subspace_inference import sample_subspace
+from gpbridge.dnn.subspace_methods import (
     EllipticalSliceSampling,
     HamiltonianMonteCarlo,
     VariationalInference,
-    sample_subspace,
 )
 from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.dnn.swag import SWA, SWAG

@@ -298,8 +298,8 @@ class StackedTraining:
         raise DivergedError(
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
-            "kept as they were before, as .last_good of this error. Standardise inputs "
-            f"and targets, or lower learning_rate (it is {self.learning_rate}).",
+            "kept as they were before, as last_good of this error. Standardise data, "
+            f"or lower learning_rate (it is {self.learning_rate}).",
             self.result(),
         )
 

@@ -28,12 +28,12 @@ from gpbridge.dnn.point_likelihood import (
 )
 from gpbridge.dnn.scale_tuning import best_score
 from gpbridge.dnn.subspace import Subspace
-from gpbridge.dnn.subspace_inference import (
+from gpbridge.dnn.subspace_inference import sample_subspace
+from gpbridge.dnn.subspace_methods import (
     EllipticalSliceSampling,
     SubspaceChains,
     SubspaceGaussian,
     SubspaceMethod,
-    sample_subspace,
 )
 from gpbridge.randomness import fresh
 from gpbridge.weights import EmpiricalWeights

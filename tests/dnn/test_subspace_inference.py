@@ -18,13 +18,13 @@ from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.dnn.point_likelihood import mixture_log_density
 from gpbridge.dnn.subspace import Subspace
-from gpbridge.dnn.subspace_inference import (
+from gpbridge.dnn.subspace_inference import sample_subspace
+from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
+from gpbridge.dnn.subspace_methods import (
     EllipticalSliceSampling,
     HamiltonianMonteCarlo,
     VariationalInference,
-    sample_subspace,
 )
-from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
 from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import LogisticLikelihood, log_prob
@@ -461,3 +461,21 @@ def test_a_grid_without_a_finite_score_is_an_error():
             tune_subspace(*data, gaussian(), **{name: (1.0, -1.0)}, progress=False)
         with pytest.raises(ValueError, match="must hold at least one candidate"):
             tune_subspace(*data, gaussian(), **{name: ()}, progress=False)
+
+
+def test_images_are_rows_and_labels_have_their_likelihood():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    )
+    net = FunctionalNet(network, input_shape=(1, 4, 4))
+    subspace = Subspace.random(net, None, 2, generator=seeded())
+    X, Y = normal(7, 16).float(), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    likelihood = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    target = SubspaceLikelihood(subspace, X, Y, likelihood, batch_size=3)
+    origin = -nn.functional.cross_entropy(network(X.reshape(7, 1, 4, 4)), Y)
+    torch.testing.assert_close(target(torch.zeros(1, 2))[0].float(), 7 * origin)
+    run = sample_subspace(
+        *(subspace, X, Y, likelihood), method=METHODS["variational"], progress=False
+    )
+    assert run.posterior.draw(3)(X).shape == (3, 7, 3)
