@@ -6,6 +6,7 @@ handed to a subclass that keeps moments or copies of it. Next: ``snapshots``, ``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -82,6 +83,10 @@ class WeightTracker(nn.Module):
 
     def _take(self, weights: Tensor) -> None:
         raise NotImplementedError
+
+    def own_net(self) -> FunctionalNet:
+        """A copy of the network, whose weights that are not read stay as they are."""
+        return copy.deepcopy(self.net)
 
     def _need(self, wanted: int) -> None:
         if int(self.num_snapshots) < wanted:
