@@ -13,7 +13,7 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor
 
-from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
 from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.point_likelihood import (
     PointLikelihood,
@@ -117,7 +117,7 @@ def tune_scale(
         generator.set_state(start)
         draws = posterior.draw(num_draws if scale else 1, generator)
         if refresh:
-            refresh_batch_norm(draws, X.split(_ROWS))
+            refresh_batch_norm(draws, even_batches(X, _ROWS))
         posteriors.append(posterior)
         scores.append(mixture_log_density(likelihood, draws, X_val, Y_val))
     table = torch.stack(scores)

@@ -18,7 +18,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
 from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.point_likelihood import (
     PointLikelihood,
@@ -159,7 +159,7 @@ def tune_subspace(
         every = isinstance(result.posterior, EmpiricalWeights)
         draws = result.posterior.draw(None if every else num_draws, generator)
         if refresh:
-            refresh_batch_norm(draws, X.split(batch_size or _ROWS))
+            refresh_batch_norm(draws, even_batches(X, batch_size or _ROWS))
         scores.append(mixture_log_density(likelihood, draws, X_val, Y_val))
         results.append(result)
     table = torch.stack(scores)
