@@ -343,7 +343,7 @@ class SGMCMC(nn.Module):
                 f"{self.num_steps} steps: the first comes after "
                 f"{self.kept_steps[0] + 1}. Call run()."
             )
-        weights = self.samples[: self.num_samples].flatten(0, 1).clone()
+        weights = self.samples[: self.num_samples].flatten(0, 1)
         found = self.spread
         size = found.between if found.within is None else found.within
         rounding = 4 * torch.finfo(weights.dtype).eps * weights.square().mean().sqrt()
@@ -377,8 +377,10 @@ def sample_sgmcmc(
         **options: The other options of :class:`SGMCMC`.
 
     Returns:
-        The samples of all chains. A run that diverges raises an error whose ``chains``
-        hold what there was before.
+        The samples of all chains.
+
+    Raises:
+        DivergedError: If the run diverges; its ``last_good`` are the chains before.
 
     Example:
         >>> X = torch.linspace(-1, 1, 40)[:, None]

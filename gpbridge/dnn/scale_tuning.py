@@ -13,7 +13,7 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor
 
-from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
 from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.point_likelihood import (
     PointLikelihood,
@@ -51,6 +51,7 @@ def tune_scale(
     diagonal: bool = True,
     num_draws: int = 30,
     X: Tensor | None = None,
+    noise_val: Tensor | None = None,
     generator: Generator | None = None,
 ) -> ScaleTuning:
     r"""Choose :math:`\alpha` in SWAG's covariance by the held-out mixture density.
@@ -74,14 +75,16 @@ def tune_scale(
         num_draws: s.
         X: Training inputs, for the batch-norm statistics of every draw; needed only if
             there is batch normalisation.
+        noise_val: Noise variances of the held-out points, ``n``, for a likelihood with
+            fixed ones, which has those of the training data.
         generator: Source of randomness.
 
     Returns:
         The best posterior with its scale and the table.
 
     Raises:
-        ValueError: If a scale is negative, there is none, no score is finite, or X is
-            missing.
+        ValueError: If a scale is negative, there is none, no score is finite, or X or
+            ``noise_val`` is missing.
 
     Example:
         >>> from gpytorch.likelihoods import GaussianLikelihood
@@ -109,7 +112,7 @@ def tune_scale(
         )
     generator = fresh(generator)
     start = generator.get_state()
-    posteriors, scores = [], []
+    best, scores = None, []
     for scale in scales:
         posterior = (
             tracker.posterior(scale, diagonal) if scale else SWA.posterior(tracker)
@@ -117,12 +120,13 @@ def tune_scale(
         generator.set_state(start)
         draws = posterior.draw(num_draws if scale else 1, generator)
         if refresh:
-            refresh_batch_norm(draws, X.split(_ROWS))
-        posteriors.append(posterior)
-        scores.append(mixture_log_density(likelihood, draws, X_val, Y_val))
+            refresh_batch_norm(draws, even_batches(X, _ROWS))
+        score = mixture_log_density(likelihood, draws, X_val, Y_val, noise_val)
+        scores.append(score)
+        if torch.isfinite(score) and best_score(torch.stack(scores)) + 1 == len(scores):
+            best = posterior  # the others are let go
     table = torch.stack(scores)
-    best = best_score(table)
-    return ScaleTuning(posteriors[best], scales[best], scales, table)
+    return ScaleTuning(best, scales[best_score(table)], scales, table)
 
 
 def best_score(scores: Tensor) -> int:

@@ -25,6 +25,7 @@ from gpbridge.checks import (
     check_tensor,
     warn_user,
 )
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.fit_input import shaped
 from gpbridge.dnn.variational import MeanFieldVI
 from gpbridge.frozen import copy_without_hooks
@@ -70,6 +71,9 @@ def fit_mean_field(
 
     Returns:
         The fitted distribution.
+
+    Raises:
+        DivergedError: As for :func:`fit_variational`.
 
     Example:
         >>> X = torch.linspace(-1, 1, 40)[:, None]
@@ -133,6 +137,8 @@ def fit_variational(
         The mean loss of every epoch, nats per datum.
 
     Raises:
+        DivergedError: If the loss becomes NaN or infinite; its ``last_good`` is the
+            distribution, as it was after the epoch before.
         ValueError: If there are not N rows, or an option is out of range.
         KeyboardInterrupt: If it is interrupted in its first epoch.
 
@@ -216,9 +222,10 @@ def _descend(vi, X, Y, epochs, learning_rate, batch_size, num_samples, generator
             with torch.no_grad():
                 for p, value in zip(weights, good, strict=True):
                     p.copy_(value)
-            raise RuntimeError(
+            raise DivergedError(
                 f"The loss became {mean} in epoch {epoch}; means and deviations are "
-                "those of the epoch before. Standardise inputs and targets, or try "
-                f"learning_rate={learning_rate / 10:g}."
+                "those of the epoch before, as .last_good of this error. Standardise "
+                f"inputs and targets, or try learning_rate={learning_rate / 10:g}.",
+                vi,
             )
         yield mean
