@@ -8,11 +8,13 @@ import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
+from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from botorch.optim import optimize_acqf
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
+    BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
     MultitaskGaussianLikelihood,
@@ -310,7 +312,7 @@ def test_labels_are_predicted_by_the_average_probability(mode):
     p = torch.softmax(model.function_space.draws(X), -1).mean(0)
     torch.testing.assert_close(prediction.probs, p)
     assert bool((model.decompose(X).mutual_information > 0).all())
-    with pytest.raises(ValueError, match="SoftmaxLikelihood. Pass likelihood="):
+    with pytest.raises(ValueError, match="SoftmaxLikelihood has labels.*Leave"):
         model.posterior(X, observation_noise=True)
 
 
@@ -394,3 +396,70 @@ def test_bad_input_says_what_to_try():
         build(num_outputs=0)
     with pytest.raises(ShapeError, match="X must be"):
         model.posterior(X[0])
+
+
+@pytest.mark.parametrize(
+    "outputs, change, options, message",
+    [
+        (1, lambda Y: Y[:5], {}, r"``8 x 1``.*shape \(5, 1\)"),
+        (1, lambda Y: Y.repeat(1, 2), {}, r"``8 x 1``.*shape \(8, 2\)"),
+        (1, lambda Y: Y[:, 0], {}, r"Try train_Y\[:, None\]"),
+        (1, lambda Y: Y[:, 0], {"outcome_transform": 1}, r"Try train_Y\[:, None\]"),
+        (1, lambda Y: Y * torch.nan, {}, "train_Y contains NaN or Inf in 8 of 8"),
+        (2, lambda Y: Y, {}, r"HeteroscedasticGaussianLikelihood\(1\)"),
+        (1, lambda Y: Y, {"num_outputs": 3}, "num_outputs is 3.*have 1 outputs"),
+    ],
+)
+def test_targets_and_outputs_must_be_those_of_the_network(
+    outputs, change, options, message
+):
+    X = normal(8, 2)
+    if "outcome_transform" in options:
+        options = {"outcome_transform": Standardize(1)}
+    with pytest.raises((ValueError, InputDataError), match=message):
+        weights = gaussian_weights(network(outputs))
+        WeightSpaceModel(weights, X, change(X[:, :1]), num_samples=4, **options)
+
+
+def test_targets_alone_are_checked_for_the_transform_that_they_fit():
+    weights, Y = gaussian_weights(network()), normal(8, 1)
+    for wrong, message in ((Y * torch.nan, "NaN or Inf"), (Y[:, 0], "``... x n x d``")):
+        with pytest.raises((ValueError, InputDataError), match=message):
+            WeightSpaceModel(weights, train_Y=wrong, outcome_transform=Standardize(1))
+
+
+@pytest.mark.parametrize(
+    "outputs, likelihood, message",
+    [
+        (3, SoftmaxLikelihood(num_classes=4, mixing_weights=False), "of 4 outputs"),
+        (3, HeteroscedasticGaussianLikelihood(), "of 2 outputs.*it has 3"),
+        (3, likelihood_for(2), "of 2 outputs.*it has 3"),
+        (2, BernoulliLikelihood(), "of 1 outputs.*it has 2"),
+    ],
+)
+def test_the_likelihood_must_be_of_as_many_outputs_as_the_network_has(
+    outputs, likelihood, message
+):
+    with pytest.raises(ShapeError, match=message):
+        weights = gaussian_weights(network(outputs))
+        WeightSpaceModel(weights, normal(8, 2), likelihood=likelihood, num_samples=4)
+
+
+def test_labels_are_taken_with_a_likelihood_of_labels_and_checked():
+    X, labels = normal(6, 2), torch.arange(6) % 3
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    weights = gaussian_weights(network(3))
+    for train_Y in (labels, labels[:, None]):
+        model = WeightSpaceModel(weights, X, train_Y, likelihood=softmax)
+        assert model.num_outputs == 3
+    with pytest.raises(InputDataError, match="must lie in 0 .. 2"):
+        WeightSpaceModel(weights, X, labels + 1, likelihood=softmax)
+    with pytest.raises(ValueError, match="has labels.*Leave observation_noise out"):
+        model.posterior(X, observation_noise=True)
+
+
+def test_outputs_that_were_announced_wrongly_are_refused_when_they_come():
+    for mode in ("ensemble", "gaussian"):
+        model = WeightSpaceModel(gaussian_weights(network()), num_outputs=3, mode=mode)
+        with pytest.raises(ShapeError, match="num_outputs=3.*have 1 outputs"):
+            model.posterior(normal(4, 2))
