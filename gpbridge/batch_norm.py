@@ -147,8 +147,8 @@ def is_stale(draws: nn.Module) -> bool:
         seen |= {f"{name}.{kind}".lstrip(".") for kind in kinds}
     drawn = net.unflatten(draws.weights)
     return any(
-        bool((drawn[name] != own.to(draws.weights)).any())
-        for name, own in net.params.items()
+        bool((drawn[name] != trained.to(draws.weights)).any())
+        for name, trained in net.params.items()
         if name in before
     )
 

@@ -317,7 +317,7 @@ class WeightSpaceModel(Model):
         """
         Z, likelihood = self._ready(X), self.likelihood
         transform = getattr(self, "outcome_transform", None)
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         variances = None
         if self._has_noise():
             if self.mode != "ensemble":
@@ -332,7 +332,7 @@ class WeightSpaceModel(Model):
                 "predict keeps labels and outputs with correlated noise together and "
                 "as they are. Ask the whole model, without an outcome transform."
             )
-        means = self._chosen(self.function_space.values(Z))
+        means = self._chosen(self.function_space.latent(outputs))
         variances = self._chosen(variances)
         if transform is not None:
             means, variances = transform.untransform(means, variances, X=Z)
@@ -352,7 +352,7 @@ class WeightSpaceModel(Model):
             ValueError: If there is no likelihood.
         """
         Z = self._ready(X)
-        parts = decompose(self.likelihood, self.function_space.draws(Z))
+        parts = decompose(self.likelihood, self.function_space.outputs(Z))
         if isinstance(parts, Entropies):
             return parts
         mean, epistemic, aleatoric = map(self._chosen, parts)
@@ -408,7 +408,7 @@ class WeightSpaceModel(Model):
                 f"is {type(self.likelihood).__name__}. Pass likelihood= to the model, "
                 "or variances as observation_noise."
             )
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         if noise_variances(self.likelihood, outputs) is not None:
             return add_variance(covariance, self._aleatoric(outputs))
         noise = noise_covariance(self.likelihood, outputs)[0]  # ... x q x m x m

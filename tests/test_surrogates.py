@@ -11,6 +11,7 @@ from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
+from botorch.models.transforms.outcome import StratifiedStandardize
 from botorch.optim import optimize_acqf
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
@@ -259,6 +260,25 @@ def test_data_fit_the_transforms_and_tell_the_number_of_outputs():
     torch.testing.assert_close(low, torch.zeros(2).double())
 
 
+def test_a_transform_of_targets_sees_the_inputs_of_the_network():
+    task = torch.tensor([0.0, 2.0]).double().repeat(10)[:, None]
+    X = torch.cat([normal(20, 1).sigmoid(), task], -1)
+    Y = 5 + 20 * task + normal(20, 1, seed=1)
+    model = WeightSpaceModel(
+        gaussian_weights(network()),
+        X,
+        Y,
+        input_transform=Normalize(2),
+        outcome_transform=StratifiedStandardize(1, torch.tensor([0.0, 1.0]).double()),
+    )
+    plain = WeightSpaceModel(gaussian_weights(network()), num_outputs=1)
+    Z = model.transform_inputs(X)
+    for k in (0, 1):
+        rows = Z[:, 1] == k
+        expected = Y[rows].mean() + Y[rows].std() * plain.posterior(Z[rows]).mean
+        torch.testing.assert_close(model.posterior(X[rows]).mean, expected)
+
+
 @pytest.mark.parametrize("mode", ["ensemble", "gaussian", "linearized"])
 def test_predicted_noise_is_the_noise_and_no_output(mode):
     X, likelihood = normal(4, 2), HeteroscedasticGaussianLikelihood(2)
@@ -387,6 +407,8 @@ def test_bad_input_says_what_to_try():
         model.posterior(X, observation_noise=torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"idcs must name outputs in 0 .. 0"):
         model.subset_output([1])
+    with pytest.raises(ShapeError, match="Sequential must map.*EmpiricalWeights"):
+        WeightSpaceModel(network(), X)
     with pytest.raises(ValueError, match="mode must be one of 'ensemble'"):
         build(mode="laplace")
     with pytest.raises(TypeError, match="needs GaussianWeights"):
