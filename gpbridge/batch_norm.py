@@ -68,11 +68,6 @@ def refresh_batch_norm(draws: Draws, batches: Iterable[Tensor]) -> Draws:
     passes = [each for each in passes if each.layers]
     if not passes:
         return draws
-    if isinstance(batches, Tensor):
-        raise TypeError(
-            "batches must be a list or a loader of batches, but is a Tensor, whose "
-            "rows would be taken for batches. Wrap it: [X], or X.split(256)."
-        )
     seen, usable = 0, []
     for X in inputs_of(batches):
         if len(X) < 2:  # nothing, or one row, which has no variance
@@ -105,6 +100,11 @@ def inputs_of(batches: Iterable[Tensor | Sequence[Tensor]]) -> Iterator[Tensor]:
         TypeError: If a batch is neither.
         ShapeError: If inputs have no columns.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "batches must be a list or a loader of batches, but is a Tensor, whose "
+            "rows would be taken for batches. Wrap it: [X], or X.split(256)."
+        )
     for batch in batches:
         is_pair = isinstance(batch, Sequence) and len(batch) > 0
         X = batch[0] if is_pair else batch

@@ -8,6 +8,7 @@ tangent model; acquisition functions take it as any other.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
 from gpbridge.acquisition import DrawsPosterior
+from gpbridge.batch_norm import inputs_of
 from gpbridge.checks import (
     ShapeError,
     check_choice,
@@ -89,12 +91,18 @@ class WeightSpaceModel(Model):
         generator: Source of the draws; default one of seed 0.
         jitter: Variance added to Gaussian posteriors, in squared units of the network's
             outputs.
+        batches: Training inputs ``b x d`` in the caller's units, for the batch-norm
+            statistics of every draw; ``[train_X]`` where that fits in memory.
 
     Raises:
         TypeError: If the posterior does not fit the mode, or is none.
         ShapeError: If targets, outputs of the network, likelihood and ``num_outputs``
             disagree.
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or one function has no spread.
+
+    Warns:
+        ReliabilityWarning: As for :class:`~gpbridge.FunctionSpace`: batch norm with the
+            statistics of other weights, draws that are all the same.
 
     Example:
         >>> from gpbridge.functional import FunctionalNet
@@ -120,6 +128,7 @@ class WeightSpaceModel(Model):
         outcome_transform: OutcomeTransform | None = None,
         generator: Generator | None = None,
         jitter: float = 1e-6,
+        batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
@@ -145,11 +154,12 @@ class WeightSpaceModel(Model):
             jitter,
             generator,
             likelihood,
+            None if batches is None else map(self.transform_inputs, inputs_of(batches)),
         )
         if train_X is not None:
             with torch.no_grad():
                 Z = self.transform_inputs(train_X[..., :1, :])
-                width = self.function_space.draws(Z).shape[-1]
+                width = self.function_space.outputs(Z).shape[-1]
             if train_Y is not None:
                 check_train_targets(likelihood, train_Y, train_X, width)
             num_outputs = check_num_outputs(likelihood, width, num_outputs)
@@ -178,6 +188,11 @@ class WeightSpaceModel(Model):
                 "the model."
             )
         return self._num_outputs
+
+    def extra_repr(self) -> str:
+        """Mode, and the number of outputs where it is known."""
+        known = "" if self._num_outputs is None else f", num_outputs={self.num_outputs}"
+        return f"mode={self.mode!r}{known}"
 
     @property
     def batch_shape(self) -> Size:
