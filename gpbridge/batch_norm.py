@@ -96,6 +96,9 @@ def refresh_batch_norm(draws: Draws, batches: Iterable[Tensor]) -> Draws:
 def inputs_of(batches: Iterable[Tensor | Sequence[Tensor]]) -> Iterator[Tensor]:
     """The inputs of each batch: the batch itself, or what a tuple begins with.
 
+    Yields:
+        ``b x d``, or ``b x`` the shape of an input.
+
     Raises:
         TypeError: If a batch is neither.
         ShapeError: If inputs have no columns.

@@ -37,6 +37,7 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.outcomes import latent_distribution
+from gpbridge.probe import explain_failure
 from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
 from gpbridge.weights import GaussianWeights
 
@@ -186,7 +187,11 @@ class FunctionSpace(nn.Module):
 
     def _tangent_moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
         net = self.kernel.functional
-        outputs = net(X.to(net.dtype)).to(X.dtype)
+        try:
+            outputs = net(X.to(net.dtype)).to(X.dtype)
+        except Exception:
+            explain_failure(net, X)
+            raise
         mean, covariance = self.latent(outputs), self.kernel(X).to_dense()
         if mean.shape[-1] != outputs.shape[-1]:
             n, both, m = *outputs.shape[-2:], mean.shape[-1]

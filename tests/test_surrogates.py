@@ -25,8 +25,10 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gpbridge.acquisition import DrawsPosterior, EnumeratingSampler
-from gpbridge.checks import ShapeError
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ReliabilityWarning, ShapeError
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensembles import DeepEnsemble
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.surrogates import WeightSpaceModel
@@ -407,7 +409,7 @@ def test_bad_input_says_what_to_try():
         model.posterior(X, observation_noise=torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"idcs must name outputs in 0 .. 0"):
         model.subset_output([1])
-    with pytest.raises(ShapeError, match="Sequential must map.*EmpiricalWeights"):
+    with pytest.raises(TypeError, match="Sequential, one network.*EmpiricalWeights"):
         WeightSpaceModel(network(), X)
     with pytest.raises(ValueError, match="mode must be one of 'ensemble'"):
         build(mode="laplace")
@@ -485,3 +487,39 @@ def test_outputs_that_were_announced_wrongly_are_refused_when_they_come():
         model = WeightSpaceModel(gaussian_weights(network()), num_outputs=3, mode=mode)
         with pytest.raises(ShapeError, match="num_outputs=3.*have 1 outputs"):
             model.posterior(normal(4, 2))
+
+
+def test_inputs_of_another_width_than_in_training_are_refused():
+    model = WeightSpaceModel(gaussian_weights(network()), normal(4, 2), num_samples=3)
+    with pytest.raises(ShapeError, match="X must have 2 columns as the training"):
+        model.posterior(normal(4, 3))
+    with pytest.raises(ShapeError, match="takes ``... x 2``"):
+        WeightSpaceModel(gaussian_weights(network()), normal(4, 3), num_samples=3)
+
+
+def test_batches_are_in_the_units_of_the_inputs():
+    X = 5 + 3 * normal(20, 2)
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)
+    weights = gaussian_weights(nn.Sequential(*layers).double())
+    options = {"num_samples": 4, "input_transform": Normalize(2)}
+    with pytest.warns(ReliabilityWarning, match="Pass batches="):
+        WeightSpaceModel(weights, X, **options)
+    batches = [(X[:12], None), (X[12:], None)]
+    model = WeightSpaceModel(weights, X, batches=batches, **options)
+    Z = model.input_transform(X)
+    draws = refresh_batch_norm(weights.draw(4, seeded()), [Z[:12], Z[12:]])
+    torch.testing.assert_close(model.posterior(X).values, draws(Z))
+    with pytest.raises(TypeError, match=r"Wrap it: \[X\]"):
+        WeightSpaceModel(weights, X, batches=X, **options)
+
+
+def test_one_draw_is_refused_and_reprs_say_mode_and_number_of_draws():
+    weights = gaussian_weights(network())
+    with pytest.raises(ValueError, match="no spread.*num_samples=64"):
+        WeightSpaceModel(weights, num_samples=1)
+    with pytest.raises(ValueError, match="a posterior with several members"):
+        WeightSpaceModel(DeepEnsemble([network()]))
+    shown = repr(WeightSpaceModel(weights, num_outputs=1, num_samples=5))
+    assert "mode='ensemble', num_outputs=1" in shown and "num_draws=5" in shown
+    assert "mode='sample', jitter=1e-06" in shown
