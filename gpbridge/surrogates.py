@@ -41,8 +41,10 @@ from gpbridge.predictive_mixture import (
     Entropies,
     Moments,
     decompose,
+    mixture_moments,
     normal_mixture,
     predictive,
+    target_moments,
 )
 from gpbridge.surrogate_input import (
     LABELS,
@@ -323,7 +325,9 @@ class WeightSpaceModel(Model):
         Returns:
             The mixture over draws, see
             :func:`gpbridge.predictive_mixture.predictive`; in the Gaussian modes and
-            with Gaussian noise a Normal ``... x n x 1``, or independent ones.
+            with Gaussian noise a Normal ``... x n x 1``, or independent ones. Under an
+            outcome transform that is not affine, as Log, the parts of the mixture are
+            normals to first order in the noise.
 
         Raises:
             ValueError: If there is no likelihood.
@@ -365,18 +369,30 @@ class WeightSpaceModel(Model):
 
         Raises:
             ValueError: If there is no likelihood.
+            NotImplementedError: If a mode is Gaussian and the outcome transform is not
+                affine: what is left of a normal has no such parts.
         """
         Z = self._ready(X)
-        parts = decompose(self.likelihood, self.function_space.outputs(Z))
-        if isinstance(parts, Entropies):
-            return parts
-        mean, epistemic, aleatoric = map(self._chosen, parts)
-        if self.mode != "ensemble":
-            mean, epistemic = self._marginals(Z)
-        if hasattr(self, "outcome_transform"):
-            untransform = self.outcome_transform.untransform
-            aleatoric = untransform(mean, aleatoric, X=Z)[1]
-            mean, epistemic = untransform(mean, epistemic, X=Z)
+        outputs = self.function_space.outputs(Z)
+        if not self._has_noise():
+            return decompose(self.likelihood, outputs)
+        transform = getattr(self, "outcome_transform", None)
+        means, variances = map(self._chosen, target_moments(self.likelihood, outputs))
+        if self.mode == "ensemble":
+            if transform is not None:
+                means, variances = transform.untransform(means, variances, X=Z)
+            return mixture_moments(means, variances)
+        mean, epistemic = self._marginals(Z)
+        aleatoric = variances.mean(0)
+        if transform is not None:
+            if not transform._is_linear:
+                raise NotImplementedError(
+                    f"decompose needs an affine outcome transform with mode "
+                    f"{self.mode!r}, but it is {type(transform).__name__}. Try "
+                    "mode='ensemble'."
+                )
+            aleatoric = transform.untransform(mean, aleatoric, X=Z)[1]
+            mean, epistemic = transform.untransform(mean, epistemic, X=Z)
         return Moments(mean, epistemic, aleatoric)
 
     def _ready(self, X: Tensor) -> Tensor:
@@ -433,8 +449,7 @@ class WeightSpaceModel(Model):
         return to_linear_operator(covariance.to_dense() + blocks)
 
     def _aleatoric(self, outputs: Tensor) -> Tensor:
-        parts = decompose(self.likelihood, outputs)
-        return self._chosen(parts.aleatoric_variance)
+        return self._chosen(target_moments(self.likelihood, outputs)[1].mean(0))
 
     def _chosen(self, values: Tensor) -> Tensor:
         return (

@@ -11,7 +11,7 @@ from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
-from botorch.models.transforms.outcome import StratifiedStandardize
+from botorch.models.transforms.outcome import Log, StratifiedStandardize
 from botorch.optim import optimize_acqf
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
@@ -260,6 +260,25 @@ def test_data_fit_the_transforms_and_tell_the_number_of_outputs():
     torch.testing.assert_close(model.outcome_transform.means[0], Y.mean(0))
     low = model.transform_inputs(X).min(0).values
     torch.testing.assert_close(low, torch.zeros(2).double())
+
+
+def test_parts_of_the_variance_are_those_of_the_prediction_under_any_transform():
+    X, likelihood = normal(4, 2), HeteroscedasticGaussianLikelihood()
+    options = {"outputs": 2, "likelihood": likelihood, "outcome_transform": Log()}
+    model = build(**options)
+    parts, prediction = model.decompose(X), model.predict(X)
+    torch.testing.assert_close(parts.mean, prediction.mean)
+    torch.testing.assert_close(parts.variance, prediction.variance)
+    # To first order in the noise of each draw, as upstream.
+    mean, raw = model.function_space.draws(X).split(1, -1)
+    noise = torch.log1p(raw.exp()) + 1e-6
+    torch.testing.assert_close(
+        parts.epistemic_variance, mean.exp().var(0, correction=0)
+    )
+    each = noise * (2 * mean).exp()
+    torch.testing.assert_close(parts.aleatoric_variance, each.mean(0))
+    with pytest.raises(NotImplementedError, match="Log. Try mode='ensemble'"):
+        build(mode="gaussian", **options).decompose(X)
 
 
 def test_a_transform_of_targets_sees_the_inputs_of_the_network():

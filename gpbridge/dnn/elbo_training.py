@@ -24,6 +24,7 @@ from gpbridge.dnn.training import isolated_randomness, split_rows
 from gpbridge.frozen import first_line
 
 _DIVERGED = (FloatingPointError, torch.linalg.LinAlgError, NanError, NotPSDError)
+_KEYS = {"model", "optimizer", "generator", "history"}
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
 
@@ -91,6 +92,11 @@ def ascend_elbo(
         raise ValueError(
             "Pass resume or generator and not both: a resumed run goes on with the "
             "random numbers of its state."
+        )
+    if resume is not None and not _KEYS <= set(resume):
+        raise ValueError(
+            "resume must be the state of a fit before, fit.state, but lacks "
+            f"{', '.join(sorted(_KEYS - set(resume)))}."
         )
     optimizer = _adam(groups)
     history: dict[str, list[float]] = {"elbo": []}

@@ -483,6 +483,12 @@ def test_ends_of_different_architectures_are_refused(end, error, message):
         BezierCurve(start, end)
 
 
+def test_ends_that_compute_differently_with_equal_weights_are_refused():
+    ends = [nn.Sequential(nn.Linear(2, 3), nn.LeakyReLU(a)) for a in (0.1, 0.3)]
+    with pytest.raises(ValueError, match="module '1': .*slope=0.1, .*slope=0.3"):
+        BezierCurve(*ends)
+
+
 def test_what_does_not_move_must_agree():
     start, end = pair()
     with pytest.raises(ValueError, match="body.0.weight does not move"):

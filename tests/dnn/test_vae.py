@@ -248,6 +248,8 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
         assert rest.history == whole.history
         for name, value in whole.model.state_dict().items():
             assert torch.equal(value, rest.model.state_dict()[name])
+    with pytest.raises(ValueError, match="lacks generator, history, model, optim"):
+        fit_vae(picture_vae(), Y, resume={})
     with pytest.raises(ValueError, match="resume or generator and not both"):
         fit_vae(picture_vae(), Y, resume=state, generator=seeded())
 
