@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gpbridge.checks import check_count
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
+from gpbridge.probe import explain_failure
 from gpbridge.stacked_layers import stack_chain
 from gpbridge.types import Params
 
@@ -58,10 +59,20 @@ class TangentDraws(nn.Module):
         return self._evaluate(X, 0)
 
     def _evaluate(self, X: Tensor, dim: int | None) -> Tensor:
-        net = self.net
         prepared = X if self.prepare is None else self.prepare(X)
-        Z = prepared.to(net.dtype)
-        change = self.change.to(Z)
+        Z = prepared.to(self.net.dtype)
+        try:
+            values = self._outputs(Z, dim)
+        except Exception:
+            explain_failure(self.net, Z)
+            raise
+        values = values.to(X.dtype)
+        if self.output_indices is not None:
+            values = values[..., self.output_indices]
+        return values if self.finish is None else self.finish(values, prepared)
+
+    def _outputs(self, Z: Tensor, dim: int | None) -> Tensor:
+        net, change = self.net, self.change.to(Z)
         if net.vectorized:
             moved = torch.func.vmap(lambda v, z: jvp(net, z, v), (0, dim))(change, Z)
         elif dim is None:
@@ -69,13 +80,7 @@ class TangentDraws(nn.Module):
         else:
             pairs = zip(Z, change, strict=True)
             moved = torch.stack([jacobian(net, z) @ v for z, v in pairs])
-        values = moved
-        if self.offset_scale:
-            values = values + self.offset_scale * net(Z)
-        values = values.to(X.dtype)
-        if self.output_indices is not None:
-            values = values[..., self.output_indices]
-        return values if self.finish is None else self.finish(values, prepared)
+        return moved + self.offset_scale * net(Z) if self.offset_scale else moved
 
 
 class WeightDraws(nn.Module):
@@ -113,18 +118,32 @@ class WeightDraws(nn.Module):
             self.register_buffer(held, values[name])
 
     def forward(self, X: Tensor) -> Tensor:
-        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``.
+
+        Raises:
+            TypeError: If the network does not return one tensor.
+            ShapeError: If the inputs do not fit the network.
+        """  # noqa: DOC502
         net, Z = self.net, X.to(self.net.dtype)
         params = net.unflatten(self.weights.to(Z))
         for name, value in self.statistics.items():
             params[name] = value.to(Z) if value.is_floating_point() else value
         s = len(self.weights)
         size = s if self.chunk_size is None else self.chunk_size
-        parts = [
-            self._evaluate({k: v[i : i + size] for k, v in params.items()}, Z)
-            for i in range(0, s, size)
-        ]
+        try:
+            parts = [
+                self._evaluate({k: v[i : i + size] for k, v in params.items()}, Z)
+                for i in range(0, s, size)
+            ]
+        except Exception:
+            explain_failure(net, Z)
+            raise
         return torch.cat(parts).to(X.dtype)
+
+    def extra_repr(self) -> str:
+        """How many draws, and what each has of its own."""
+        own = ", own batch-norm statistics" if self.statistics else ""
+        return f"num_draws={len(self.weights)}{own}"
 
     def _evaluate(self, params: Params, Z: Tensor) -> Tensor:
         net, s = self.net, len(next(iter(params.values())))

@@ -10,6 +10,7 @@ Next: ``surrogates`` makes a BoTorch model of it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -22,16 +23,29 @@ from linear_operator.operators import (
 )
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import ShapeError, check_choice, check_count, check_inputs
-from gpbridge.draws import TangentDraws
+from gpbridge.batch_norm import is_stale, refresh_batch_norm
+from gpbridge.checks import (
+    ReliabilityWarning,
+    ShapeError,
+    check_choice,
+    check_count,
+    check_inputs,
+    warn_user,
+)
+from gpbridge.draws import JoinedDraws, TangentDraws, WeightDraws
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.outcomes import latent_distribution
-from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.probe import explain_failure
+from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
 from gpbridge.weights import GaussianWeights
 
 MODES = ("sample", "linearized")
+_NO_SPREAD = (
+    "One function has no spread to estimate a covariance from. Pass num_samples=64, "
+    "or a posterior with several members."
+)
 
 
 class FunctionSpace(nn.Module):
@@ -67,10 +81,17 @@ class FunctionSpace(nn.Module):
         generator: Source of the draws; default one of seed 0.
         likelihood: How outputs are read. If it predicts noise, the functions are the
             means; any other changes nothing.
+        batches: Training inputs, as for
+            :func:`~gpbridge.batch_norm.refresh_batch_norm`: then every draw has
+            batch-norm statistics of its own, as has the mean of a tangent model.
 
     Raises:
-        TypeError: If the posterior does not fit the mode.
+        TypeError: If the posterior does not fit the mode, or is none.
         ValueError: If an option is out of range, or one function has no spread.
+
+    Warns:
+        ReliabilityWarning: If batch norm has the statistics of other weights than those
+            drawn, or all draws have the same weights.
 
     Example:
         >>> net = FunctionalNet(nn.Linear(2, 1))
@@ -93,6 +114,7 @@ class FunctionSpace(nn.Module):
         jitter: float = 1e-6,
         generator: Generator | None = None,
         likelihood: Likelihood | None = None,
+        batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
@@ -106,9 +128,20 @@ class FunctionSpace(nn.Module):
             generator = Generator().manual_seed(0)
         self.kernel: NeuralTangentKernel | None = None
         if mode == "linearized":
-            self.draws, self.kernel = _tangent(posterior, num_samples, generator)
-        else:
-            self.draws = freeze(posterior, num_samples, generator)
+            self.draws, self.kernel = _tangent(
+                posterior, num_samples, generator, batches
+            )
+            return
+        self.draws = freeze(posterior, num_samples, generator)
+        if batches is not None:
+            refresh_batch_norm(self.draws, batches)
+        elif is_stale(self.draws):
+            _warn_stale()
+        _check_spread(self.draws)
+
+    def extra_repr(self) -> str:
+        """Mode and jitter; the draws say how many they are."""
+        return f"mode={self.mode!r}, jitter={self.jitter:g}"
 
     def forward(self, X: Tensor) -> MultivariateNormal:
         """Joint distribution of the functions at inputs, differentiable in them.
@@ -154,7 +187,11 @@ class FunctionSpace(nn.Module):
 
     def _tangent_moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
         net = self.kernel.functional
-        outputs = net(X.to(net.dtype)).to(X.dtype)
+        try:
+            outputs = net(X.to(net.dtype)).to(X.dtype)
+        except Exception:
+            explain_failure(net, X)
+            raise
         mean, covariance = self.latent(outputs), self.kernel(X).to_dense()
         if mean.shape[-1] != outputs.shape[-1]:
             n, both, m = *outputs.shape[-2:], mean.shape[-1]
@@ -184,6 +221,7 @@ def freeze(
         TypeError: If nothing can be drawn or evaluated.
     """
     if not hasattr(posterior, "draw"):
+        _refuse_what_holds_one(posterior)
         if not callable(posterior) or isinstance(posterior, type):
             raise TypeError(
                 "posterior must have draw(num_samples, generator), or be functions "
@@ -195,6 +233,52 @@ def freeze(
     if members is not None and members <= num_samples:
         return copy.deepcopy(posterior.draw())
     return copy.deepcopy(posterior.draw(num_samples, generator))
+
+
+def _refuse_what_holds_one(value: object) -> None:
+    """Say what to pass in place of what leads to a posterior."""
+    name = type(value).__name__
+    if hasattr(value, "update") and callable(getattr(value, "posterior", None)):
+        raise TypeError(
+            f"posterior is a {name}, which observes a run. Pass its posterior(): "
+            "tracker.posterior()."
+        )
+    if isinstance(value, tuple) and hasattr(value, "posterior"):
+        raise TypeError(
+            f"posterior is a {name}, the result of a search. Pass its .posterior."
+        )
+    is_layer = isinstance(value, nn.Module) and type(value).__module__[:8] == "torch.nn"
+    if isinstance(value, FitResult) or is_layer:
+        raise TypeError(
+            f"posterior is a {name}, one network, which has no spread. Train several "
+            "and pass gpbridge.dnn.DeepEnsemble of them, or find a posterior of its "
+            "weights, such as gpbridge.dnn.SWAG or gpbridge.weights.EmpiricalWeights."
+        )
+
+
+def _check_spread(draws: object) -> None:
+    """Refuse one draw, and warn of draws that are all the same."""
+    parts = list(draws.parts) if isinstance(draws, JoinedDraws) else [draws]
+    if len(parts) > 1 or not isinstance(parts[0], WeightDraws):
+        return
+    weights, statistics = parts[0].weights, parts[0].statistics
+    if len(weights) < 2:
+        raise ValueError(_NO_SPREAD)
+    if all(bool((v == v[:1]).all()) for v in (weights, *statistics.values())):
+        warn_user(
+            f"All {len(weights)} draws have the same weights: their variance is zero "
+            "everywhere. Pass a posterior with spread, or snapshots of several epochs.",
+            ReliabilityWarning,
+        )
+
+
+def _warn_stale() -> None:
+    warn_user(
+        "The network has batch normalisation, and the draws have the statistics of "
+        "other weights than their own. Pass batches=[X], the training inputs, or "
+        "call gpbridge.batch_norm.refresh_batch_norm on the draws and pass these.",
+        ReliabilityWarning,
+    )
 
 
 def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
@@ -229,10 +313,7 @@ def draw_moments(values: Tensor) -> tuple[Tensor, LinearOperator]:
     """
     s = len(values)
     if s < 2:
-        raise ValueError(
-            "One function has no spread to estimate a covariance from. Pass "
-            "num_samples=64, or a posterior with several members."
-        )
+        raise ValueError(_NO_SPREAD)
     mean = values.mean(0)
     deviations = (values - mean).movedim(0, -1)  # ... x n x m x s
     root = deviations.flatten(-3, -2) / (s - 1) ** 0.5
@@ -250,10 +331,15 @@ def add_variance(covariance: LinearOperator, variance: Tensor) -> LinearOperator
 
 
 def _tangent(
-    posterior: object, num_samples: int, generator: Generator
+    posterior: object,
+    num_samples: int,
+    generator: Generator,
+    batches: Iterable[Tensor | Sequence[Tensor]] | None,
 ) -> tuple[TangentDraws, NeuralTangentKernel]:
     """Draws and covariance of the tangent model at the mean of the weights."""
     if not isinstance(posterior, GaussianWeights):
+        if not hasattr(posterior, "draw"):
+            _refuse_what_holds_one(posterior)
         raise TypeError(
             "mode='linearized' needs GaussianWeights, as SWAG or variational inference "
             f"give them, but the posterior is {type(posterior).__name__}. Try "
@@ -261,6 +347,14 @@ def _tangent(
         )
     net: FunctionalNet = copy.deepcopy(posterior.net)
     mean = posterior.mean
+    at_mean = WeightDraws(net, mean[None])
+    if batches is not None:
+        refresh_batch_norm(at_mean, batches)
+        own = dict(net.network.named_buffers())
+        for name, value in at_mean.statistics.items():
+            own[name].copy_(value[0])
+    elif is_stale(at_mean):
+        _warn_stale()
     with torch.no_grad():
         for name, value in net.unflatten(mean).items():
             net.params[name].copy_(value)

@@ -49,8 +49,13 @@ def _check_shape(net: FrozenNet, X: Tensor) -> None:
             f"The network is probed on the first points it sees, but X is empty (shape "
             f"{tuple(X.shape)}). Call it once with data."
         )
-    shape = net.input_shape
-    if shape is not None and math.prod(shape) != X.shape[-1]:
+    if net.input_shape is not None:
+        check_input_shape(net.input_shape, X)
+
+
+def check_input_shape(shape: Sequence[int], X: Tensor) -> None:
+    """Require inputs ``... x d`` with as many columns as one input has entries."""
+    if math.prod(shape) != X.shape[-1]:
         raise ShapeError(
             f"input_shape {shape} has {math.prod(shape)} entries, but X has "
             f"{X.shape[-1]} columns (shape {tuple(X.shape)}). Flatten each input to a "
@@ -126,6 +131,26 @@ def run_or_explain(
         if type(error) is not RuntimeError or inputs.device != first.device:
             raise
         raise ShapeError(_misfit(network, inputs, input_shape, error)) from error
+
+
+@torch.no_grad()
+def explain_failure(net: FrozenNet, X: Tensor) -> None:
+    """Say what is in the way of a network that failed at inputs, if a plain pass can.
+
+    Args:
+        net: The network, at its own weights.
+        X: Inputs ``... x n x d``.
+
+    Raises:
+        TypeError: If the output is not one tensor.
+        ShapeError: If inputs do not fit the network, or outputs are not one row each.
+    """
+    if X.numel() == 0 or not isinstance(X, Tensor):
+        return
+    _check_shape(net, X)
+    rows = X.detach().reshape(-1, *(net.input_shape or X.shape[-1:]))[:2]
+    rows = rows.to(net.dtype)
+    check_outputs(run_or_explain(net.network, rows, net.input_shape), rows)
 
 
 def check_outputs(outputs: object, inputs: Tensor) -> int:

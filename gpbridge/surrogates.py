@@ -8,6 +8,7 @@ tangent model; acquisition functions take it as any other.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,14 @@ from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
 from gpbridge.acquisition import DrawsPosterior
-from gpbridge.checks import ShapeError, check_choice, check_count, check_inputs
+from gpbridge.batch_norm import inputs_of
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_count,
+    check_inputs,
+    check_not_empty,
+)
 from gpbridge.function_space import FunctionSpace, add_variance
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.likelihoods import is_gaussian, noise_covariance, noise_variances
@@ -37,6 +45,12 @@ from gpbridge.predictive_mixture import (
     normal_mixture,
     predictive,
     target_moments,
+)
+from gpbridge.surrogate_input import (
+    LABELS,
+    check_num_outputs,
+    check_same_outputs,
+    check_train_targets,
 )
 from gpbridge.types import FunctionDraws, WeightPosterior
 
@@ -79,10 +93,18 @@ class WeightSpaceModel(Model):
         generator: Source of the draws; default one of seed 0.
         jitter: Variance added to Gaussian posteriors, in squared units of the network's
             outputs.
+        batches: Training inputs ``b x d`` in the caller's units, for the batch-norm
+            statistics of every draw; ``[train_X]`` where that fits in memory.
 
     Raises:
-        TypeError: If the posterior does not fit the mode.
-        ValueError: If an option is out of range.
+        TypeError: If the posterior does not fit the mode, or is none.
+        ShapeError: If targets, outputs of the network, likelihood and ``num_outputs``
+            disagree.
+        ValueError: If an option is out of range, or one function has no spread.
+
+    Warns:
+        ReliabilityWarning: As for :class:`~gpbridge.FunctionSpace`: batch norm with the
+            statistics of other weights, draws that are all the same.
 
     Example:
         >>> from gpbridge.functional import FunctionalNet
@@ -108,11 +130,25 @@ class WeightSpaceModel(Model):
         outcome_transform: OutcomeTransform | None = None,
         generator: Generator | None = None,
         jitter: float = 1e-6,
+        batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
         self.mode, self.likelihood = mode, likelihood
         self.output_indices: list[int] | None = None
+        self._width: int | None = None  # of the inputs
+        if num_outputs is not None:
+            check_count(num_outputs=num_outputs)
+        if train_X is not None:
+            check_inputs(train_X)
+            check_not_empty(train_X=train_X)
+            self._width = train_X.shape[-1]
+        elif train_Y is not None:
+            check_inputs(train_Y, "train_Y")  # rows ``n x m`` of finite numbers
+        if input_transform is not None:
+            if train_X is not None:
+                input_transform(train_X)  # bounds are read from the data here
+            self.input_transform = input_transform.eval()
         self.function_space = FunctionSpace(
             posterior,
             "linearized" if mode == "linearized" else "sample",
@@ -120,24 +156,20 @@ class WeightSpaceModel(Model):
             jitter,
             generator,
             likelihood,
+            None if batches is None else map(self.transform_inputs, inputs_of(batches)),
         )
         if train_X is not None:
-            check_inputs(train_X)
-        if input_transform is not None:
-            if train_X is not None:
-                input_transform(train_X)  # bounds are read from the data here
-            self.input_transform = input_transform.eval()
+            with torch.no_grad():
+                Z = self.transform_inputs(train_X[..., :1, :])
+                width = self.function_space.outputs(Z).shape[-1]
+            if train_Y is not None:
+                check_train_targets(likelihood, train_Y, train_X, width)
+            num_outputs = check_num_outputs(likelihood, width, num_outputs)
         if outcome_transform is not None:
             if train_Y is not None:
                 Z = None if train_X is None else self.transform_inputs(train_X)
                 outcome_transform(train_Y, X=Z)
             self.outcome_transform = outcome_transform.eval()
-        if num_outputs is not None:
-            check_count(num_outputs=num_outputs)
-        elif train_X is not None:
-            with torch.no_grad():
-                Z = self.transform_inputs(train_X[:1])
-                num_outputs = self.function_space.values(Z).shape[-1]
         self._num_outputs = num_outputs
         self.eval()
 
@@ -159,6 +191,11 @@ class WeightSpaceModel(Model):
             )
         return self._num_outputs
 
+    def extra_repr(self) -> str:
+        """Mode, and the number of outputs where it is known."""
+        known = "" if self._num_outputs is None else f", num_outputs={self.num_outputs}"
+        return f"mode={self.mode!r}{known}"
+
     @property
     def batch_shape(self) -> Size:
         """None: one model."""
@@ -166,7 +203,9 @@ class WeightSpaceModel(Model):
 
     def forward(self, X: Tensor) -> Tensor:
         """The draws at ``... x n x d``, ``... x s x n x m``, not untransformed."""
-        return self._chosen(self.function_space.values(X)).movedim(0, -3)
+        values = self.function_space.values(X)
+        check_same_outputs(values, self._num_outputs)
+        return self._chosen(values).movedim(0, -3)
 
     def posterior(
         self,
@@ -196,7 +235,7 @@ class WeightSpaceModel(Model):
                 X, None, observation_noise, posterior_transform
             )
         self.eval()
-        check_inputs(X, "X")
+        check_inputs(X, "X", self._width)
         Z = self.transform_inputs(X)
         noisy = observation_noise is not False
         if self.mode == "ensemble" and not noisy:
@@ -358,7 +397,7 @@ class WeightSpaceModel(Model):
 
     def _ready(self, X: Tensor) -> Tensor:
         self.eval()
-        check_inputs(X, "X")
+        check_inputs(X, "X", self._width)
         if self.likelihood is None:
             raise ValueError(
                 "Predictions of y need a likelihood, and the model has none. Pass "
@@ -388,6 +427,12 @@ class WeightSpaceModel(Model):
                     f"{tuple(observation_noise.shape)}."
                 ) from error
             return add_variance(covariance, variance)
+        if isinstance(self.likelihood, LABELS):
+            raise ValueError(
+                f"{type(self.likelihood).__name__} has labels, to whose latent outputs "
+                "no noise is added. Leave observation_noise out; predict(X) has the "
+                "probabilities of the labels."
+            )
         if self.likelihood is None or not self._has_noise():
             raise ValueError(
                 "observation_noise=True needs a likelihood with Gaussian noise, but it "
@@ -418,6 +463,7 @@ class WeightSpaceModel(Model):
 
     def _chosen_moments(self, Z: Tensor) -> tuple[Tensor, LinearOperator]:
         mean, covariance = self.function_space.moments(Z)
+        check_same_outputs(mean, self._num_outputs)
         if self.output_indices is None:
             return mean, covariance
         n, m = mean.shape[-2:]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from linear_operator.operators import (
@@ -30,7 +31,23 @@ from gpbridge.randomness import fresh, standard_normal
 from gpbridge.types import FunctionDraws, Params, WeightPosterior
 
 
-class GaussianWeights(nn.Module):
+class Drawable(nn.Module):
+    """A posterior as a module: functions are drawn of it, it is none itself."""
+
+    def forward(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not possible; the error says what is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} is a distribution over functions, not one of them. "
+            "Draw functions, .draw(num_samples)(X), or pass it to "
+            "gpbridge.FunctionSpace or gpbridge.WeightSpaceModel."
+        )
+
+
+class GaussianWeights(Drawable):
     r"""Weights :math:`w \sim N(m, \mathrm{diag}(v) + U U^\top)` of a network.
 
     Memory (k + 2) p; a draw costs k p and a pass through the network.
@@ -75,6 +92,18 @@ class GaussianWeights(nn.Module):
         self.register_buffer("mean", _copied(mean))
         self.register_buffer("variance", _copied(variance))
         self.register_buffer("root", _copied(root))
+
+    def extra_repr(self) -> str:
+        """Which parts the covariance has, and the size of a standard deviation."""
+        rank = 0 if self.root is None else self.root.shape[-1]
+        variances = torch.zeros_like(self.mean)
+        if self.variance is not None:
+            variances = variances + self.variance
+        if rank:
+            variances = variances + self.root.square().sum(-1)
+        std = variances.mean().sqrt().item()
+        diagonal = self.variance is not None
+        return f"p={len(self.mean)}, diagonal={diagonal}, rank={rank}, std={std:.3g}"
 
     @property
     def covariance(self) -> LinearOperator:
@@ -159,7 +188,7 @@ class GaussianWeights(nn.Module):
         return WeightDraws(self.net, self.sample_weights(num_samples, generator))
 
 
-class EmpiricalWeights(nn.Module):
+class EmpiricalWeights(Drawable):
     """A finite set of weights, equally likely.
 
     Args:
@@ -190,6 +219,11 @@ class EmpiricalWeights(nn.Module):
                     f"{len(weights)} members, but has {len(statistics[name])}."
                 )
             self.register_buffer(held, _copied(statistics[name]))
+
+    def extra_repr(self) -> str:
+        """How many members, and whether they have more of their own than weights."""
+        own = f", own tensors: {len(self._held)}" if self._held else ""
+        return f"num_members={self.num_members}{own}"
 
     @property
     def num_members(self) -> int:
@@ -224,7 +258,7 @@ class EmpiricalWeights(nn.Module):
         return draws
 
 
-class MixtureWeights(nn.Module):
+class MixtureWeights(Drawable):
     """Several posteriors of one or of several networks, equally likely.
 
     Predictive densities are mixed, not moments: a draw comes from one of the parts.
@@ -242,6 +276,10 @@ class MixtureWeights(nn.Module):
         if not parts:
             raise ValueError("parts must hold at least one posterior, but is empty.")
         self.parts = nn.ModuleList(parts)
+
+    def extra_repr(self) -> str:
+        """How many parts."""
+        return f"num_parts={len(self.parts)}"
 
     def draw(self, num_samples: int, generator: Generator | None = None) -> JoinedDraws:
         """Freeze functions, as many of each part as of any other, up to one."""

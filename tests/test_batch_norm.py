@@ -7,11 +7,20 @@ import copy
 
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from torch import nn
 
-from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import (
+    even_batches,
+    has_batch_norm,
+    is_stale,
+    refresh_batch_norm,
+)
+from gpbridge.checks import ShapeError
+from gpbridge.dnn.ensembles import DeepEnsemble
+from gpbridge.draws import JoinedDraws
 from gpbridge.functional import FunctionalNet
-from gpbridge.weights import EmpiricalWeights
+from gpbridge.weights import EmpiricalWeights, GaussianWeights
 
 
 def random(*shape, seed=0):
@@ -58,3 +67,46 @@ def test_even_batches_have_all_rows_and_no_rest(n, most):
     assert torch.equal(torch.cat(batches), X)
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and min(sizes) > 1
+
+
+def test_batches_of_one_row_are_skipped_as_in_training():
+    module, X = network(), random(9, 2)
+    expected = refresh_batch_norm(draws_of(module), X[:8].split(4))
+    draws = refresh_batch_norm(draws_of(module), X.split(4))  # 4, 4 and 1 rows
+    assert torch.equal(draws(X), expected(X))
+    with pytest.raises(ValueError, match="two rows or more"):
+        refresh_batch_norm(draws_of(module), X.split(1))
+
+
+def test_bad_batches_say_what_to_pass_and_leave_the_draws_as_they_were():
+    module, X = network(), random(8, 2)
+    draws = draws_of(module)
+    before = draws(X)
+    for batches, kind, message in (
+        ([X, X * torch.nan], InputDataError, r"1 of 2 batches, the first at \[1\]"),
+        (X, TypeError, r"Wrap it: \[X\]"),
+        ([{"x": X}], TypeError, r"one is dict. Pick the inputs"),
+        ([X[0]], ShapeError, r"shape \(2,\). Pass a list of batches"),
+        ([X.repeat(1, 2)], ShapeError, "takes ``... x 2``"),
+    ):
+        with pytest.raises(kind, match=message):
+            refresh_batch_norm(draws, batches)
+        assert torch.equal(draws(X), before)
+    net = FunctionalNet(module)
+    posterior = EmpiricalWeights(net, net.flatten(net.params)[None])
+    with pytest.raises(TypeError, match="is a posterior. Call .draw"):
+        refresh_batch_norm(posterior, [X])
+
+
+def test_statistics_are_stale_where_other_weights_come_before_them():
+    module, X = network(), random(8, 2)
+    head = FunctionalNet(module, "last_layer")
+    moved = GaussianWeights(head, head.flatten(head.params) + 1)
+    assert not is_stale(moved.draw(2))  # the statistics are those of the layer before
+    net = FunctionalNet(module)
+    mean = net.flatten(net.params)
+    assert not is_stale(GaussianWeights(net, mean).draw(2))  # those that were trained
+    draws = GaussianWeights(net, mean + 1).draw(2)
+    assert is_stale(draws) and is_stale(JoinedDraws([draws_of(module), draws]))
+    assert not is_stale(refresh_batch_norm(draws, [X]))
+    assert not is_stale(module) and not is_stale(DeepEnsemble([module] * 2).draw())

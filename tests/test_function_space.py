@@ -11,8 +11,11 @@ from linear_operator.operators import LowRankRootAddedDiagLinearOperator
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
-from gpbridge.checks import ShapeError
+from gpbridge.checks import ReliabilityWarning, ShapeError
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensembles import DeepEnsemble
+from gpbridge.dnn.scale_tuning import ScaleTuning
+from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.function_space import FunctionSpace, freeze
 from gpbridge.functional import FunctionalNet
@@ -21,6 +24,7 @@ from gpbridge.testing import (
     assert_gradients_match_finite_differences,
     assert_module_unchanged,
 )
+from gpbridge.types import FitResult
 from gpbridge.weights import EmpiricalWeights, GaussianWeights, MixtureWeights
 
 
@@ -323,3 +327,76 @@ def test_bad_input_says_what_to_try():
             FunctionSpace(residual())(X)  # a network is one function and no draws
     with pytest.raises(ShapeError, match="X must be"):
         FunctionSpace(weights)(normal(2))
+
+
+def normalized():
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("mode", ["sample", "linearized"])
+def test_stale_batch_norm_warns_unless_batches_refresh_it(mode):
+    X = normal(20, 2) + 3
+    weights = gaussian_weights(normalized())
+    weights.mean += 0.5
+    with pytest.warns(ReliabilityWarning, match="Pass batches=") as record:
+        stale = FunctionSpace(weights, mode, 8)
+    assert len(record) == 1
+    fresh = FunctionSpace(weights, mode, 8, batches=[X])
+    if mode == "sample":
+        expected = refresh_batch_norm(weights.draw(8, seeded()), [X])(X)
+        torch.testing.assert_close(fresh.values(X), expected)
+    else:
+        alone = GaussianWeights(weights.net, weights.mean).draw(1)
+        expected = refresh_batch_norm(alone, [X])(X)[0]
+        torch.testing.assert_close(fresh(X).mean, expected[:, 0])
+    assert not torch.allclose(fresh(X).mean, stale(X).mean)
+
+
+def test_draws_with_statistics_of_their_own_do_not_warn():
+    members = [normalized() for _ in range(3)]
+    members[1][0].weight.data += 1
+    assert FunctionSpace(DeepEnsemble(members)).draws.statistics
+    tracker = Snapshots(members[0])
+    for member in members:
+        tracker.update(member)
+    FunctionSpace(tracker.posterior())
+    network = nn.Sequential(*normalized(), nn.Dropout(0.5))
+    FunctionSpace(MCDropout(network), num_samples=3)
+
+
+@pytest.mark.parametrize("mode", ["sample", "linearized"])
+def test_what_leads_to_a_posterior_says_what_to_pass(mode):
+    network, X = residual(), normal(6, 2)
+    fitted = FitResult(network, torch.arange(6), torch.arange(0), None, None, 0.0)
+    posterior = gaussian_weights(network)
+    found = ScaleTuning(posterior, 1.0, (1.0,), X[0])
+    for wrong, message in (
+        (SWAG(network), "is a SWAG.*Pass its posterior()"),
+        (found, "is a ScaleTuning.*Pass its .posterior"),
+        (fitted, "is a FitResult, one network.*DeepEnsemble"),
+        (nn.Sequential(network), "is a Sequential, one network.*DeepEnsemble"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            FunctionSpace(wrong, mode)
+
+
+def test_functions_without_spread_are_found_when_they_come_in():
+    weights, X = gaussian_weights(residual()), normal(6, 2)
+    with pytest.raises(ValueError, match="One function has no spread"):
+        FunctionSpace(weights, num_samples=1)
+    FunctionSpace(weights, "linearized", num_samples=1)(X)
+    net = weights.net
+    same = net.flatten(net.params).expand(3, -1)
+    with pytest.warns(ReliabilityWarning, match="All 3 draws have the same weights"):
+        FunctionSpace(EmpiricalWeights(net, same))
+
+
+def test_inputs_of_another_width_say_what_the_network_takes():
+    weights, X = gaussian_weights(residual()), normal(6, 3)
+    for mode in ("sample", "linearized"):
+        with pytest.raises(ShapeError, match="takes ``... x 2``"):
+            FunctionSpace(weights, mode, 4)(X)
+        with pytest.raises(ShapeError, match="takes ``... x 2``"):
+            FunctionSpace(weights, mode, 4).draws(X)

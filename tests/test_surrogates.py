@@ -8,12 +8,14 @@ import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
+from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from botorch.models.transforms.outcome import Log, StratifiedStandardize
 from botorch.optim import optimize_acqf
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
+    BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
     MultitaskGaussianLikelihood,
@@ -23,8 +25,10 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gpbridge.acquisition import DrawsPosterior, EnumeratingSampler
-from gpbridge.checks import ShapeError
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ReliabilityWarning, ShapeError
 from gpbridge.dnn.dropout import MCDropout
+from gpbridge.dnn.ensembles import DeepEnsemble
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.surrogates import WeightSpaceModel
@@ -349,7 +353,7 @@ def test_labels_are_predicted_by_the_average_probability(mode):
     p = torch.softmax(model.function_space.draws(X), -1).mean(0)
     torch.testing.assert_close(prediction.probs, p)
     assert bool((model.decompose(X).mutual_information > 0).all())
-    with pytest.raises(ValueError, match="SoftmaxLikelihood. Pass likelihood="):
+    with pytest.raises(ValueError, match="SoftmaxLikelihood has labels.*Leave"):
         model.posterior(X, observation_noise=True)
 
 
@@ -424,7 +428,7 @@ def test_bad_input_says_what_to_try():
         model.posterior(X, observation_noise=torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"idcs must name outputs in 0 .. 0"):
         model.subset_output([1])
-    with pytest.raises(ShapeError, match="Sequential must map.*EmpiricalWeights"):
+    with pytest.raises(TypeError, match="Sequential, one network.*EmpiricalWeights"):
         WeightSpaceModel(network(), X)
     with pytest.raises(ValueError, match="mode must be one of 'ensemble'"):
         build(mode="laplace")
@@ -435,3 +439,106 @@ def test_bad_input_says_what_to_try():
         build(num_outputs=0)
     with pytest.raises(ShapeError, match="X must be"):
         model.posterior(X[0])
+
+
+@pytest.mark.parametrize(
+    "outputs, change, options, message",
+    [
+        (1, lambda Y: Y[:5], {}, r"``8 x 1``.*shape \(5, 1\)"),
+        (1, lambda Y: Y.repeat(1, 2), {}, r"``8 x 1``.*shape \(8, 2\)"),
+        (1, lambda Y: Y[:, 0], {}, r"Try train_Y\[:, None\]"),
+        (1, lambda Y: Y[:, 0], {"outcome_transform": 1}, r"Try train_Y\[:, None\]"),
+        (1, lambda Y: Y * torch.nan, {}, "train_Y contains NaN or Inf in 8 of 8"),
+        (2, lambda Y: Y, {}, r"HeteroscedasticGaussianLikelihood\(1\)"),
+        (1, lambda Y: Y, {"num_outputs": 3}, "num_outputs is 3.*have 1 outputs"),
+    ],
+)
+def test_targets_and_outputs_must_be_those_of_the_network(
+    outputs, change, options, message
+):
+    X = normal(8, 2)
+    if "outcome_transform" in options:
+        options = {"outcome_transform": Standardize(1)}
+    with pytest.raises((ValueError, InputDataError), match=message):
+        weights = gaussian_weights(network(outputs))
+        WeightSpaceModel(weights, X, change(X[:, :1]), num_samples=4, **options)
+
+
+def test_targets_alone_are_checked_for_the_transform_that_they_fit():
+    weights, Y = gaussian_weights(network()), normal(8, 1)
+    for wrong, message in ((Y * torch.nan, "NaN or Inf"), (Y[:, 0], "``... x n x d``")):
+        with pytest.raises((ValueError, InputDataError), match=message):
+            WeightSpaceModel(weights, train_Y=wrong, outcome_transform=Standardize(1))
+
+
+@pytest.mark.parametrize(
+    "outputs, likelihood, message",
+    [
+        (3, SoftmaxLikelihood(num_classes=4, mixing_weights=False), "of 4 outputs"),
+        (3, HeteroscedasticGaussianLikelihood(), "of 2 outputs.*it has 3"),
+        (3, likelihood_for(2), "of 2 outputs.*it has 3"),
+        (2, BernoulliLikelihood(), "of 1 outputs.*it has 2"),
+    ],
+)
+def test_the_likelihood_must_be_of_as_many_outputs_as_the_network_has(
+    outputs, likelihood, message
+):
+    with pytest.raises(ShapeError, match=message):
+        weights = gaussian_weights(network(outputs))
+        WeightSpaceModel(weights, normal(8, 2), likelihood=likelihood, num_samples=4)
+
+
+def test_labels_are_taken_with_a_likelihood_of_labels_and_checked():
+    X, labels = normal(6, 2), torch.arange(6) % 3
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    weights = gaussian_weights(network(3))
+    for train_Y in (labels, labels[:, None]):
+        model = WeightSpaceModel(weights, X, train_Y, likelihood=softmax)
+        assert model.num_outputs == 3
+    with pytest.raises(InputDataError, match="must lie in 0 .. 2"):
+        WeightSpaceModel(weights, X, labels + 1, likelihood=softmax)
+    with pytest.raises(ValueError, match="has labels.*Leave observation_noise out"):
+        model.posterior(X, observation_noise=True)
+
+
+def test_outputs_that_were_announced_wrongly_are_refused_when_they_come():
+    for mode in ("ensemble", "gaussian"):
+        model = WeightSpaceModel(gaussian_weights(network()), num_outputs=3, mode=mode)
+        with pytest.raises(ShapeError, match="num_outputs=3.*have 1 outputs"):
+            model.posterior(normal(4, 2))
+
+
+def test_inputs_of_another_width_than_in_training_are_refused():
+    model = WeightSpaceModel(gaussian_weights(network()), normal(4, 2), num_samples=3)
+    with pytest.raises(ShapeError, match="X must have 2 columns as the training"):
+        model.posterior(normal(4, 3))
+    with pytest.raises(ShapeError, match="takes ``... x 2``"):
+        WeightSpaceModel(gaussian_weights(network()), normal(4, 3), num_samples=3)
+
+
+def test_batches_are_in_the_units_of_the_inputs():
+    X = 5 + 3 * normal(20, 2)
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)
+    weights = gaussian_weights(nn.Sequential(*layers).double())
+    options = {"num_samples": 4, "input_transform": Normalize(2)}
+    with pytest.warns(ReliabilityWarning, match="Pass batches="):
+        WeightSpaceModel(weights, X, **options)
+    batches = [(X[:12], None), (X[12:], None)]
+    model = WeightSpaceModel(weights, X, batches=batches, **options)
+    Z = model.input_transform(X)
+    draws = refresh_batch_norm(weights.draw(4, seeded()), [Z[:12], Z[12:]])
+    torch.testing.assert_close(model.posterior(X).values, draws(Z))
+    with pytest.raises(TypeError, match=r"Wrap it: \[X\]"):
+        WeightSpaceModel(weights, X, batches=X, **options)
+
+
+def test_one_draw_is_refused_and_reprs_say_mode_and_number_of_draws():
+    weights = gaussian_weights(network())
+    with pytest.raises(ValueError, match="no spread.*num_samples=64"):
+        WeightSpaceModel(weights, num_samples=1)
+    with pytest.raises(ValueError, match="a posterior with several members"):
+        WeightSpaceModel(DeepEnsemble([network()]))
+    shown = repr(WeightSpaceModel(weights, num_outputs=1, num_samples=5))
+    assert "mode='ensemble', num_outputs=1" in shown and "num_draws=5" in shown
+    assert "mode='sample', jitter=1e-06" in shown

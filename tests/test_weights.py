@@ -160,3 +160,39 @@ def test_a_mixture_draws_from_every_part(net):
 def test_bad_input(net, build, error, message):
     with pytest.raises(error, match=message):
         build(net)
+
+
+def test_a_posterior_is_not_called_and_says_what_to_do():
+    net = FunctionalNet(nn.Linear(2, 1))
+    gaussian = GaussianWeights(net, torch.zeros(3))
+    members = EmpiricalWeights(net, torch.zeros(2, 3))
+    for posterior in (gaussian, members, MixtureWeights([gaussian, members])):
+        with pytest.raises(TypeError, match=r"Draw functions, .draw\(num_samples\)"):
+            posterior(torch.zeros(4, 2))
+
+
+def test_reprs_say_sizes():
+    net = FunctionalNet(nn.Linear(2, 1))
+    gaussian = GaussianWeights(net, torch.zeros(3), root=torch.ones(3, 4))
+    assert "p=3, diagonal=False, rank=4, std=2" in repr(gaussian)
+    members = EmpiricalWeights(net, torch.zeros(2, 3))
+    assert "num_members=2" in repr(members)
+    assert "num_parts=2" in repr(MixtureWeights([gaussian, members]))
+    assert "num_draws=5" in repr(gaussian.draw(5))
+
+
+def test_a_network_that_returns_no_tensor_or_wants_images_says_so():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"mean": super().forward(x)}
+
+    images = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 1))
+    for network, shape, kind, message in (
+        (Named(36, 1), None, TypeError, "returns dict. Wrap it"),
+        (images, None, ShapeError, r"input_shape=\(c, h, w\)"),
+        (images, (1, 5, 5), ShapeError, "has 25 entries, but X has 36"),
+    ):
+        net = FunctionalNet(network, input_shape=shape)
+        draws = GaussianWeights(net, net.flatten(net.params)).draw(2)
+        with pytest.raises(kind, match=message):
+            draws(torch.zeros(4, 36))

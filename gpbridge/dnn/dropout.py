@@ -24,6 +24,7 @@ from gpbridge.checks import check_count, check_inputs
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.randomness import fresh
 from gpbridge.tracing import traceable
+from gpbridge.weights import Drawable
 
 _DROPOUTS = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -31,7 +32,7 @@ _DROPOUTS = (
 )
 
 
-class MCDropout(nn.Module):
+class MCDropout(Drawable):
     """The functions that a network becomes under its own dropout.
 
     Owns a copy in eval mode but for the dropout layers; batch norm keeps its statistics

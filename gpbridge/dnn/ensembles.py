@@ -23,13 +23,13 @@ from gpbridge.draws import JoinedDraws, WeightDraws
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.functional import FunctionalNet
 from gpbridge.types import FitResult
-from gpbridge.weights import EmpiricalWeights, even_choice
+from gpbridge.weights import Drawable, EmpiricalWeights, even_choice
 
 _PLAIN = (bool, int, float, str, NoneType, torch.dtype, FunctionType, type)
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
-class DeepEnsemble(nn.Module):
+class DeepEnsemble(Drawable):
     """Trained networks, equally likely, each with batch-norm statistics of its own.
 
     Members of one architecture (the same layers with the same settings) are stacked:
@@ -41,7 +41,7 @@ class DeepEnsemble(nn.Module):
         input_shape: Shape of one input, to unflatten the ``d`` columns.
 
     Raises:
-        TypeError: If a member is no module.
+        TypeError: If a member is no network, or of another dtype than the others.
         ValueError: If there is none.
 
     Example:
@@ -67,6 +67,14 @@ class DeepEnsemble(nn.Module):
                     "members must be torch.nn.Modules or results of fit_map, but one "
                     f"is {type(network).__name__}."
                 )
+            if hasattr(network, "draw") or hasattr(network, "posterior"):
+                raise TypeError(
+                    "members must be networks, but one is "
+                    f"{type(network).__name__}. Posteriors are joined by "
+                    "gpbridge.weights.MixtureWeights; of a tracker pass its posterior()"
+                    " there."
+                )
+        _check_one_dtype(networks)
         networks = [copy_without_hooks(n).requires_grad_(True) for n in networks]
         groups: list[list[int]] = []
         for i, network in enumerate(networks):
@@ -84,6 +92,10 @@ class DeepEnsemble(nn.Module):
         self._places = {
             i: (g, row) for g, group in enumerate(groups) for row, i in enumerate(group)
         }
+
+    def extra_repr(self) -> str:
+        """How many members, of how many architectures."""
+        return f"num_members={self.num_members}, architectures={len(self.groups)}"
 
     def draw(
         self, num_samples: int | None = None, generator: Generator | None = None
@@ -156,6 +168,18 @@ def _stack(
         name: torch.stack([each[name] for each in buffers]) for name in buffers[0]
     }
     return EmpiricalWeights(net, flat, statistics)
+
+
+def _check_one_dtype(networks: list[nn.Module]) -> None:
+    dtypes = [
+        p.dtype for p in (next(n.parameters(), None) for n in networks) if p is not None
+    ]
+    for i, dtype in enumerate(dtypes):
+        if dtype != dtypes[0]:
+            raise TypeError(
+                f"members must have one dtype, but member 0 is {dtypes[0]} and member "
+                f"{i} is {dtype}. Try member.to({dtypes[0]})."
+            )
 
 
 def _same_architecture(a: nn.Module, b: nn.Module) -> bool:

@@ -40,6 +40,12 @@ class ScaleTuning(NamedTuple):
     scales: tuple[float, ...]
     scores: Tensor
 
+    def __repr__(self) -> str:
+        """The scale, and the score of each."""
+        table = zip(self.scales, self.scores.tolist(), strict=True)
+        scores = ", ".join(f"{scale:g}: {score:.4g}" for scale, score in table)
+        return f"ScaleTuning(scale={self.scale:g}, scores={{{scores}}})"
+
 
 def tune_scale(
     tracker: SWAG,

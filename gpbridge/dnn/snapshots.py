@@ -67,6 +67,10 @@ class Snapshots(WeightTracker):
         for name, value in self.net.network.named_buffers():
             self.register_buffer(self._held[name], value.new_empty(0, *value.shape))
 
+    def extra_repr(self) -> str:
+        """How many snapshots were taken, and how many are kept."""
+        return f"{super().extra_repr()}, num_kept={self.num_kept}"
+
     @property
     def num_kept(self) -> int:
         """The number of snapshots there are."""

@@ -40,6 +40,15 @@ class SubspaceChains(NamedTuple):
     r_hat: Tensor | None
     effective_sample_size: Tensor | None
 
+    def __repr__(self) -> str:
+        """Numbers of chains, draws and coordinates, and how well they mixed."""
+        chains, draws, coordinates = self.samples.shape
+        mixed = "" if self.r_hat is None else f", r_hat<={self.r_hat.max().item():.3f}"
+        return (
+            f"SubspaceChains(chains={chains}, draws={draws}, "
+            f"coordinates={coordinates}{mixed})"
+        )
+
 
 class SubspaceGaussian(NamedTuple):
     """A Gaussian in the coordinates, ``z ~ N(mean, root root')``.

@@ -116,6 +116,11 @@ class SWAG(SWA):
         # One row per snapshot, overwritten in turn: weights, or their deviations.
         self.register_buffer("kept", self.mean.new_zeros(rank, len(self.mean)))
 
+    def extra_repr(self) -> str:
+        """Snapshots, rank and what deviations are taken from."""
+        own = f"rank={self.rank}, centering={self.centering!r}"
+        return f"{super().extra_repr()}, {own}"
+
     @property
     def num_columns(self) -> int:
         """The number k of deviations there are."""

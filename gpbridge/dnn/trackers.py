@@ -7,7 +7,7 @@ handed to a subclass that keeps moments or copies of it. Next: ``snapshots``, ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class WeightTracker(nn.Module):
 
         Raises:
             ShapeError: If a weight has another shape than the tracker's.
+            TypeError: If a weight has another dtype, or this is no network.
             ValueError: If a weight is missing or not finite; the tracker stays as it
                 was.
         """  # noqa: DOC502
@@ -64,9 +65,15 @@ class WeightTracker(nn.Module):
 
         Raises:
             ShapeError: As for :meth:`update`.
+            TypeError: As for :meth:`update`.
             ValueError: As for :meth:`update`.
         """
         is_module = isinstance(network, nn.Module)
+        if not is_module and not isinstance(network, Mapping):
+            raise TypeError(
+                "network must be the module that is trained, or its weights by name, "
+                f"but is {type(network).__name__}. Of a FitResult pass its .network."
+            )
         own = dict(network.named_parameters()) if is_module else network
         missing = [name for name in self.net.names if name not in own]
         if missing:
@@ -80,6 +87,11 @@ class WeightTracker(nn.Module):
                     f"{name} must have shape {tuple(p.shape)} as in the network the "
                     f"tracker was built for, but has {tuple(own[name].shape)}. Of "
                     "stacked weights pass those of one copy."
+                )
+            if own[name].dtype != p.dtype:
+                raise TypeError(
+                    f"{name} must be {p.dtype} as in the network the tracker was built "
+                    f"for, but is {own[name].dtype}. Try network.to({p.dtype})."
                 )
         weights = self.net.flatten({name: own[name] for name in self.net.names})
         if not bool(torch.isfinite(weights).all()):
@@ -103,6 +115,10 @@ class WeightTracker(nn.Module):
 
     def _take(self, weights: Tensor) -> None:
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """How many snapshots were taken."""
+        return f"num_snapshots={int(self.num_snapshots)}"
 
     def own_net(self) -> FunctionalNet:
         """A copy of the network, whose weights that are not read stay as they are."""

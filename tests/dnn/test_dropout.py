@@ -102,3 +102,9 @@ def test_a_network_may_have_no_weights():
 def test_a_network_without_dropout_is_refused(network):
     with pytest.raises(ValueError, match=r"a dropout layer with p > 0"):
         MCDropout(network)
+
+
+def test_the_posterior_is_not_called_and_says_what_to_do():
+    posterior = MCDropout(nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5)))
+    with pytest.raises(TypeError, match=r"Draw functions, .draw\(num_samples\)"):
+        posterior(torch.zeros(3, 2))

@@ -10,10 +10,12 @@ from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
-from gpbridge.dnn import DeepEnsemble, MCDropout, MultiSWAG, fit_ensemble, fit_map
+from gpbridge.dnn import SWAG, DeepEnsemble, MCDropout, MultiSWAG, fit_ensemble, fit_map
 from gpbridge.draws import JoinedDraws, WeightDraws
+from gpbridge.functional import FunctionalNet
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.weights import GaussianWeights
 
 
 def seeded(seed=0):
@@ -239,3 +241,17 @@ def test_refreshed_statistics_replace_those_of_the_members():
     for network, values in zip(networks, draws(X), strict=True):
         torch.optim.swa_utils.update_bn([X], network)
         torch.testing.assert_close(values, network.eval()(X))
+
+
+def test_members_are_networks_of_one_dtype():
+    one = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="member 0 is torch.float32 and member 1 is"):
+        DeepEnsemble([one, copy.deepcopy(one).double()])
+    net = FunctionalNet(one)
+    for wrong in (GaussianWeights(net, torch.zeros(3)), SWAG(one)):
+        with pytest.raises(TypeError, match="Posteriors are joined by"):
+            DeepEnsemble([wrong])
+    ensemble = DeepEnsemble([one, nn.Linear(2, 1), nn.Sequential(one)])
+    assert "num_members=3, architectures=2" in repr(ensemble)
+    with pytest.raises(TypeError, match="Draw functions"):
+        ensemble(torch.zeros(4, 2))

@@ -8,8 +8,11 @@ from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
+from gpbridge.dnn.scale_tuning import ScaleTuning
 from gpbridge.dnn.snapshots import Snapshots
+from gpbridge.dnn.subspace_methods import SubspaceChains
 from gpbridge.dnn.swag import SWA, SWAG
+from gpbridge.types import FitResult
 from gpbridge.weights import GaussianWeights
 
 
@@ -192,3 +195,33 @@ def test_weights_by_name_stand_for_a_module():
     stacked = {k: torch.stack([v, v]) for k, v in network.state_dict().items()}
     with pytest.raises(ShapeError, match=r"0.weight must have shape \(3, 2\).*\(2, 3,"):
         by_name.update(stacked)
+
+
+def test_trackers_take_one_dtype_and_networks_and_say_how_many_they_took():
+    network = nn.Linear(2, 1).double()
+    tracker, snapshots = SWAG(network, rank=3), Snapshots(network, max_snapshots=1)
+    for each in (tracker, snapshots):
+        for _ in range(2):
+            each.update(network)
+        with pytest.raises(TypeError, match=r"weight must be torch.float64.*\.to\("):
+            each.update(copy.deepcopy(network).float())
+        none = torch.arange(0)
+        with pytest.raises(TypeError, match="Of a FitResult pass its .network"):
+            each.update(FitResult(network, none, none, None, None, 0.0))
+        assert "num_snapshots=2" in repr(each)
+    assert "rank=3, centering='running'" in repr(tracker)
+    assert "num_kept=1" in repr(snapshots)
+
+
+def test_results_of_searches_have_short_reprs():
+    network = nn.Linear(2, 1)
+    tracker = SWAG(network)
+    tracker.update(network)
+    found = ScaleTuning(
+        SWA.posterior(tracker), 0.5, (0.0, 0.5), torch.tensor([-1, 2.0])
+    )
+    assert repr(found) == "ScaleTuning(scale=0.5, scores={0: -1, 0.5: 2})"
+    chains = SubspaceChains(
+        found.posterior, torch.zeros(2, 7, 3), torch.zeros(2, 7), 9, None, None
+    )
+    assert repr(chains) == "SubspaceChains(chains=2, draws=7, coordinates=3)"
