@@ -160,7 +160,8 @@ def fit_ensemble(
             rows with replacement.
         initial: Modules to start from, one for each member. Default: copies whose
             layers' ``reset_parameters`` is called again; frozen weights stay.
-        checkpoint: A file from which an interrupted run continues, to the same bits.
+        checkpoint: A file from which an interrupted run continues, to the same bits, if
+            all arguments are the same; ``epochs`` may be larger.
         checkpoint_every: Epochs between two writes.
         generator: Source of all randomness: split, first weights, batches, dropout.
             None is a fresh one with seed 0.
