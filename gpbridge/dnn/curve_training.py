@@ -30,6 +30,7 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.dnn.curves import WeightCurve, rows_for
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.fit_input import check_decay
 from gpbridge.dnn.objective import objective_for
 from gpbridge.dnn.schedules import swa_factor
@@ -86,8 +87,9 @@ def fit_curve(
         decay term.
 
     Raises:
-        RuntimeError: If the loss becomes NaN or infinite; the bends are then those with
-            which the last epoch of finite loss began.
+        DivergedError: If the loss becomes NaN or infinite; the curve, its
+            ``last_good``, then has the bends with which the last epoch of finite loss
+            began.
         ValueError: If an option is out of range, or the curve has no free bend.
 
     Example:
@@ -159,10 +161,12 @@ def fit_curve(
             if not (math.isfinite(value) and bool(curve.bends.isfinite().all())):
                 with torch.no_grad():
                     curve.bends.copy_(good)
-                raise RuntimeError(
+                raise DivergedError(
                     f"Training diverged in epoch {epoch}: the loss is {value}. The "
                     "curve has the bends with which the last epoch of finite loss "
-                    f"began; lower learning_rate (it is {learning_rate})."
+                    "began, and is .last_good of this error. Try "
+                    f"{rate_advice(learning_rate, 0.015)}.",
+                    curve,
                 )
             history["train_loss"].append(value)
             if not bar.disable:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from gpbridge.dnn.replica_input import check_several
 from gpbridge.dnn.swag import SWAG
 from gpbridge.functional import Parameters
 from gpbridge.types import Params
@@ -37,6 +38,7 @@ class MultiSWAG(nn.Module):
         input_shape: Shape of one input.
 
     Raises:
+        TypeError: If it is one network and not a list.
         ValueError: If there is no network.
 
     Example:
@@ -57,6 +59,7 @@ class MultiSWAG(nn.Module):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_several(networks, "networks")
         networks = list(networks)
         if not networks:
             raise ValueError("networks must hold at least one module, but is empty.")

@@ -26,7 +26,7 @@ from gpbridge.checks import (
     check_positive,
     check_same_device,
 )
-from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import EVALUATION_ROWS
 from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replica_input import (
@@ -315,8 +315,8 @@ class StackedTraining:
         raise DivergedError(
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
-            "kept as they were before, as last_good of this error. Standardise data, "
-            f"or lower learning_rate (it is {self.learning_rate}).",
+            "kept as they were before, as .last_good of this error. Standardise data, "
+            f"or try {rate_advice(self.learning_rate, 5e-3)}.",
             self.result(),
         )
 

@@ -13,6 +13,7 @@ from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.data import two_moons
 from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve, fit_map
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.loss_surface import CurveLosses, losses_at
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import LogisticLikelihood
@@ -270,10 +271,12 @@ def test_divergence_stops_with_the_last_good_bends():
         nn.init.constant_(network.weight, float(w))
     curve, twin = BezierCurve(*networks), BezierCurve(*networks)
     options = {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
-    with pytest.raises(RuntimeError, match=r"diverged in epoch 4.*lower learning_rate"):
+    match = r"diverged in epoch 4.*\.last_good.*learning_rate=0.015"
+    with pytest.raises(DivergedError, match=match) as caught:
         fit_curve(
             curve, X, X * 0, epochs=20, generator=seeded(), progress=False, **options
         )
+    assert caught.value.last_good is curve
     generator = seeded()
     for _ in range(3):
         torch.randperm(8, generator=generator)
