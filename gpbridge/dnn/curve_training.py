@@ -29,7 +29,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
-from gpbridge.dnn.curves import WeightCurve, rows_for
+from gpbridge.dnn.curves import WeightCurve, image_net, rows_for
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.fit_input import check_decay
 from gpbridge.dnn.objective import objective_for
@@ -69,7 +69,8 @@ def fit_curve(
 
     Args:
         curve: Trained in place; its ends stay.
-        train_X: Inputs ``n x d``, or ``n x input_shape``.
+        train_X: Inputs ``n x d``, or images ``n x c x ...``, whose shape the curve
+            takes as its ``input_shape`` if it has none.
         train_Y: Targets as for :func:`~gpbridge.dnn.fit_map`.
         likelihood: Picks the loss; default that of
             :func:`gpbridge.targets.default_likelihood`.
@@ -112,6 +113,7 @@ def fit_curve(
     check_decay(weight_decay, "weight_decay")
     check_choice("optimizer", optimizer, ("sgd", "adam"))
     check_tensor(train_Y=train_Y)
+    curve.net = image_net(curve.net, train_X)
     X = rows_for(curve.net, train_X, "train_X").detach()
     check_inputs(X)
     check_not_empty(train_X=X)

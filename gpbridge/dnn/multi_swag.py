@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from gpbridge.checks import check_positive
 from gpbridge.dnn.replica_input import check_several
 from gpbridge.dnn.swag import SWAG
 from gpbridge.functional import Parameters
@@ -98,6 +99,8 @@ class MultiSWAG(nn.Module):
 
     def posterior(self, scale: float = 0.5, diagonal: bool = True) -> MixtureWeights:
         """The mixture of the networks' Gaussians; see :meth:`SWAG.posterior`."""
+        check_positive(scale=scale)
+        min(self.trackers, key=lambda each: each.num_columns).check_rank()  # once
         return MixtureWeights(
-            [tracker.posterior(scale, diagonal) for tracker in self.trackers]
+            [tracker.gaussian(scale, diagonal) for tracker in self.trackers]
         )

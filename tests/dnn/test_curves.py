@@ -349,14 +349,17 @@ def test_images_may_come_in_their_own_shape():
 
     X = torch.randn(12, 1, 5, 5, generator=seeded(), dtype=torch.float64)
     Y = torch.arange(12) % 2
-    for rows in (X, X.flatten(1)):
+    first = None
+    for rows, shape in [(X, (1, 5, 5)), (X.flatten(1), (1, 5, 5)), (X, None)]:
         torch.manual_seed(0)
-        curve = BezierCurve(*pair(build), input_shape=(1, 5, 5))
+        curve = BezierCurve(*pair(build), input_shape=shape)
+        if shape is None:  # before and after training
+            assert curve_losses(curve, X, Y, t=3, batches=[X]).loss.isfinite().all()
+            assert curve.net.input_shape is None
         fit_curve(curve, rows, Y, generator=seeded(), **QUICK)
         along = curve_losses(curve, rows, Y, t=3, batches=[rows])
-        if rows is X:
-            first = along
-    assert torch.equal(along.loss, first.loss)
+        first = along if first is None else first
+        assert torch.equal(along.loss, first.loss)
 
 
 @pytest.mark.parametrize("chunks", [(1, 7), (3, 40), (8, 1000)])
