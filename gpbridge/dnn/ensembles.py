@@ -89,6 +89,10 @@ class DeepEnsemble(nn.Module):
             i: (g, row) for g, group in enumerate(groups) for row, i in enumerate(group)
         }
 
+    def extra_repr(self) -> str:
+        """How many members of how many architectures."""
+        return f"{self.num_members} members of {len(self.groups)} architectures"
+
     def draw(
         self, num_samples: int | None = None, generator: Generator | None = None
     ) -> WeightDraws | EnsembleDraws:

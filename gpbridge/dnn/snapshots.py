@@ -73,6 +73,10 @@ class Snapshots(WeightTracker):
         taken = int(self.num_snapshots)
         return taken if self.max_snapshots is None else min(taken, self.max_snapshots)
 
+    def extra_repr(self) -> str:
+        """How many snapshots there are."""
+        return f"{self.num_kept} snapshots"
+
     def _take(self, weights: Tensor) -> None:
         room = len(self.kept)
         taken = int(self.num_snapshots)

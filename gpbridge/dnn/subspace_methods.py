@@ -40,6 +40,16 @@ class SubspaceChains(NamedTuple):
     r_hat: Tensor | None
     effective_sample_size: Tensor | None
 
+    def __repr__(self) -> str:
+        """Numbers of chains, draws and coordinates, and how they mixed."""
+        c, s, r = self.samples.shape
+        text = f"{c} chains of {s} draws in {r} coordinates, {self.num_calls} calls"
+        if self.r_hat is not None:
+            text += f", r_hat up to {float(self.r_hat.max()):.3g}"
+            least = float(self.effective_sample_size.min())
+            text += f", effective sample size from {least:.3g}"
+        return f"{type(self).__name__}({text})"
+
 
 class SubspaceGaussian(NamedTuple):
     """A Gaussian in the coordinates, ``z ~ N(mean, root root')``.
@@ -53,6 +63,13 @@ class SubspaceGaussian(NamedTuple):
     root: Tensor
     elbo: Tensor
     num_calls: int
+
+    def __repr__(self) -> str:
+        """The number of coordinates, and the bound at the end."""
+        return (
+            f"{type(self).__name__}({len(self.mean)} coordinates, {self.num_calls} "
+            f"steps, bound {float(self.elbo[-1]):.4g})"
+        )
 
 
 class SubspaceMethod(Protocol):

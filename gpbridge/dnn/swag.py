@@ -132,6 +132,10 @@ class SWAG(SWA):
         D = self.kept[: self.num_columns]
         return D - self.mean if self.centering == "final" else D.clone()
 
+    def extra_repr(self) -> str:
+        """How many snapshots, and how many deviations of them."""
+        return f"{int(self.num_snapshots)} snapshots, rank {self.rank}"
+
     def _take(self, weights: Tensor) -> Tensor:
         row = int(self.num_snapshots) % self.rank
         change = super()._take(weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.functional import FunctionalNet, Parameters
-from gpbridge.types import Params
+from gpbridge.types import FitResult, Params
 
 
 class WeightTracker(nn.Module):
@@ -38,18 +38,26 @@ class WeightTracker(nn.Module):
         self.register_buffer("num_snapshots", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def update(self, network: nn.Module | Params) -> None:
+    def update(self, network: nn.Module | FitResult | Params) -> None:
         """Take the present weights in; costs a few p operations.
 
         Args:
-            network: The module that is trained, or its weights by name, buffers among
-                them if it has any that training changes.
+            network: The module that is trained, a result of ``fit_map``, or weights by
+                name, buffers among them if there are any that training changes.
 
         Raises:
+            TypeError: If it is none of these.
             ShapeError: If a weight has another shape than the tracker's.
             ValueError: If a weight is missing or not finite; the tracker stays as it
                 was.
         """
+        if isinstance(network, FitResult):
+            network = network.network
+        if not isinstance(network, nn.Module | dict):
+            raise TypeError(
+                "network must be a module, a result of fit_map, or a dict of weights "
+                f"by name, but is {type(network).__name__}."
+            )
         is_module = isinstance(network, nn.Module)
         own = dict(network.named_parameters()) if is_module else network
         missing = [name for name in self.net.names if name not in own]

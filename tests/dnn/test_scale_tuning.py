@@ -153,9 +153,7 @@ def test_batch_norm_is_refreshed_for_every_draw():
 
 def test_bad_arguments_are_refused():
     tracker, X, Y = problem(0.0)
-    with pytest.raises(
-        ValueError, match="finite, zero or above, but are .0.0, -0.5"
-    ):
+    with pytest.raises(ValueError, match="finite, zero or above, but are .0.0, -0.5"):
         tune_scale(tracker, X, Y, gaussian(), (0.0, -0.5))
     with pytest.raises(ValueError, match="scales must hold at least one"):
         tune_scale(tracker, X, Y, gaussian(), ())

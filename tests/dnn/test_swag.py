@@ -8,6 +8,7 @@ from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
+from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.weights import GaussianWeights
 
@@ -175,3 +176,15 @@ def test_weights_by_name_stand_for_a_module():
     stacked = {k: torch.stack([v, v]) for k, v in network.state_dict().items()}
     with pytest.raises(ShapeError, match=r"0.weight must have shape \(3, 2\).*\(2, 3,"):
         by_name.update(stacked)
+
+
+def test_a_result_of_training_is_its_network():
+    X = torch.linspace(-1, 1, 20)[:, None]
+    fit = fit_map(nn.Linear(1, 1), X, X, epochs=1, progress=False)
+    tracker = SWAG(nn.Linear(1, 1), rank=2)
+    tracker.update(fit)
+    weights = torch.cat([fit.network.weight.flatten(), fit.network.bias])
+    torch.testing.assert_close(tracker.mean, weights.detach())
+    assert "1 snapshots, rank 2" in repr(tracker)
+    with pytest.raises(TypeError, match="a module, a result of fit_map, .*but is list"):
+        tracker.update([fit])
