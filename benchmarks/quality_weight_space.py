@@ -20,6 +20,7 @@ import copy
 import itertools
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -273,9 +274,9 @@ def mean_field_draws(
             parts.X,
             parts.Y,
             LIKELIHOOD,
-            epochs=max(4000 // -(-n // batch), 1),
+            epochs=max(1200 // -(-n // batch), 1),
             batch_size=batch,
-            learning_rate=5e-3,
+            learning_rate=1e-2,
             prior=GaussianPrior(float(1 / (decay * n))),
             likelihood_temperature=temperature,
             generator=generator,
@@ -443,6 +444,7 @@ def run(
         found = linearized_score(plain[s], own)
         results.setdefault("LinearizedGP", []).append(found)
         clock("LinearizedGP")
+        print(f"split {s}: done", file=sys.stderr, flush=True)
     return results
 
 

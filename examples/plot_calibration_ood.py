@@ -35,7 +35,10 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
-epochs, num_draws, most = (10, 10, 150) if options.smoke else (100, 50, 1000)
+epochs, num_members, num_draws, most = 100, 5, 50, 1000
+scales = (0.25, 1.0, 4.0, 16.0, 64.0)
+if options.smoke:
+    epochs, num_members, num_draws, most, scales = 4, 2, 4, 60, (1.0, 4.0)
 
 torch.set_num_threads(1)
 torch.manual_seed(0)  # initial weights are torch's, which have no generator
@@ -62,7 +65,7 @@ def mlp(*dropout):
 
 
 # %% Five networks in one run at a constant rate; trackers watch its second half
-trackers = [SWAG(mlp(), rank=20) for _ in range(5)]
+trackers = [SWAG(mlp(), rank=20) for _ in range(num_members)]
 
 
 def watch(epoch, weights, entry):
@@ -81,7 +84,7 @@ training = {
     "generator": generator,
 }
 fit = fit_ensemble(
-    *(mlp(), X, y, 5, likelihood),
+    *(mlp(), X, y, num_members, likelihood),
     callback=watch,
     **training,
 )
@@ -94,7 +97,7 @@ for tracker in trackers:
         warnings.simplefilter("ignore")  # tiny sizes have fewer snapshots than 20
         tuned = tune_scale(
             *(tracker, X[held_out], y[held_out], likelihood),
-            scales=(0.25, 1.0, 4.0, 16.0, 64.0),
+            scales=scales,
             generator=generator,
         )
     print(f"SWAG: scale {tuned.scale:g}")
@@ -137,7 +140,9 @@ for name, (inside, outside) in predictions.items():
 pyplot.rcParams.update(
     {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "legend.fontsize": 8}
 )
-figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+figure, axes = pyplot.subplots(
+    2, 3, figsize=(11, 6.4), layout=None if options.smoke else "constrained"
+)
 first, *rest = axes.flat
 for color, (name, (inside, _)) in zip((INK, *COLORS), predictions.items(), strict=True):
     plot_confidence_gap(first, {name: inside}, test_y, bins=8, color=color)

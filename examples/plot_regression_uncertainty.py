@@ -28,6 +28,7 @@ from gpbridge.data import sine_gap
 from gpbridge.dnn import (
     SGHMC,
     SWAG,
+    EllipticalSliceSampling,
     MCDropout,
     Subspace,
     fit_ensemble,
@@ -146,9 +147,14 @@ def ensemble():
 
 
 def subspace():
+    draws = 4 if options.smoke else 30
     directions = Subspace.pca(tracker, dim=min(5, tracker.num_columns - 1))
     found = sample_subspace(
-        directions, X, Y, likelihood, prior_std=10.0, generator=seeded(), progress=False
+        *(directions, X, Y, likelihood),
+        method=EllipticalSliceSampling(num_samples=draws, burn_in=draws),
+        prior_std=10.0,
+        generator=seeded(),
+        progress=False,
     )
     return found.posterior
 
@@ -200,7 +206,11 @@ panels = [
 # %% One panel each: mean, bands with noise, and three functions
 pyplot.rcParams.update({"font.size": 9, "text.color": INK, "axes.edgecolor": "#b8bdc6"})
 figure, grid = pyplot.subplots(
-    2, 4, figsize=(13, 5.6), sharex=True, sharey=True, layout="constrained"
+    *(2, 4),
+    figsize=(13, 5.6),
+    sharex=True,
+    sharey=True,
+    layout=None if options.smoke else "constrained",
 )
 gap, seen = x[:, 0].abs() < 0.8, (x[:, 0].abs() > 1.2) & (x[:, 0].abs() < 2.8)
 for axes, (name, build) in zip(grid.flat, panels, strict=True):

@@ -18,7 +18,7 @@ from gpytorch.distributions import MultivariateNormal
 from torch import Generator, Size, Tensor
 
 from gpbridge.checks import check_count
-from gpbridge.function_space import draw_moments, freeze
+from gpbridge.function_space import draw_moments, evaluate, freeze
 from gpbridge.outcomes import latent_distribution
 from gpbridge.types import FunctionDraws, WeightPosterior
 
@@ -144,4 +144,4 @@ class ThompsonDraw(DeterministicModel):
 
     def forward(self, X: Tensor) -> Tensor:
         """The function, ``... x n x d`` to ``... x n x m``."""
-        return self.draws(X)[0]
+        return evaluate(self.draws, X)[0]

@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -25,8 +26,7 @@ from torch.func import functional_call, vmap
 from gpbridge.draws import JoinedDraws, WeightDraws
 from gpbridge.types import Params
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
+NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, also across processes
 
 Draws = TypeVar("Draws", WeightDraws, JoinedDraws)
 
@@ -65,6 +65,8 @@ def refresh_batch_norm(draws: Draws, batches: Iterable[Tensor]) -> Draws:
     seen = 0
     for batch in batches:
         X = batch if isinstance(batch, Tensor) else batch[0]
+        if not len(X):
+            continue
         for each in passes:
             count = each.take(X, seen)
         seen += count
@@ -76,6 +78,14 @@ def refresh_batch_norm(draws: Draws, batches: Iterable[Tensor]) -> Draws:
     for each in passes:
         each.draws.statistics = {**each.draws.statistics, **each.statistics}
     return draws
+
+
+def even_batches(X: Tensor, num_rows: int) -> tuple[Tensor, ...]:
+    """Batches of at most so many rows and of equal size, up to one.
+
+    None is left with a single row, of which there are no statistics.
+    """
+    return X.tensor_split(math.ceil(len(X) / num_rows))
 
 
 def _parts(draws: nn.Module) -> Iterator[WeightDraws]:
@@ -108,8 +118,8 @@ class _Pass:
         for name, module in self.layers.items():
             module.train()
             for kind, value in module.named_buffers():
-                start = torch.ones_like(value) if kind == "running_var" else value * 0
-                own = start.expand(s, *value.shape).clone()
+                first = 1 if kind == "running_var" else 0
+                own = value.new_full((s, *value.shape), first)
                 self.statistics[f"{name}.{kind}"] = own
         self.params = net.unflatten(draws.weights.to(net.dtype))
         for name, value in draws.statistics.items():
@@ -119,7 +129,8 @@ class _Pass:
     def take(self, X: Tensor, seen: int) -> int:
         """Move the statistics by a batch after ``seen`` rows; returns its rows."""
         net = self.draws.net
-        rows = X.reshape(-1, *(net.input_shape or X.shape[-1:])).to(net.dtype)
+        rows = X.reshape(-1, *(net.input_shape or X.shape[-1:]))
+        rows = rows.to(self.draws.weights.device, net.dtype)
         for module in self.layers.values():
             module.momentum = len(rows) / (seen + len(rows))
         vmap(self._run, in_dims=(0, 0, None))(self.params, self.statistics, rows)

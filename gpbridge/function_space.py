@@ -22,7 +22,7 @@ from linear_operator.operators import (
 )
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import check_choice, check_count, check_inputs
+from gpbridge.checks import ShapeError, check_choice, check_count, check_inputs
 from gpbridge.draws import TangentDraws
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
@@ -136,23 +136,32 @@ class FunctionSpace(nn.Module):
 
     def values(self, X: Tensor) -> Tensor:
         """The functions of all draws, ``s x ... x n x m``."""
-        return self._latent(self.draws(X))
+        return self.latent(self.outputs(X))
+
+    def outputs(self, X: Tensor) -> Tensor:
+        """All outputs of the draws, ``s x ... x n x k``, with any predicted noise.
+
+        Raises:
+            ShapeError: If they have another shape, as those of one network.
+        """
+        return evaluate(self.draws, X)
+
+    def latent(self, outputs: Tensor) -> Tensor:
+        """The functions among outputs: without the noise that a network predicts."""
+        if isinstance(self.likelihood, HeteroscedasticGaussianLikelihood):
+            return self.likelihood.moments(outputs)[0]
+        return outputs
 
     def _tangent_moments(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
         net = self.kernel.functional
         outputs = net(X.to(net.dtype)).to(X.dtype)
-        mean, covariance = self._latent(outputs), self.kernel(X).to_dense()
+        mean, covariance = self.latent(outputs), self.kernel(X).to_dense()
         if mean.shape[-1] != outputs.shape[-1]:
             n, both, m = *outputs.shape[-2:], mean.shape[-1]
             blocks = covariance.unflatten(-1, (n, both)).unflatten(-3, (n, both))
             kept = blocks[..., :, :m, :, :m]
             covariance = kept.flatten(-4, -3).flatten(-2)
         return mean, to_linear_operator(covariance)
-
-    def _latent(self, outputs: Tensor) -> Tensor:
-        if isinstance(self.likelihood, HeteroscedasticGaussianLikelihood):
-            return self.likelihood.moments(outputs)[0]
-        return outputs
 
 
 def freeze(
@@ -186,6 +195,23 @@ def freeze(
     if members is not None and members <= num_samples:
         return copy.deepcopy(posterior.draw())
     return copy.deepcopy(posterior.draw(num_samples, generator))
+
+
+def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
+    """Values of frozen functions, ``s x ... x n x m`` at inputs ``... x n x d``.
+
+    Raises:
+        ShapeError: If they have another shape: a network is callable too.
+    """
+    values = draws(X)
+    if values.shape[1:-1] != X.shape[:-1] or values.dim() != X.dim() + 1:
+        raise ShapeError(
+            f"{type(draws).__name__} must map ``... x n x d`` inputs to the values "
+            f"``s x ... x n x m`` of s functions, but maps shape {tuple(X.shape)} to "
+            f"{tuple(values.shape)}. For a network or its snapshots try "
+            "gpbridge.weights.EmpiricalWeights."
+        )
+    return values
 
 
 def draw_moments(values: Tensor) -> tuple[Tensor, LinearOperator]:

@@ -144,6 +144,33 @@ def decompose(
     return refuse(likelihood, decompose)
 
 
+def target_moments(
+    likelihood: Likelihood, outputs: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Means and noise variances of real targets given each draw.
+
+    Args:
+        likelihood: Gaussian with any noise.
+        outputs: As for :func:`predictive`.
+        noise: Likewise.
+
+    Returns:
+        Both ``s x ... x n x m``.
+    """
+    _check_draws(outputs)
+    mean = _means(likelihood, outputs)
+    variances = noise_variances(likelihood, outputs, noise)
+    if variances is None:
+        covariance = noise_covariance(likelihood, outputs, noise)
+        variances = covariance.diagonal(dim1=-2, dim2=-1)
+    return mean, variances.expand_as(mean)
+
+
+def mixture_moments(means: Tensor, variances: Tensor) -> Moments:
+    """Moments of an equal mixture, ``s x ... x n x m`` means and noise variances."""
+    return Moments(means.mean(0), means.var(0, correction=0), variances.mean(0))
+
+
 def _mixture(likelihood, outputs, noise=None):
     _check_draws(outputs)
     mean = _means(likelihood, outputs)
@@ -170,14 +197,7 @@ def normal_mixture(means: Tensor, variances: Tensor) -> MixtureSameFamily:
 
 
 def _moments(likelihood, outputs, noise=None):
-    _check_draws(outputs)
-    mean = _means(likelihood, outputs)
-    variances = noise_variances(likelihood, outputs, noise)
-    if variances is None:
-        covariance = noise_covariance(likelihood, outputs, noise)
-        variances = covariance.diagonal(dim1=-2, dim2=-1)
-    spread = mean.var(0, correction=0)
-    return Moments(mean.mean(0), spread, variances.expand_as(mean).mean(0))
+    return mixture_moments(*target_moments(likelihood, outputs, noise))
 
 
 def _labels(likelihood, outputs, noise=None):

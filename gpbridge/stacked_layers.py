@@ -55,6 +55,8 @@ def stack_chain(net: FunctionalNet) -> Stacked | None:
     chain = _chain(net.network)
     if chain is None or len(net.input_shape or (0,)) != 1:
         return None
+    if getattr(chain[0], "inplace", False):  # would write to inputs that copies share
+        return None
     names = {id(p): name for name, p in net.network.named_parameters()}
     layers = [
         (module, names.get(id(module.weight)), names.get(id(module.bias)))

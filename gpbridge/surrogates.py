@@ -33,8 +33,10 @@ from gpbridge.predictive_mixture import (
     Entropies,
     Moments,
     decompose,
+    mixture_moments,
     normal_mixture,
     predictive,
+    target_moments,
 )
 from gpbridge.types import FunctionDraws, WeightPosterior
 
@@ -127,7 +129,8 @@ class WeightSpaceModel(Model):
             self.input_transform = input_transform.eval()
         if outcome_transform is not None:
             if train_Y is not None:
-                outcome_transform(train_Y, X=train_X)
+                Z = None if train_X is None else self.transform_inputs(train_X)
+                outcome_transform(train_Y, X=Z)
             self.outcome_transform = outcome_transform.eval()
         if num_outputs is not None:
             check_count(num_outputs=num_outputs)
@@ -283,7 +286,9 @@ class WeightSpaceModel(Model):
         Returns:
             The mixture over draws, see
             :func:`gpbridge.predictive_mixture.predictive`; in the Gaussian modes and
-            with Gaussian noise a Normal ``... x n x 1``, or independent ones.
+            with Gaussian noise a Normal ``... x n x 1``, or independent ones. Under an
+            outcome transform that is not affine, as Log, the parts of the mixture are
+            normals to first order in the noise.
 
         Raises:
             ValueError: If there is no likelihood.
@@ -292,7 +297,7 @@ class WeightSpaceModel(Model):
         """
         Z, likelihood = self._ready(X), self.likelihood
         transform = getattr(self, "outcome_transform", None)
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         variances = None
         if self._has_noise():
             if self.mode != "ensemble":
@@ -307,7 +312,7 @@ class WeightSpaceModel(Model):
                 "predict keeps labels and outputs with correlated noise together and "
                 "as they are. Ask the whole model, without an outcome transform."
             )
-        means = self._chosen(self.function_space.values(Z))
+        means = self._chosen(self.function_space.latent(outputs))
         variances = self._chosen(variances)
         if transform is not None:
             means, variances = transform.untransform(means, variances, X=Z)
@@ -325,18 +330,30 @@ class WeightSpaceModel(Model):
 
         Raises:
             ValueError: If there is no likelihood.
+            NotImplementedError: If a mode is Gaussian and the outcome transform is not
+                affine: what is left of a normal has no such parts.
         """
         Z = self._ready(X)
-        parts = decompose(self.likelihood, self.function_space.draws(Z))
-        if isinstance(parts, Entropies):
-            return parts
-        mean, epistemic, aleatoric = map(self._chosen, parts)
-        if self.mode != "ensemble":
-            mean, epistemic = self._marginals(Z)
-        if hasattr(self, "outcome_transform"):
-            untransform = self.outcome_transform.untransform
-            aleatoric = untransform(mean, aleatoric, X=Z)[1]
-            mean, epistemic = untransform(mean, epistemic, X=Z)
+        outputs = self.function_space.outputs(Z)
+        if not self._has_noise():
+            return decompose(self.likelihood, outputs)
+        transform = getattr(self, "outcome_transform", None)
+        means, variances = map(self._chosen, target_moments(self.likelihood, outputs))
+        if self.mode == "ensemble":
+            if transform is not None:
+                means, variances = transform.untransform(means, variances, X=Z)
+            return mixture_moments(means, variances)
+        mean, epistemic = self._marginals(Z)
+        aleatoric = variances.mean(0)
+        if transform is not None:
+            if not transform._is_linear:
+                raise NotImplementedError(
+                    f"decompose needs an affine outcome transform with mode "
+                    f"{self.mode!r}, but it is {type(transform).__name__}. Try "
+                    "mode='ensemble'."
+                )
+            aleatoric = transform.untransform(mean, aleatoric, X=Z)[1]
+            mean, epistemic = transform.untransform(mean, epistemic, X=Z)
         return Moments(mean, epistemic, aleatoric)
 
     def _ready(self, X: Tensor) -> Tensor:
@@ -377,7 +394,7 @@ class WeightSpaceModel(Model):
                 f"is {type(self.likelihood).__name__}. Pass likelihood= to the model, "
                 "or variances as observation_noise."
             )
-        outputs = self.function_space.draws(Z)
+        outputs = self.function_space.outputs(Z)
         if noise_variances(self.likelihood, outputs) is not None:
             return add_variance(covariance, self._aleatoric(outputs))
         noise = noise_covariance(self.likelihood, outputs)[0]  # ... x q x m x m
@@ -387,8 +404,7 @@ class WeightSpaceModel(Model):
         return to_linear_operator(covariance.to_dense() + blocks)
 
     def _aleatoric(self, outputs: Tensor) -> Tensor:
-        parts = decompose(self.likelihood, outputs)
-        return self._chosen(parts.aleatoric_variance)
+        return self._chosen(target_moments(self.likelihood, outputs)[1].mean(0))
 
     def _chosen(self, values: Tensor) -> Tensor:
         return (

@@ -72,9 +72,9 @@ class GaussianWeights(nn.Module):
         if root is not None:
             _check_weights("root", root, (p, *root.shape[1:2]))
         self.net = net
-        self.register_buffer("mean", mean.detach())
-        self.register_buffer("variance", _detached(variance))
-        self.register_buffer("root", _detached(root))
+        self.register_buffer("mean", _copied(mean))
+        self.register_buffer("variance", _copied(variance))
+        self.register_buffer("root", _copied(root))
 
     @property
     def covariance(self) -> LinearOperator:
@@ -181,7 +181,7 @@ class EmpiricalWeights(nn.Module):
         if not len(weights):
             raise ShapeError("weights must have at least one row, but has none.")
         self.net = net
-        self.register_buffer("weights", weights.detach())
+        self.register_buffer("weights", _copied(weights))
         self._held = {name: own_buffer(name) for name in statistics or {}}
         for name, held in self._held.items():
             if len(statistics[name]) != len(weights):
@@ -189,7 +189,7 @@ class EmpiricalWeights(nn.Module):
                     f"statistics[{name!r}] must have one row for each of the "
                     f"{len(weights)} members, but has {len(statistics[name])}."
                 )
-            self.register_buffer(held, statistics[name].detach())
+            self.register_buffer(held, _copied(statistics[name]))
 
     @property
     def num_members(self) -> int:
@@ -290,5 +290,6 @@ def _check_weights(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     check_finite(**{name: value if value.dim() > 1 else value[:, None]})
 
 
-def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()
+def _copied(value: Tensor | None) -> Tensor | None:
+    # A state that is loaded is written in place: never into another's tensor.
+    return None if value is None else value.detach().clone()

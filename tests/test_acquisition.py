@@ -24,6 +24,7 @@ from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.acquisition import DrawsPosterior, EnumeratingSampler, ThompsonDraw
+from gpbridge.checks import ShapeError
 from gpbridge.functional import FunctionalNet
 from gpbridge.weights import GaussianWeights
 
@@ -198,5 +199,7 @@ def test_bad_input_says_what_to_try():
         ThompsonDraw(weights(), num_outputs=0)
     with pytest.raises(TypeError, match=r"must have draw\(num_samples, generator\)"):
         ThompsonDraw(3.0)
+    with pytest.raises(ShapeError, match="EmpiricalWeights"):
+        ThompsonDraw(nn.Linear(2, 1).double())(normal(3, 4, 2))
     with pytest.raises(ValueError, match="One function has no spread"):
         _ = DrawsPosterior(normal(1, 2, 1)).distribution

@@ -318,5 +318,8 @@ def test_bad_input_says_what_to_try():
         FunctionSpace(weights, num_samples=0)
     with pytest.raises(ValueError, match="One function has no spread"):
         FunctionSpace(weights, num_samples=1)(normal(3, 2))
+    for X in (normal(3, 2), normal(4, 3, 2)):
+        with pytest.raises(ShapeError, match=r"Residual must map.*EmpiricalWeights"):
+            FunctionSpace(residual())(X)  # a network is one function and no draws
     with pytest.raises(ShapeError, match="X must be"):
         FunctionSpace(weights)(normal(2))

@@ -93,6 +93,19 @@ def test_one_dropped_number_is_not_that_of_another_copy():
     assert (values[0] != values[1]).any() and (values[0, 0] != values[0, 1]).any()
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_first_layer_that_works_in_place_is_no_chain(k):
+    def build(inplace):
+        return FunctionalNet(
+            nn.Sequential(nn.ReLU(inplace), nn.Linear(2, 1), nn.ReLU(True)).double()
+        )
+
+    assert stack_chain(build(True)) is None and stack_chain(build(False)) is not None
+    weights, X = random(k, 3), random(4, 2, seed=1)
+    values = WeightDraws(build(True), weights)(X.clone())
+    torch.testing.assert_close(values, WeightDraws(build(False), weights)(X))
+
+
 def test_images_are_no_chain():
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
     assert stack_chain(FunctionalNet(network)) is None

@@ -10,6 +10,7 @@ from botorch.acquisition import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
+from botorch.models.transforms.outcome import Log, StratifiedStandardize
 from botorch.optim import optimize_acqf
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
@@ -257,6 +258,44 @@ def test_data_fit_the_transforms_and_tell_the_number_of_outputs():
     torch.testing.assert_close(low, torch.zeros(2).double())
 
 
+def test_parts_of_the_variance_are_those_of_the_prediction_under_any_transform():
+    X, likelihood = normal(4, 2), HeteroscedasticGaussianLikelihood()
+    options = {"outputs": 2, "likelihood": likelihood, "outcome_transform": Log()}
+    model = build(**options)
+    parts, prediction = model.decompose(X), model.predict(X)
+    torch.testing.assert_close(parts.mean, prediction.mean)
+    torch.testing.assert_close(parts.variance, prediction.variance)
+    # To first order in the noise of each draw, as upstream.
+    mean, raw = model.function_space.draws(X).split(1, -1)
+    noise = torch.log1p(raw.exp()) + 1e-6
+    torch.testing.assert_close(
+        parts.epistemic_variance, mean.exp().var(0, correction=0)
+    )
+    each = noise * (2 * mean).exp()
+    torch.testing.assert_close(parts.aleatoric_variance, each.mean(0))
+    with pytest.raises(NotImplementedError, match="Log. Try mode='ensemble'"):
+        build(mode="gaussian", **options).decompose(X)
+
+
+def test_a_transform_of_targets_sees_the_inputs_of_the_network():
+    task = torch.tensor([0.0, 2.0]).double().repeat(10)[:, None]
+    X = torch.cat([normal(20, 1).sigmoid(), task], -1)
+    Y = 5 + 20 * task + normal(20, 1, seed=1)
+    model = WeightSpaceModel(
+        gaussian_weights(network()),
+        X,
+        Y,
+        input_transform=Normalize(2),
+        outcome_transform=StratifiedStandardize(1, torch.tensor([0.0, 1.0]).double()),
+    )
+    plain = WeightSpaceModel(gaussian_weights(network()), num_outputs=1)
+    Z = model.transform_inputs(X)
+    for k in (0, 1):
+        rows = Z[:, 1] == k
+        expected = Y[rows].mean() + Y[rows].std() * plain.posterior(Z[rows]).mean
+        torch.testing.assert_close(model.posterior(X[rows]).mean, expected)
+
+
 @pytest.mark.parametrize("mode", ["ensemble", "gaussian", "linearized"])
 def test_predicted_noise_is_the_noise_and_no_output(mode):
     X, likelihood = normal(4, 2), HeteroscedasticGaussianLikelihood(2)
@@ -385,6 +424,8 @@ def test_bad_input_says_what_to_try():
         model.posterior(X, observation_noise=torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"idcs must name outputs in 0 .. 0"):
         model.subset_output([1])
+    with pytest.raises(ShapeError, match="Sequential must map.*EmpiricalWeights"):
+        WeightSpaceModel(network(), X)
     with pytest.raises(ValueError, match="mode must be one of 'ensemble'"):
         build(mode="laplace")
     with pytest.raises(TypeError, match="needs GaussianWeights"):

@@ -97,6 +97,20 @@ def test_states_and_copies(net):
         assert torch.equal(twin.log_prob(w), weights.log_prob(w))
 
 
+def test_tensors_are_copied_so_that_a_loaded_state_changes_nothing_else(net):
+    mean, rows = random(17), random(2, 17)
+    moments, own = mean.clone(), rows.clone()
+    parent = GaussianWeights(net, mean, torch.ones(17).double(), random(17, 2))
+    half, other = parent.temper(0.5), gaussian(net, 2, seed=7)
+    members = EmpiricalWeights(net, rows, {"extra": rows})
+    half.load_state_dict(other.state_dict())
+    zeros = EmpiricalWeights(net, 0 * rows, {"extra": 0 * rows})
+    members.load_state_dict(zeros.state_dict())
+    assert torch.equal(half.mean, other.mean) and not members.weights.any()
+    assert torch.equal(parent.mean, moments) and torch.equal(mean, moments)
+    assert torch.equal(rows, own)
+
+
 def test_members_come_evenly(net):
     members = EmpiricalWeights(net, random(3, net.num_params))
     assert torch.equal(members.draw().weights, members.weights)

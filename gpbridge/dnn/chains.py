@@ -411,7 +411,7 @@ class SGMCMC(nn.Module):
                 f"{self.num_steps} steps: the first comes after "
                 f"{self.kept_steps[0] + 1}. Call run()."
             )
-        weights = self.samples[: self.num_samples].flatten(0, 1).clone()
+        weights = self.samples[: self.num_samples].flatten(0, 1)
         found = self.spread
         size = found.between if found.within is None else found.within
         rounding = 4 * torch.finfo(weights.dtype).eps * weights.square().mean().sqrt()

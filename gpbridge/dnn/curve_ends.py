@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_NORMS = nn.modules.batchnorm._BatchNorm
+from gpbridge.batch_norm import NORMS
 
 
 def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> None:
@@ -18,7 +18,7 @@ def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> No
     Args:
         start: A module.
         end: What should be another with the same submodules, parameters and buffers, by
-            name, type, shape, dtype and device.
+            name, type, setting, shape, dtype and device.
         moving: Names of the parameters that may differ; running statistics of batch
             norm may as well.
 
@@ -34,6 +34,7 @@ def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> No
         ("module", dict(start.named_modules()), dict(end.named_modules())),
         ("parameter", dict(start.named_parameters()), dict(end.named_parameters())),
         ("buffer", dict(start.named_buffers()), dict(end.named_buffers())),
+        ("module", _settings(start), _settings(end)),
     ):
         for name in [*own, *(name for name in other if name not in own)]:
             found = [_described(side.get(name)) for side in (own, other)]
@@ -43,7 +44,7 @@ def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> No
                     f"in the {kind} {name or 'at the top'!r}: start_network has "
                     f"{found[0]}, end_network has {found[1]}."
                 )
-    norms = {n for n, m in start.named_modules() if isinstance(m, _NORMS)}
+    norms = {n for n, m in start.named_modules() if isinstance(m, NORMS)}
     own, other = (
         {**dict(side.named_parameters()), **dict(side.named_buffers())}
         for side in (start, end)
@@ -60,9 +61,16 @@ def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> No
             )
 
 
-def _described(value: nn.Module | Tensor | None) -> str:
+def _settings(network: nn.Module) -> dict[str, str]:
+    """What modules say of themselves, as the stride of a convolution."""
+    return {name: module.extra_repr() for name, module in network.named_modules()}
+
+
+def _described(value: nn.Module | Tensor | str | None) -> str:
     if value is None:
         return "none"
+    if isinstance(value, str):
+        return value
     if isinstance(value, nn.Module):
         return type(value).__name__
     return f"{tuple(value.shape)} of {value.dtype} on {value.device}"

@@ -34,6 +34,7 @@ from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.fit_input import check_decay
 from gpbridge.dnn.objective import objective_for
 from gpbridge.dnn.schedules import swa_factor
+from gpbridge.dnn.training import split_rows
 
 _LAST_RATE = 0.01  # in units of the first
 
@@ -141,10 +142,9 @@ def fit_curve(
             stepper.param_groups[0]["lr"] = learning_rate * factor(epoch)
             before = curve.bends.detach().clone()
             order = torch.randperm(len(X), generator=generator, device=generator.device)
-            total, seen = 0.0, 0
-            for rows in order.to(X.device).split(batch_size):
-                if len(rows) == 1 and seen:
-                    continue  # batch norm cannot normalise by one row
+            batches = split_rows(order.to(X.device), batch_size, curve.net.network)
+            total = 0.0
+            for rows in batches:
                 with torch.enable_grad():
                     loss = curve.loss(
                         objective.loss,
@@ -156,8 +156,7 @@ def fit_curve(
                     (curve.bends.grad,) = torch.autograd.grad(loss, [curve.bends])
                 stepper.step()
                 total = total + len(rows) * loss.detach()
-                seen += len(rows)
-            value = float(total) / seen
+            value = float(total) / sum(map(len, batches))
             if math.isfinite(value):
                 good = before  # and not what the last step of the epoch made of it
             if not (math.isfinite(value) and bool(curve.bends.isfinite().all())):

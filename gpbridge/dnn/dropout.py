@@ -107,17 +107,20 @@ class DropoutDraws(nn.Module):
         check_inputs(X, "X")
         network, shape = self.posterior.network, self.posterior.input_shape
         rows = X.reshape(-1, 1, *(shape or X.shape[-1:]))
-        own = next(network.parameters()).dtype
+        first = next(network.parameters(), rows)
 
         def each(_: Tensor) -> Tensor:
             # "same": every row meets the masks of this draw.
-            return vmap(lambda row: network(row)[0], randomness="same")(rows.to(own))
+            return vmap(lambda row: network(row)[0], randomness="same")(
+                rows.to(first.dtype)
+            )
 
         devices = [X.device] if X.device.type == "cuda" else []
         with torch.random.fork_rng(devices), traceable():
             torch.random.default_generator.manual_seed(int(self.seed))
-            if devices:
-                torch.cuda.manual_seed(int(self.seed))
+            for device in devices:
+                with torch.cuda.device(device):  # it seeds the present one alone
+                    torch.cuda.manual_seed(int(self.seed))
             start = torch.zeros(self.num_samples, device=X.device)
             values = vmap(each, randomness="different")(start)
         return values.reshape(self.num_samples, *X.shape[:-1], -1).to(X.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
-from gpbridge.dnn.training import isolated_randomness
+from gpbridge.dnn.training import isolated_randomness, split_rows
 from gpbridge.frozen import first_line
 
 _DIVERGED = (FloatingPointError, torch.linalg.LinAlgError, NanError, NotPSDError)
+_KEYS = {"model", "optimizer", "generator", "history"}
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
 
@@ -86,11 +87,16 @@ def ascend_elbo(
         ValueError: If an option is out of range, or nothing can be trained.
     """
     check_count(epochs=epochs, batch_size=batch_size)
-    check_positive(learning_rate=groups[0][1], other_learning_rate=groups[1][1])
+    check_positive(learning_rate=groups[0][1])
     if resume is not None and generator is not None:
         raise ValueError(
             "Pass resume or generator and not both: a resumed run goes on with the "
             "random numbers of its state."
+        )
+    if resume is not None and not _KEYS <= set(resume):
+        raise ValueError(
+            "resume must be the state of a fit before, fit.state, but lacks "
+            f"{', '.join(sorted(_KEYS - set(resume)))}."
         )
     optimizer = _adam(groups)
     history: dict[str, list[float]] = {"elbo": []}
@@ -102,7 +108,8 @@ def ascend_elbo(
         generator.set_state(resume["generator"])
         model.load_state_dict(resume["model"])
         rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(resume["optimizer"])
+        # Adam would move the moments of the caller's state.
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         history = copy.deepcopy(resume["history"])
@@ -127,9 +134,11 @@ def ascend_elbo(
             where = f"in epoch {first + epoch}"
             try:
                 with isolated_randomness(generator, device):
-                    value = _epoch(
-                        elbo, optimizer, num_data, batch_size, generator, device
+                    order = torch.randperm(
+                        num_data, generator=generator, device=generator.device
                     )
+                    batches = split_rows(order.to(device), batch_size, model)
+                    value = _epoch(elbo, optimizer, batches, generator)
             except Exception as error:
                 # Weights that are NaN make distributions and factorisations raise.
                 if not isinstance(error, _DIVERGED) and _is_finite(model):
@@ -184,20 +193,17 @@ def _adam(groups: list[tuple[list[nn.Parameter], float]]) -> torch.optim.Adam:
 def _epoch(
     elbo: Callable[[Tensor, Generator], Tensor],
     optimizer: torch.optim.Optimizer,
-    num_data: int,
-    batch_size: int,
+    batches: Sequence[Tensor],
     generator: Generator,
-    device: torch.device,
 ) -> float:
-    order = torch.randperm(num_data, generator=generator, device=generator.device)
     total = 0.0
-    for rows in order.to(device).split(batch_size):
+    for rows in batches:
         optimizer.zero_grad()
         value = elbo(rows, generator)
         (-value).backward()
         optimizer.step()
         total = total + len(rows) * value.detach()
-    return float(total) / num_data
+    return float(total) / sum(map(len, batches))
 
 
 def _is_finite(model: nn.Module) -> bool:

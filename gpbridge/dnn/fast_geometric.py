@@ -78,8 +78,8 @@ class FastGeometricEnsemble(Snapshots):
             network: The module that is trained, or its weights by name.
 
         Raises:
-            ValueError: If a weight is missing or not finite; the tracker stays as it
-                was.
+            ValueError: If a weight is missing or not finite at the bottom; the tracker
+                stays as it was.
         """  # noqa: DOC502
         if int(self.num_steps) % self.cycle == self.cycle // 2:
             super().update(network)

@@ -144,8 +144,10 @@ class GPPriorVAE(Autoencoder):
         self.log_latent_noise: nn.Parameter | None = None
         if latent_noise_variance != 0:
             check_positive(latent_noise_variance=latent_noise_variance)
-            start = torch.full((latent_dim,), math.log(latent_noise_variance))
-            self.log_latent_noise = nn.Parameter(start.to(inducing_points).double())
+            start = inducing_points.new_full(
+                (latent_dim,), math.log(latent_noise_variance), dtype=torch.float64
+            )
+            self.log_latent_noise = nn.Parameter(start)
         points = inducing_points.detach().double().clone()
         self.inducing_points = nn.Parameter(points, requires_grad=learn_inducing_points)
         # Of all data, as condition() left it; at first the prior.
@@ -203,7 +205,6 @@ class GPPriorVAE(Autoencoder):
         if support is None:
             q = self._conditioned(cross, sites, num_data)
         else:
-            self._check(*support)
             q = self.infer(*support, num_data=num_data)
         noise = (num_samples, generator)
         return self._elbo(q, cross, variance, sites, Y, num_data, *noise)
@@ -230,8 +231,10 @@ class GPPriorVAE(Autoencoder):
         self, X_aux: Tensor, Y: Tensor, *, num_data: int | None = None
     ) -> InducingPosterior:
         """The posterior of the inducing values given data that stand for N of them."""
-        cross, _ = self._covariances(X_aux)
+        self._check(X_aux, Y)
         num_data = len(Y) if num_data is None else num_data
+        check_count(num_data=num_data)
+        cross, _ = self._covariances(X_aux)
         return self._conditioned(cross, self._sites(Y), num_data)
 
     def _sites(self, Y: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from gpbridge.checks import check_choice, check_count
+from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
 from gpbridge.dnn.gp_vae import GPPriorVAE
 
@@ -67,6 +67,7 @@ def fit_gp_vae(
     model._check(X_aux, Y)
     check_choice("support", support, ("data", "batch"))
     check_count(num_samples=num_samples)
+    check_positive(prior_learning_rate=prior_learning_rate)
     own, n = copy.deepcopy(model), len(Y)
     own.log_prob(Y[:2], own.encode(Y[:2]).mean)  # shapes, before any training
     own._covariances(X_aux[:2])

@@ -20,7 +20,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 from tqdm import tqdm
 
-from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
 from gpbridge.checks import (
     ShapeError,
     check_choice,
@@ -236,12 +236,7 @@ def _is_wrong(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_batches(net: FunctionalNet, batches: Iterable[Tensor] | None) -> None:
-    has_statistics = any(
-        isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        and module.track_running_stats
-        for module in net.network.modules()
-    )
-    if batches is None and has_statistics:
+    if batches is None and has_batch_norm(net.network):
         raise ValueError(
             "The network has batch norm, whose running statistics belong to other "
             "weights than those evaluated. Pass batches=, training inputs in a list or "

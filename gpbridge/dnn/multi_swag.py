@@ -79,7 +79,7 @@ class MultiSWAG(nn.Module):
 
         Raises:
             ValueError: If there are more or fewer than the tracker was built for, or
-                weights are not finite.
+                weights are not finite; no network is taken in then.
         """
         k = len(self.trackers)
         if isinstance(networks, dict):
@@ -94,8 +94,10 @@ class MultiSWAG(nn.Module):
                 f"networks must be the {k} that the tracker was built for, but "
                 f"{'have no common number' if found is None else f'are {found}'}."
             )
-        for tracker, network in zip(self.trackers, each, strict=True):
-            tracker.update(network)
+        pairs = list(zip(self.trackers, each, strict=True))
+        weights = [tracker.read(network) for tracker, network in pairs]
+        for (tracker, network), own in zip(pairs, weights, strict=True):
+            tracker.accept(network, own)
 
     def posterior(self, scale: float = 0.5, diagonal: bool = True) -> MixtureWeights:
         """The mixture of the networks' Gaussians; see :meth:`SWAG.posterior`."""

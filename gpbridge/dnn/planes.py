@@ -156,7 +156,7 @@ def principal_plane(net: FunctionalNet, weights: Tensor) -> WeightPlane:
     mean = iterates.mean(0)
     deviations = iterates - mean
     _, singular, axes = torch.linalg.svd(deviations, full_matrices=False)
-    if not bool(singular[1] > 1e-6 * singular[0]):
+    if len(singular) < 2 or not bool(singular[1] > 1e-6 * singular[0]):
         raise ValueError(
             "The weights lie on one line, so they span no plane. Collect iterates of "
             "more than one step."

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from gpytorch.likelihoods import Likelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import (
@@ -88,6 +88,7 @@ def mixture_log_density(
     draws: FunctionDraws,
     X: Tensor,
     Y: Tensor,
+    noise: Tensor | None = None,
 ) -> Tensor:
     r"""Mean log density of data under the mixture of all draws, in nats per datum.
 
@@ -98,13 +99,28 @@ def mixture_log_density(
         draws: The functions.
         X: Inputs ``n x d``.
         Y: Targets in the form of the likelihood.
+        noise: Noise variances of these points, one row each, for a likelihood whose own
+            are those of other points.
 
     Returns:
         A scalar, float64.
+
+    Raises:
+        ValueError: If the likelihood has fixed noise and these points have none.
     """
+    if noise is None and isinstance(likelihood, FixedNoiseGaussianLikelihood):
+        raise ValueError(
+            f"{type(likelihood).__name__} holds the noise of the training data, not "
+            "that of what is held out. Pass noise variances of the held-out points, "
+            "as noise_val= to a tuning function."
+        )
+    if noise is not None:
+        check_tensor(noise=noise)
+        check_same_length(X=X, noise=noise)
     total = 0.0
     for rows in torch.arange(len(X), device=X.device).split(_ROWS):
-        logs = point_log_density(likelihood, draws(X[rows]), Y[rows]).double()
+        own = None if noise is None else noise[rows]
+        logs = point_log_density(likelihood, draws(X[rows]), Y[rows], own).double()
         total = total + (torch.logsumexp(logs, 0) - math.log(len(logs))).sum()
     return total / len(X)
 

@@ -13,7 +13,7 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor
 
-from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
 from gpbridge.checks import check_count, warn_user
 from gpbridge.dnn.multi_swag import MultiSWAG
 from gpbridge.dnn.point_likelihood import (
@@ -58,6 +58,7 @@ def tune_scale(
     diagonal: bool = True,
     num_draws: int = 30,
     X: Tensor | None = None,
+    noise_val: Tensor | None = None,
     generator: Generator | None = None,
 ) -> ScaleTuning:
     r"""Choose :math:`\alpha` in SWAG's covariance by the held-out mixture density.
@@ -83,14 +84,16 @@ def tune_scale(
         num_draws: s, of each network.
         X: Training inputs, for the batch-norm statistics of every draw; needed only if
             there is batch normalisation.
+        noise_val: Noise variances of the held-out points, ``n``, for a likelihood with
+            fixed ones, which has those of the training data.
         generator: Source of randomness.
 
     Returns:
         The best posterior with its scale and the table.
 
     Raises:
-        ValueError: If a scale is negative, there is none, no score is finite, or X is
-            missing.
+        ValueError: If a scale is negative, there is none, no score is finite, or X or
+            ``noise_val`` is missing.
 
     Warns:
         UserWarning: If the largest candidate is the best, or there are fewer snapshots
@@ -126,25 +129,27 @@ def tune_scale(
         )
     generator = fresh(generator)
     start = generator.get_state()
-    posteriors, scores = [], []
+    best, scores = None, []
     for scale in scales:
         parts = [_posterior(each, scale, diagonal) for each in trackers]
         posterior = parts[0] if tracker is trackers[0] else MixtureWeights(parts)
         generator.set_state(start)
         draws = posterior.draw((num_draws if scale else 1) * len(parts), generator)
         if refresh:
-            refresh_batch_norm(draws, X.split(_ROWS))
-        posteriors.append(posterior)
-        scores.append(mixture_log_density(likelihood, draws, X_val, Y_val))
+            refresh_batch_norm(draws, even_batches(X, _ROWS))
+        score = mixture_log_density(likelihood, draws, X_val, Y_val, noise_val)
+        scores.append(score)
+        if torch.isfinite(score) and best_score(torch.stack(scores)) + 1 == len(scores):
+            best = posterior  # the others are let go
     table = torch.stack(scores)
-    best = best_score(table)
-    if scales[best] == max(scales) > 0 and len(scales) > 1:
+    scale = scales[best_score(table)]
+    if scale == max(scales) > 0 and len(scales) > 1:
         warn_user(
-            f"The best scale is the largest candidate, {scales[best]:g}: a larger one "
-            f"may be better still. Pass scales=({scales[best]:g}, "
-            f"{2 * scales[best]:g}, {4 * scales[best]:g}, {16 * scales[best]:g})."
+            f"The best scale is the largest candidate, {scale:g}: a larger one may be "
+            f"better still. Pass scales=({scale:g}, {2 * scale:g}, {4 * scale:g}, "
+            f"{16 * scale:g})."
         )
-    return ScaleTuning(posteriors[best], scales[best], scales, table)
+    return ScaleTuning(best, scale, scales, table)
 
 
 def _check_trackers(trackers: Sequence[SWAG]) -> None:

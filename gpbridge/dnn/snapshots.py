@@ -111,7 +111,7 @@ class Snapshots(WeightTracker):
         statistics = {
             name: getattr(self, held)[rows] for name, held in self._held.items()
         }
-        return EmpiricalWeights(self.net, self.kept[rows], statistics)
+        return EmpiricalWeights(self.own_net(), self.kept[rows], statistics)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -215,7 +215,8 @@ class StackedTraining:
         self.epoch = state["epoch"]
         self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
         self.entries = [dict(entry) for entry in state["entries"]]
-        self.optimizer.load_state_dict(state["optimizer"])
+        # It keeps the tensors, and would move them in the caller's state.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for generator, value in zip(self.generators, state["generators"], strict=True):
             generator.set_state(value.cpu())
         self._noise.set_state(state["noise"].cpu())

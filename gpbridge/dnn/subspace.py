@@ -159,7 +159,7 @@ class Subspace(nn.Module):
             deviations / (k - 1) ** 0.5, full_matrices=False
         )
         basis = lengths[:dim, None] * directions[:dim]
-        return cls(tracker.net, tracker.mean, basis)
+        return cls(tracker.own_net(), tracker.mean, basis)
 
     @classmethod
     def curve(

@@ -18,7 +18,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from gpbridge.batch_norm import has_batch_norm, refresh_batch_norm
+from gpbridge.batch_norm import even_batches, has_batch_norm, refresh_batch_norm
 from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.point_likelihood import (
     PointLikelihood,
@@ -70,6 +70,7 @@ def tune_subspace(
     num_draws: int = 60,
     batch_size: int | None = None,
     batch_norm: str = "batch",
+    noise_val: Tensor | None = None,
     generator: Generator | None = None,
     progress: bool = True,
 ) -> SubspaceTuning:
@@ -99,6 +100,8 @@ def tune_subspace(
         batch_size: Most rows of data in one pass.
         batch_norm: As for
             :class:`~gpbridge.dnn.subspace_likelihood.SubspaceLikelihood`.
+        noise_val: Noise variances of the held-out points, for a likelihood with fixed
+            ones, which has those of the training data.
         generator: Source of randomness.
         progress: Whether to show a bar, if there is a terminal.
 
@@ -106,8 +109,8 @@ def tune_subspace(
         The best posterior, its temperature and prior width, and the table.
 
     Raises:
-        ValueError: If a candidate is not positive, there is none, or no score is
-            finite.
+        ValueError: If a candidate is not positive, there is none, no score is finite,
+            or ``noise_val`` is missing.
 
     Example:
         >>> from gpytorch.likelihoods import GaussianLikelihood
@@ -139,7 +142,7 @@ def tune_subspace(
     refresh = batch_norm == "batch" and has_batch_norm(subspace.net.network)
     generator = fresh(generator, subspace.basis.device)
     start = generator.get_state()
-    scores, results = [], []
+    best, scores = None, []
     pairs = [(t, s) for t in temperatures for s in prior_stds]
     bar = tqdm(
         pairs, desc="tune_subspace", leave=False, disable=None if progress else True
@@ -159,14 +162,15 @@ def tune_subspace(
         every = isinstance(result.posterior, EmpiricalWeights)
         draws = result.posterior.draw(None if every else num_draws, generator)
         if refresh:
-            refresh_batch_norm(draws, X.split(batch_size or _ROWS))
-        scores.append(mixture_log_density(likelihood, draws, X_val, Y_val))
-        results.append(result)
+            refresh_batch_norm(draws, even_batches(X, batch_size or _ROWS))
+        score = mixture_log_density(likelihood, draws, X_val, Y_val, noise_val)
+        scores.append(score)
+        if torch.isfinite(score) and best_score(torch.stack(scores)) + 1 == len(scores):
+            best = result  # the others, weights of many draws each, are let go
     table = torch.stack(scores)
-    best = best_score(table)
     return SubspaceTuning(
-        results[best],
-        *pairs[best],
+        best,
+        *pairs[best_score(table)],
         *(temperatures, prior_stds),
         table.reshape(len(temperatures), len(prior_stds)),
     )

@@ -74,7 +74,7 @@ class SWA(WeightTracker):
     def posterior(self) -> GaussianWeights:
         """The average, as weights without spread."""
         self._need(1)
-        return GaussianWeights(self.net, self.mean.clone())
+        return GaussianWeights(self.own_net(), self.mean)
 
 
 class SWAG(SWA):
@@ -183,4 +183,4 @@ class SWAG(SWA):
         variance = None
         if diagonal:
             variance = scale * (self.squares / self.num_snapshots).clamp_min(_FLOOR)
-        return GaussianWeights(self.net, self.mean.clone(), variance, root)
+        return GaussianWeights(self.own_net(), self.mean, variance, root)

@@ -6,6 +6,7 @@ handed to a subclass that keeps moments or copies of it. Next: ``snapshots``, ``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,6 @@ class WeightTracker(nn.Module):
         self.net = FunctionalNet(network, parameters, input_shape)
         self.register_buffer("num_snapshots", torch.zeros((), dtype=torch.long))
 
-    @torch.no_grad()
     def update(self, network: nn.Module | FitResult | Params) -> None:
         """Take the present weights in; costs a few p operations.
 
@@ -50,14 +50,24 @@ class WeightTracker(nn.Module):
             ShapeError: If a weight has another shape than the tracker's.
             ValueError: If a weight is missing or not finite; the tracker stays as it
                 was.
+        """  # noqa: DOC502
+        self.accept(network, self.read(network))
+
+    @torch.no_grad()
+    def read(self, network: nn.Module | FitResult | Params) -> Tensor:
+        """The weights as one vector, checked; nothing is taken in.
+
+        Args:
+            network: As for :meth:`update`.
+
+        Returns:
+            The weights, ``p``.
+
+        Raises:
+            ShapeError: As for :meth:`update`.
+            ValueError: As for :meth:`update`.
         """
-        if isinstance(network, FitResult):
-            network = network.network
-        if not isinstance(network, nn.Module | dict):
-            raise TypeError(
-                "network must be a module, a result of fit_map, or a dict of weights "
-                f"by name, but is {type(network).__name__}."
-            )
+        network = _module_or_weights(network)
         is_module = isinstance(network, nn.Module)
         own = dict(network.named_parameters()) if is_module else network
         missing = [name for name in self.net.names if name not in own]
@@ -80,8 +90,14 @@ class WeightTracker(nn.Module):
                 f"keeps the {int(self.num_snapshots)} snapshots before; lower the "
                 "learning rate."
             )
+        return weights
+
+    @torch.no_grad()
+    def accept(self, network: nn.Module | FitResult | Params, weights: Tensor) -> None:
+        """Take in what was read of a network."""
+        network = _module_or_weights(network)
         # What is not tracked, buffers among it, is that of the last snapshot.
-        state = network.state_dict() if is_module else network
+        state = network.state_dict() if isinstance(network, nn.Module) else network
         random = set(self.net.names)
         for name, value in self.net.network.state_dict().items():
             if name not in random and name in state:
@@ -91,9 +107,24 @@ class WeightTracker(nn.Module):
     def _take(self, weights: Tensor) -> None:
         raise NotImplementedError
 
+    def own_net(self) -> FunctionalNet:
+        """A copy of the network, whose weights that are not read stay as they are."""
+        return copy.deepcopy(self.net)
+
     def _need(self, wanted: int) -> None:
         if int(self.num_snapshots) < wanted:
             raise RuntimeError(
                 f"The tracker has {int(self.num_snapshots)} snapshots and needs "
                 f"{wanted}. Call update(network) at the end of each epoch."
             )
+
+
+def _module_or_weights(network: nn.Module | FitResult | Params) -> nn.Module | Params:
+    if isinstance(network, FitResult):
+        return network.network
+    if not isinstance(network, nn.Module | dict):
+        raise TypeError(
+            "network must be a module, a result of fit_map, or a dict of weights by "
+            f"name, but is {type(network).__name__}."
+        )
+    return network

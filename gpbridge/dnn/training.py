@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gpbridge.batch_norm import NORMS
 from gpbridge.checks import warn_user
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import Objective, evaluate
@@ -51,15 +52,6 @@ def descend(
     """Run the epochs on ``network`` in place, leave it at the best, in eval mode."""
     n, loss, num_outputs = len(fit.X), objective.loss, objective.num_outputs
     validates = len(validation.X) > 0
-    has_batch_norm = any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for module in network.modules()
-    )
-    if has_batch_norm and min(n, batch_size) == 1:
-        raise ValueError(
-            "The network has batch normalisation, which needs batches of two rows or "
-            f"more, but batch_size is {batch_size} and {n} rows are fitted."
-        )
     optimizer = _adam(network, learning_rate)
     group = optimizer.param_groups[0]
     history: dict[str, list[float]] = {"train_loss": [], "weight_decay": []}
@@ -81,9 +73,7 @@ def descend(
                 )
             before = [t.detach().clone() for t in _state(network)]
             order = torch.randperm(n, generator=generator, device=generator.device)
-            batches = order.to(fit.X.device).split(batch_size)
-            if has_batch_norm and len(batches[-1]) == 1:
-                batches = batches[:-1]
+            batches = split_rows(order.to(fit.X.device), batch_size, network)
             network.train()
             total = 0.0
             for rows in batches:
@@ -151,6 +141,27 @@ def _is_finite(network: nn.Module) -> bool:
     # One NaN or Inf makes a sum one, and a sum is the cheapest pass.
     sums = [p.detach().sum() for p in network.parameters() if p.requires_grad]
     return all(map(math.isfinite, map(float, sums)))
+
+
+def split_rows(
+    order: torch.Tensor, batch_size: int, network: nn.Module
+) -> tuple[torch.Tensor, ...]:
+    """Batches of row numbers; batch norm cannot do with a last one of a single row.
+
+    Raises:
+        ValueError: If then there is no batch left.
+    """
+    batches = order.split(batch_size)
+    if len(batches[-1]) > 1 or not any(
+        isinstance(module, NORMS) for module in network.modules()
+    ):
+        return batches
+    if min(len(order), batch_size) == 1:
+        raise ValueError(
+            "The network has batch normalisation, which needs batches of two rows or "
+            f"more, but batch_size is {batch_size} and {len(order)} rows are fitted."
+        )
+    return batches[:-1]
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

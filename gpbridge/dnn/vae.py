@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Independent
 
-from gpbridge.checks import check_count
+from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.autoencoder import Autoencoder
 from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
 from gpbridge.dnn.training import isolated_randomness
@@ -195,6 +195,7 @@ def fit_vae(
     """
     vae.check_data(Y, "Y")
     check_count(num_samples=num_samples)
+    check_positive(likelihood_learning_rate=likelihood_learning_rate)
     own = copy.deepcopy(vae)
     own.log_prob(Y[:2], own.encode(Y[:2]).mean)  # shapes, before any training
     networks = [*own.encoder.parameters(), *own.decoder.parameters()]

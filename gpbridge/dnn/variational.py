@@ -211,8 +211,7 @@ class MeanFieldVI(nn.Module):
 
     def posterior(self) -> GaussianWeights:
         """The distribution q as it is now; later steps do not change it."""
-        mean, variance = self.mean.detach().clone(), self.variance.detach().clone()
-        return GaussianWeights(self.net, mean, variance)
+        return GaussianWeights(self.net, self.mean, self.variance)
 
     def draw(self, num_samples: int, generator: Generator | None = None) -> WeightDraws:
         """Freeze functions at draws of the weights."""

@@ -157,7 +157,9 @@ class SampledGP(SampledPersistence, SampledState, GPyTorchModel, GP, FantasizeMi
             self.input_transform = input_transform.eval()
         targets, variance = train_Y, train_Yvar
         if outcome_transform is not None:
-            targets, variance = outcome_transform(train_Y, train_Yvar, X=train_X)
+            targets, variance = outcome_transform(
+                train_Y, train_Yvar, X=self.transform_inputs(train_X)
+            )
             self.outcome_transform = outcome_transform.eval()
         if variance is not None:
             if likelihood is not None:

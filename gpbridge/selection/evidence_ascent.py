@@ -212,7 +212,8 @@ class EvidenceAscent:
         with torch.no_grad():
             for (_, p), value in zip(self.named, state["parameters"], strict=True):
                 p.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Adam moves what it is given in place.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         device = self.data.X.device
         self.value = state["value"].to(device)
         self.probes = state["probes"]

@@ -263,6 +263,25 @@ def test_sgd_follows_the_published_schedule():
     torch.testing.assert_close(curve.bends, twin.bends, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("batch_size, steps", [(1, 5), (2, 3), (4, 2)])
+def test_every_row_is_seen_in_an_epoch_also_alone(batch_size, steps):
+    networks = [nn.Linear(2, 1).double() for _ in range(2)]
+    curve, counts = BezierCurve(*networks), []
+    curve.net.network.register_forward_hook(lambda _, X, out: counts.append(len(out)))
+    X = data(5)[0]
+    options = {"epochs": 1, "batch_size": batch_size, "progress": False}
+    fit_curve(curve, X, X[:, :1], **options)
+    assert sum(counts[-steps:]) == 5
+
+
+def test_batch_norm_needs_two_rows():
+    curve, (X, Y) = BezierCurve(*pair()), data(5)
+    history = fit_curve(curve, X, Y, epochs=1, batch_size=4, progress=False)
+    assert math.isfinite(history["train_loss"][0])
+    with pytest.raises(ValueError, match="batches of two rows or more"):
+        fit_curve(curve, X, Y, batch_size=1, progress=False)
+
+
 def test_divergence_stops_with_the_last_good_bends():
     # Each step multiplies the bend by about 1e40: the loss overflows in epoch 4.
     networks = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
@@ -468,6 +487,12 @@ def test_ends_of_different_architectures_are_refused(end, error, message):
     start = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     with pytest.raises(error, match=message):
         BezierCurve(start, end)
+
+
+def test_ends_that_compute_differently_with_equal_weights_are_refused():
+    ends = [nn.Sequential(nn.Linear(2, 3), nn.LeakyReLU(a)) for a in (0.1, 0.3)]
+    with pytest.raises(ValueError, match="module '1': .*slope=0.1, .*slope=0.3"):
+        BezierCurve(*ends)
 
 
 def test_what_does_not_move_must_agree():

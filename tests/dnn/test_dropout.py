@@ -91,6 +91,13 @@ def test_images_and_channels():
     torch.testing.assert_close(draws(X)[:, :2], draws(X[:2]))
 
 
+def test_a_network_may_have_no_weights():
+    X = torch.ones(3, 50, dtype=torch.float64)
+    values = MCDropout(nn.Dropout(0.5)).draw(2, seeded())(X)
+    assert values.dtype == X.dtype and set(values.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(values[:, 0], values[:, 1])
+
+
 @pytest.mark.parametrize("network", [nn.Linear(2, 1), dense(0.0)])
 def test_a_network_without_dropout_is_refused(network):
     with pytest.raises(ValueError, match=r"a dropout layer with p > 0"):

@@ -234,6 +234,18 @@ def test_multi_swag_is_the_mixture_of_the_swags_of_its_networks():
     torch.testing.assert_close(again(X), posterior.draw(5, seeded())(X))
 
 
+def test_if_one_network_diverges_none_is_taken_in():
+    tracker, networks = collected()
+    before = copy.deepcopy(tracker.state_dict())
+    with torch.no_grad():
+        networks[0].head[1].bias.add_(1.0)
+        networks[1].head[1].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="keeps the 4 snapshots before"):
+        tracker.update(networks)
+    after = tracker.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_statistics_of_a_mixture_are_those_of_update_bn_in_one_pass():
     tracker, networks = collected()
     draws = tracker.posterior().draw(5, seeded())

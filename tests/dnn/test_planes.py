@@ -150,6 +150,9 @@ def test_bad_input_is_refused_with_its_reason():
         plane_through(space, normal(4, p))
     with pytest.raises(ShapeError, match="at least three rows"):
         principal_plane(space, corners[:2])
+    single = FunctionalNet(nn.Linear(1, 1, bias=False).double())
+    with pytest.raises(ValueError, match="lie on one line"):
+        principal_plane(single, normal(4, 1))
     plane, X = plane_through(space, corners), normal(6, 2)
     for bad in ({"size": 1}, {"margin": -0.1}, {"margin": torch.nan}):
         with pytest.raises(ValueError, match="size of at least 2 and a margin"):

@@ -33,6 +33,11 @@ def test_independent_priors(prior, exact):
     torch.testing.assert_close(prior(w), exact.log_prob(w).sum())
 
 
+@pytest.mark.parametrize("prior", [GaussianPrior(), LaplacePrior(), StudentTPrior()])
+def test_weights_that_diverged_have_no_density(prior):
+    assert prior(torch.tensor([0.0, math.nan])).isnan()
+
+
 @pytest.mark.parametrize("window", [(3, 3), (2, 5), (4,)])
 def test_filters_are_correlated_within_a_window_only(window):
     prior, w = ConvolutionPrior(0.5, 2.0), weights(4, 2, *window)

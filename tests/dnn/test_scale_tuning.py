@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
@@ -149,6 +149,35 @@ def test_batch_norm_is_refreshed_for_every_draw():
     draws = refresh_batch_norm(tracker.posterior(1.0).draw(30, seeded()), [X])
     score = mixture_log_density(gaussian(), draws, X, Y)
     torch.testing.assert_close(found.scores[0], score)
+
+
+def test_held_out_data_have_noise_of_their_own():
+    tracker, X, Y = problem(0.3)
+    noise = 0.02 + torch.rand(40, generator=seeded(4)).double()
+    likelihood = FixedNoiseGaussianLikelihood(torch.ones(40).double())  # in training
+    found = tune_scale(
+        tracker, X, Y, likelihood, (0.5,), noise_val=noise, generator=seeded()
+    )
+    f = tracker.posterior(0.5).draw(30, seeded())(X)[..., 0]
+    logs = torch.distributions.Normal(f, noise.sqrt()).log_prob(Y[:, 0])
+    torch.testing.assert_close(found.scores[0], logs.exp().mean(0).log().mean())
+    with pytest.raises(ValueError, match="noise of the training data.*noise_val="):
+        tune_scale(tracker, X, Y, likelihood)
+    with pytest.raises(ValueError, match="X has 40, noise has 39"):
+        tune_scale(tracker, X, Y, likelihood, noise_val=noise[1:])
+
+
+def test_of_equal_scores_the_first_wins_and_what_is_not_finite_never():
+    tracker, X, Y = problem(0.0)
+    levels = iter([math.nan, 1.0, 1.0, -math.inf])
+
+    def given(f, y):
+        return torch.full_like(f[..., 0], next(levels))
+
+    found = tune_scale(tracker, X, Y, given, (0.1, 0.25, 0.5, 1.0))
+    assert found.scale == 0.25
+    expected = tracker.posterior(0.25)
+    assert torch.equal(found.posterior.root, expected.root)
 
 
 def test_bad_arguments_are_refused():

@@ -74,11 +74,20 @@ def test_fewer_principal_directions_are_the_largest():
 
 
 def test_a_subspace_does_not_follow_its_tracker():
-    tracker = tracked(5)
-    subspace = Subspace.pca(tracker)
+    network = small()
+    tracker = SWAG(network, rank=2, parameters="last_layer")
+    for _ in range(3):
+        with torch.no_grad():
+            network[2].weight.add_(1.0)
+        tracker.update(network)
+    subspace, X = Subspace.pca(tracker), normal(4, 2)
     origin, basis = subspace.origin.clone(), subspace.basis.clone()
-    tracker.update(small())
+    before = subspace.posterior_of(torch.ones(1, 2)).draw()(X)
+    with torch.no_grad():
+        network[0].weight.add_(1.0)  # not random, and so taken at the last update
+    tracker.update(network)
     assert torch.equal(subspace.origin, origin) and torch.equal(subspace.basis, basis)
+    assert torch.equal(subspace.posterior_of(torch.ones(1, 2)).draw()(X), before)
 
 
 @pytest.mark.parametrize("orthonormal", [True, False])

@@ -378,14 +378,17 @@ def test_the_grid_has_defaults_and_any_method_fits():
     assert bool(torch.isfinite(found.table).all())
 
 
-def test_tuning_refreshes_batch_norm():
+@pytest.mark.parametrize("batch_size", [None, 19])  # 20 rows: none is left alone
+def test_tuning_refreshes_batch_norm(batch_size):
     torch.manual_seed(0)
     network = Block(norm=True).double()
     subspace = Subspace.random(FunctionalNet(network), None, 2, generator=seeded())
     X, Y = 3 + 2 * normal(20, 2), normal(20, 1)
     given = {"method": METHODS["slice"], "generator": seeded(), "progress": False}
+    given["batch_size"] = batch_size
     found = tune_subspace(subspace, X, Y, X, Y, gaussian(), (1.0,), (1.0,), **given)
-    draws = refresh_batch_norm(found.best.posterior.draw(), [X])
+    batches = [X] if batch_size is None else [X[:10], X[10:]]
+    draws = refresh_batch_norm(found.best.posterior.draw(), batches)
     score = mixture_log_density(gaussian(), draws, X, Y)
     torch.testing.assert_close(found.table[0, 0], score)
 

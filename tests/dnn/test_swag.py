@@ -9,6 +9,7 @@ from torch import nn
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.dnn.fit import fit_map
+from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.swag import SWA, SWAG
 from gpbridge.weights import GaussianWeights
 
@@ -120,6 +121,22 @@ def test_the_network_is_read_and_not_changed():
     tracker.update(network)
     assert isinstance(tracker.posterior(), GaussianWeights)
     torch.testing.assert_close(tracker.posterior().draw(1)(X)[0], network(X))
+
+
+@pytest.mark.parametrize("kind", [SWA, SWAG, Snapshots])
+def test_a_posterior_does_not_follow_its_tracker(kind):
+    network, X = small(), torch.rand(4, 2, generator=seeded()).double()
+    options = {"rank": 2} if kind is SWAG else {}
+    tracker = kind(network, parameters="last_layer", **options)
+    for _ in range(2):
+        tracker.update(network)
+    posterior = tracker.posterior()
+    before = posterior.draw(2, seeded())(X)
+    with torch.no_grad():
+        network[0].weight.add_(1.0)  # not tracked, and so taken at the last update
+    tracker.update(network)
+    assert torch.equal(posterior.draw(2, seeded())(X), before)
+    assert not torch.equal(tracker.posterior().draw(2, seeded())(X), before)
 
 
 def test_another_module_is_refused():

@@ -243,12 +243,24 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
     half = fit_vae(picture_vae(), Y, epochs=2, generator=seeded(5), **options)
     save_state(half.state, tmp_path / "state")
     state = load_state(tmp_path / "state")
-    rest = fit_vae(picture_vae(), Y, epochs=2, resume=state, **options)
-    assert rest.history == whole.history
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, rest.model.state_dict()[name])
+    for again in (state, half.state, half.state):  # it is left as it was
+        rest = fit_vae(picture_vae(), Y, epochs=2, resume=again, **options)
+        assert rest.history == whole.history
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(value, rest.model.state_dict()[name])
+    with pytest.raises(ValueError, match="lacks generator, history, model, optim"):
+        fit_vae(picture_vae(), Y, resume={})
     with pytest.raises(ValueError, match="resume or generator and not both"):
         fit_vae(picture_vae(), Y, resume=state, generator=seeded())
+
+
+def test_batch_norm_leaves_out_a_last_batch_of_one_row():
+    Y, options = images(5), {"epochs": 1, "progress": False}
+    fit = fit_vae(picture_vae(), Y, batch_size=4, **options)
+    assert int(fit.model.encoder.features["norm"].num_batches_tracked) == 1
+    assert math.isfinite(fit.history["elbo"][0])
+    with pytest.raises(ValueError, match="batches of two rows or more"):
+        fit_vae(picture_vae(), Y[:1], **options)
 
 
 def test_copies_predict_the_same():
@@ -324,6 +336,9 @@ def test_frozen_weights_stay_and_nothing_to_train_is_an_error():
         (lambda Y: fit_vae(VAE(nn.Linear(5, 8), nn.Linear(4, 5), 4), Y[:0]), "no rows"),
         (lambda Y: fit_vae(VAE(nn.Linear(5, 8), nn.Linear(4, 5), 4), Y,
                            learning_rate=0.0), "learning_rate must be positive"),
+        (lambda Y: fit_vae(VAE(nn.Linear(5, 8), nn.Linear(4, 5), 4), Y,
+                           likelihood_learning_rate=-1.0),
+         "likelihood_learning_rate must be positive"),
         (lambda Y: VAE(nn.Linear(5, 8), nn.Linear(4, 5), 4,
                        SoftmaxLikelihood(num_classes=5, mixing_weights=False)).elbo(Y),
          "each pixel alone"),

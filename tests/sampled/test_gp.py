@@ -8,6 +8,7 @@ import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
 from botorch.models.transforms import Normalize, Standardize, Warp
+from botorch.models.transforms.outcome import StratifiedStandardize
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.kernels import MaternKernel, RBFKernel, RQKernel, ScaleKernel
 from gpytorch.likelihoods import (
@@ -233,6 +234,20 @@ def test_marginals_and_predictions_of_many_points(monkeypatch):
             torch.testing.assert_close(mean, latent.mean, **EXACT)
             torch.testing.assert_close(variance, latent.variance, **EXACT)
         assert variance.shape == (3, 4, m)
+
+
+def test_a_transform_of_targets_sees_transformed_inputs():
+    task = torch.tensor([0.0, 2.0]).double().repeat(10)[:, None]
+    X = torch.cat([points(20)[:, :1], task], -1)
+    Y = 5 + 20 * task + X[:, :1].sin()
+    tasks = torch.tensor([0.0, 1.0]).double()  # of the transformed inputs, as upstream
+    model = SampledGP(
+        X, Y, matern(), solver=CG, num_samples=4, input_transform=Normalize(2),
+        outcome_transform=StratifiedStandardize(1, tasks),
+    )  # fmt: skip
+    for k in (0, 1):
+        mean = model.outcome_transform.means[k].squeeze()
+        torch.testing.assert_close(mean, Y[task == 2 * k].mean())
 
 
 def test_networks_are_sampled_in_weight_space():

@@ -35,7 +35,15 @@ def slopes(model):
     return torch.autograd.grad(value, parameters)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "multitask", "logistic", "softmax"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gaussian",
+        pytest.param("multitask", marks=pytest.mark.slow),
+        "logistic",
+        "softmax",
+    ],
+)
 def test_a_fixed_point_is_a_stationary_point_of_the_exact_evidence(name):
     """MacKay (1992), section 4.2."""
     X = inputs(24, seed=2)

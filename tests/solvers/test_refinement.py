@@ -110,7 +110,7 @@ def ill_conditioned(compute_dtype):
     "solver",
     [
         ConjugateGradients(1e-7, preconditioner_rank=0),
-        SketchAndProject(1e-7, block_size=50, max_passes=2000),
+        SketchAndProject(1e-7, block_size=50, max_passes=600),
     ],
     ids=lambda solver: solver.name,
 )
