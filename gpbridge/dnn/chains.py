@@ -36,11 +36,13 @@ from gpbridge.checks import (
     warn_user,
 )
 from gpbridge.dnn.cyclical import first_sampling_step, kept_steps
-from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.log_posterior import LogPosterior
+from gpbridge.dnn.run_key import checksum, difference, structure
 from gpbridge.dnn.schedules import cyclical_factor
 from gpbridge.dnn.sgmcmc import SGHMC
 from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.likelihoods import is_gaussian
 from gpbridge.targets import check_targets, default_likelihood
 from gpbridge.weights import EmpiricalWeights
 
@@ -84,7 +86,8 @@ class SGMCMC(nn.Module):
             one of them with options, ``functools.partial(SGHMC, alpha=0.05)``.
         learning_rate: The first rate of a cycle, on the loss per datum; it must be
             below about one over the largest curvature, which for Gaussian noise grows
-            as one over its variance.
+            as one over its variance. None is 0.01, for Gaussian noise of a variance
+            below one times that variance, the smallest of several.
         num_cycles: Cycles of the rate.
         steps_per_cycle: Steps of each.
         samples_per_cycle: Samples that each chain keeps in a cycle, evenly spread over
@@ -122,7 +125,7 @@ class SGMCMC(nn.Module):
         likelihood: Likelihood | None = None,
         *,
         sampler: Callable[..., torch.optim.Optimizer] = SGHMC,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         num_cycles: int = 4,
         steps_per_cycle: int = 1000,
         samples_per_cycle: int = 5,
@@ -145,7 +148,8 @@ class SGMCMC(nn.Module):
             num_chains=num_chains,
             batch_size=batch_size,
         )
-        check_positive(learning_rate=learning_rate)
+        if learning_rate is not None:
+            check_positive(learning_rate=learning_rate)
         self.kept_steps = kept_steps(
             steps_per_cycle, samples_per_cycle, sampling_fraction
         )
@@ -171,6 +175,8 @@ class SGMCMC(nn.Module):
         self.data = [train_X.detach(), Y.detach()]
         if isinstance(likelihood, FixedNoiseGaussianLikelihood):
             self.data.append(likelihood.noise_covar.noise.detach())
+        self._usual = _usual_rate(likelihood)
+        learning_rate = self._usual if learning_rate is None else learning_rate
         self.learning_rate, self.cyclical = learning_rate, cyclical
         self.num_cycles, self.steps_per_cycle = num_cycles, steps_per_cycle
         self.batch_size, self.step = min(batch_size, n), 0
@@ -182,13 +188,20 @@ class SGMCMC(nn.Module):
         if generator is None:
             generator = Generator(device=train_X.device).manual_seed(0)
         self.generator = generator
-        self.optimizer = sampler(
-            [self.weights],
-            lr=learning_rate,
-            num_data=n,
-            temperature=likelihood_temperature,
-            generator=generator,
-        )
+        try:
+            self.optimizer = sampler(
+                [self.weights],
+                lr=learning_rate,
+                num_data=n,
+                temperature=likelihood_temperature,
+                generator=generator,
+            )
+        except TypeError as error:
+            raise TypeError(
+                "sampler must build an optimizer from (parameters, lr=, num_data=, "
+                f"temperature=, generator=), but {sampler!r} does not ({error}). Pass "
+                "SGHMC, SGLD, or functools.partial(SGHMC, alpha=0.05)."
+            ) from error
 
     @property
     def num_steps(self) -> int:
@@ -221,11 +234,18 @@ class SGMCMC(nn.Module):
             This object.
 
         Raises:
-            DivergedError: If a loss or a weight is not finite. The run is then where it
-                was at the last check before, and keeps its samples; give it another
-                ``learning_rate`` and go on, or begin anew.
+            DivergedError: If a loss or a weight is not finite. The run, its
+                ``last_good``, is then where it was at the last check before, and keeps
+                its samples; give it another ``learning_rate`` and go on, or begin anew.
+            RuntimeError: If steps are asked for and none is left.
         """
         left = self.num_steps - self.step
+        if num_steps is not None and not left:
+            raise RuntimeError(
+                f"All {self.num_steps} steps are made. To go on, build the same chains "
+                f"with num_cycles={2 * self.num_cycles}, say, give them the "
+                "state_dict() of these, and run()."
+            )
         if num_steps is not None:
             check_count(num_steps=num_steps)
             left = min(left, num_steps)
@@ -288,13 +308,14 @@ class SGMCMC(nn.Module):
         end = self.step
         with torch.no_grad():
             self.weights.copy_(good[0])
-        self.set_extra_state(good[1])
+        self._go_to(good[1])
         raise DivergedError(
             f"A loss or a weight became NaN or infinite between steps {self.step} and "
             f"{end}. The chains are back at step {self.step}, with {self.num_samples} "
-            f"samples each. Try learning_rate={self.learning_rate / 10:g} (it is "
-            f"{self.learning_rate:g}): set it on the chains and call run(), or begin "
-            "anew; standardise inputs and targets.",
+            "samples each; they are .last_good of this error. Try "
+            f"{rate_advice(self.learning_rate, self._usual)}: set it on them and call "
+            "run(), or begin anew. It scales as the noise variance of a Gaussian "
+            "likelihood; standardise inputs and targets.",
             self,
         )
 
@@ -306,10 +327,57 @@ class SGMCMC(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step, and the state of the optimizer with its generator."""
-        return self._progress()
+        return self._progress() | {"run": self._key()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Put step and optimizer where they were."""
+        self._go_to(state)
+
+    def _key(self) -> dict[str, Any]:
+        """What a continued run must have in common with the one before."""
+        learnt = set(self.net.names)
+        return {
+            "network": structure(self.net.network, learnt),
+            "data": [checksum(part) for part in self.data],
+            "batch size": self.batch_size,
+            "number of chains": len(self.weights),
+            "steps of a cycle": self.steps_per_cycle,
+            "kept steps": sorted(self.kept_steps),
+            "first sampling step": self.first_sampling_step,
+            "change of the rate": self.cyclical,
+            "likelihood": type(self.log_posterior.likelihood).__name__,
+            "temperature": self.log_posterior.likelihood_temperature,
+            "sampler": type(self.optimizer).__name__,
+        }
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            for name, now in self._key().items():
+                before = state["run"].get(name)
+                if before != now:
+                    raise ValueError(
+                        f"The state is of another run: {difference(name, before, now)}."
+                        " Build the chains with the same arguments."
+                    )
+            if state["step"] > self.num_steps:
+                raise ValueError(
+                    f"The state has {state['step']} steps, but these chains make "
+                    f"{self.num_steps}. Build them with num_cycles="
+                    f"{-(-state['step'] // self.steps_per_cycle)} or more."
+                )
+            state_dict = dict(state_dict)
+            for name in ("samples", "losses"):  # of more cycles, or fewer
+                own, given = getattr(self, name), state_dict.get(prefix + name)
+                if given is not None and len(given) != len(own):
+                    value, count = torch.zeros_like(own), min(len(own), len(given))
+                    value[:count] = given[:count]
+                    state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _go_to(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
@@ -380,7 +448,8 @@ def sample_sgmcmc(
         The samples of all chains.
 
     Raises:
-        DivergedError: If the run diverges; its ``last_good`` are the chains before.
+        DivergedError: If the chains diverge; its ``last_good`` are the chains, with the
+            samples that there were before.
 
     Example:
         >>> X = torch.linspace(-1, 1, 40)[:, None]
@@ -390,6 +459,12 @@ def sample_sgmcmc(
     """
     chains = SGMCMC(network, train_X, train_Y, likelihood, **options)
     return chains.run(progress=progress).posterior()
+
+
+def _usual_rate(likelihood: Likelihood) -> float:
+    """In units of the noise, to which curvatures are inverse, where it is small."""
+    noise = getattr(likelihood, "noise", None) if is_gaussian(likelihood) else None
+    return 0.01 if noise is None else 0.01 * min(1.0, float(noise.detach().min()))
 
 
 def _first_weights(

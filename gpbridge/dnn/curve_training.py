@@ -29,7 +29,8 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
-from gpbridge.dnn.curves import WeightCurve, rows_for
+from gpbridge.dnn.curves import WeightCurve, image_net, rows_for
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.fit_input import check_decay
 from gpbridge.dnn.objective import objective_for
 from gpbridge.dnn.schedules import swa_factor
@@ -69,7 +70,8 @@ def fit_curve(
 
     Args:
         curve: Trained in place; its ends stay.
-        train_X: Inputs ``n x d``, or ``n x input_shape``.
+        train_X: Inputs ``n x d``, or images ``n x c x ...``, whose shape the curve
+            takes as its ``input_shape`` if it has none.
         train_Y: Targets as for :func:`~gpbridge.dnn.fit_map`.
         likelihood: Picks the loss; default that of
             :func:`gpbridge.targets.default_likelihood`.
@@ -87,8 +89,9 @@ def fit_curve(
         decay term.
 
     Raises:
-        RuntimeError: If the loss becomes NaN or infinite; the bends are then those with
-            which the last epoch of finite loss began.
+        DivergedError: If the loss becomes NaN or infinite; the curve, its
+            ``last_good``, then has the bends with which the last epoch of finite loss
+            began.
         ValueError: If an option is out of range, or the curve has no free bend.
 
     Example:
@@ -111,6 +114,7 @@ def fit_curve(
     check_decay(weight_decay, "weight_decay")
     check_choice("optimizer", optimizer, ("sgd", "adam"))
     check_tensor(train_Y=train_Y)
+    curve.net = image_net(curve.net, train_X)
     X = rows_for(curve.net, train_X, "train_X").detach()
     check_inputs(X)
     check_not_empty(train_X=X)
@@ -158,10 +162,12 @@ def fit_curve(
             if not (math.isfinite(value) and bool(curve.bends.isfinite().all())):
                 with torch.no_grad():
                     curve.bends.copy_(good)
-                raise RuntimeError(
+                raise DivergedError(
                     f"Training diverged in epoch {epoch}: the loss is {value}. The "
                     "curve has the bends with which the last epoch of finite loss "
-                    f"began; lower learning_rate (it is {learning_rate})."
+                    "began, and is .last_good of this error. Try "
+                    f"{rate_advice(learning_rate, 0.015)}.",
+                    curve,
                 )
             history["train_loss"].append(value)
             if not bar.disable:

@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -274,6 +275,14 @@ class PolyChain(WeightCurve):
         b = torch.arange(self.num_bends, device=t.device)
         gap = (t[..., None] * (self.num_bends - 1) - b).abs()
         return (1 - gap).clamp_min(0)
+
+
+def image_net(net: FunctionalNet, X: Tensor) -> FunctionalNet:
+    """The network, for inputs ``n x c x ...`` as rows if it has no shape of its own."""
+    if net.input_shape is None and isinstance(X, Tensor) and X.dim() > 2:
+        net = copy.copy(net)  # with the same weights
+        net.input_shape = X.shape[1:]
+    return net
 
 
 def rows_for(net: FunctionalNet, X: Tensor, name: str = "X") -> Tensor:

@@ -1,7 +1,7 @@
 """The error of a run that met NaN or infinity, with what was good before.
 
-In: a message, the run's last good state. Out: an exception. Next: ``stacked_training``,
-``chains`` and ``variational_fit`` raise it.
+In: a message, the run's last good state. Out: an exception. Next: every loop that
+trains raises it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any
 class DivergedError(RuntimeError):
     """A loss or a weight became NaN or infinite; ``last_good`` is the run before that.
 
-    A :class:`~gpbridge.dnn.ReplicaFit` of training; of a chain and of variational
-    inference the object itself, put back.
+    Of ``fit_map`` it is the network, of ``fit_ensemble`` an ``EnsembleFit``, of
+    ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`; of ``fit_mean_field``,
+    ``fit_variational``, ``fit_curve`` and of chains the object itself.
     """
 
     def __init__(self, message: str, last_good: Any) -> None:
         super().__init__(message)
         self.last_good = last_good
+
+
+def rate_advice(learning_rate: float, usual: float) -> str:
+    """A rate to try: a tenth, and no more than what is usual."""
+    return f"learning_rate={min(learning_rate / 10, usual):g} (it is {learning_rate:g})"

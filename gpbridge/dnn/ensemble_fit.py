@@ -32,6 +32,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.fit_input import (
     WeightDecay,
     check_decay,
@@ -43,6 +44,7 @@ from gpbridge.dnn.fit_input import (
 )
 from gpbridge.dnn.initial_weights import first_members
 from gpbridge.dnn.objective import objective_for, residual_variance
+from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replica_input import drawn_seed
 from gpbridge.dnn.replicas import Callback, train_replicas
 from gpbridge.dnn.training import isolated_randomness
@@ -67,6 +69,8 @@ class EnsembleFit:
         best_epoch: The epoch whose weights are returned, ``k``; None for the last.
         seeds: Member r is what ``fit_map`` makes of its first weights with a generator
             of seed r, these validation rows, and no dropout.
+        input_shape: The shape to which the ``d`` columns of one input were unflattened;
+            None if they were not.
     """
 
     networks: list[nn.Module]
@@ -79,6 +83,7 @@ class EnsembleFit:
     history: dict[str, Tensor]
     best_epoch: Tensor | None
     seeds: tuple[int, ...]
+    input_shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -86,12 +91,15 @@ class EnsembleFit:
     def member(self, index: int) -> FitResult:
         """One member, as ``fit_map`` would return it."""
         variances = self.residual_variances, self.validation_variances
+        decay = math.nan  # of a run that diverged at once
+        if "weight_decay" in self.history:
+            decay = float(self.history["weight_decay"][-1, index])
         return FitResult(
             self.networks[index],
             self.member_rows[index].unique(),
             self.validation_rows,
             *(None if v is None else v[index] for v in variances),
-            float(self.history["weight_decay"][-1, index]),
+            decay,
             {name: values[:, index].tolist() for name, values in self.history.items()},
         )
 
@@ -160,7 +168,8 @@ def fit_ensemble(
             rows with replacement.
         initial: Modules to start from, one for each member. Default: copies whose
             layers' ``reset_parameters`` is called again; frozen weights stay.
-        checkpoint: A file from which an interrupted run continues, to the same bits.
+        checkpoint: A file from which an interrupted run continues, to the same bits, if
+            all arguments are the same; ``epochs`` may be larger.
         checkpoint_every: Epochs between two writes.
         generator: Source of all randomness: split, first weights, batches, dropout.
             None is a fresh one with seed 0.
@@ -172,7 +181,8 @@ def fit_ensemble(
         The members.
 
     Raises:
-        DivergedError: If a member diverges; it names the member.
+        DivergedError: If a member diverges; it names the member, and its ``last_good``
+            holds all members as they were an epoch before.
         ValueError: If an option is out of range, or a layer has weights and no
             ``reset_parameters`` and there is no ``initial``.
 
@@ -225,46 +235,56 @@ def fit_ensemble(
     decay = weight_decay
     if callable(weight_decay):
         decay = _decays(weight_decay, own, train_X[fit_rows], train_Y[fit_rows])
-    fit = train_replicas(
-        own,
-        {name: torch.stack(values) for name, values in _named(members)},
-        flat,
-        targets,
-        objective.loss,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=decay,
-        schedule=factor,
-        rows=rows,
-        validation=(flat[held_out], targets[held_out]) if len(held_out) else None,
-        keep_best=early_stopping,
-        input_shape=X.shape[1:] if X.dim() > 2 else None,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        callback=callback,
-        progress=progress,
-    )
-    for r, member in enumerate(members):
-        load_copy(member, fit.state, r)
-    variances = [
-        torch.stack([residual_variance(f, X[part], train_Y[part], m) for f in members])
-        if objective.is_regression and len(part)
-        else None
-        for part in (fit_rows, held_out)
-    ]
-    return EnsembleFit(
-        members,
-        fit.weights,
-        fit_rows,
-        held_out,
-        rows,
-        *variances,
-        fit.history,
-        fit.best_epoch,
-        seeds,
-    )
+
+    def finished(fit: ReplicaFit) -> EnsembleFit:
+        for r, member in enumerate(members):
+            load_copy(member, fit.state, r)
+        variances = [
+            torch.stack(
+                [residual_variance(f, X[part], train_Y[part], m) for f in members]
+            )
+            if objective.is_regression and len(part)
+            else None
+            for part in (fit_rows, held_out)
+        ]
+        return EnsembleFit(
+            members,
+            fit.weights,
+            fit_rows,
+            held_out,
+            rows,
+            *variances,
+            fit.history,
+            fit.best_epoch,
+            seeds,
+            None if input_shape is None else tuple(input_shape),
+        )
+
+    try:
+        fit = train_replicas(
+            own,
+            {name: torch.stack(values) for name, values in _named(members)},
+            flat,
+            targets,
+            objective.loss,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=decay,
+            schedule=factor,
+            rows=rows,
+            validation=(flat[held_out], targets[held_out]) if len(held_out) else None,
+            keep_best=early_stopping,
+            input_shape=X.shape[1:] if X.dim() > 2 else None,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            callback=callback,
+            progress=progress,
+        )
+    except DivergedError as error:
+        raise DivergedError(str(error), finished(error.last_good)) from None
+    return finished(fit)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.dnn.ensemble_fit import EnsembleFit
+from gpbridge.dnn.replica_input import check_several
 from gpbridge.draws import JoinedDraws, WeightDraws
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.functional import FunctionalNet
@@ -38,10 +39,12 @@ class DeepEnsemble(Drawable):
     Args:
         members: Modules, results of ``fit_map``, or one of ``fit_ensemble``. Copied in
             eval mode, never changed.
-        input_shape: Shape of one input, to unflatten the ``d`` columns.
+        input_shape: Shape of one input, to unflatten the ``d`` columns. Default none,
+            or that of the ``fit_ensemble``.
 
     Raises:
-        TypeError: If a member is no network, or of another dtype than the others.
+        TypeError: If members are no list, or a member is no network or of another dtype
+            than the others.
         ValueError: If there is none.
 
     Example:
@@ -57,7 +60,9 @@ class DeepEnsemble(Drawable):
     ) -> None:
         super().__init__()
         if isinstance(members, EnsembleFit):
+            input_shape = members.input_shape if input_shape is None else input_shape
             members = members.networks
+        check_several(members, "members")
         networks = [m.network if isinstance(m, FitResult) else m for m in members]
         if not networks:
             raise ValueError("members must hold at least one network, but is empty.")

@@ -106,7 +106,9 @@ def fit_map(
         term), ``weight_decay`` and, with a validation part, ``validation_loss``.
 
     Raises:
-        RuntimeError: If the loss becomes NaN or infinite.
+        DivergedError: If a loss or a weight becomes NaN or infinite; its ``last_good``
+            is the network at its best epoch so far, or, without early stopping, as it
+            was when the last epoch of finite loss began.
         ValueError: If an option is out of range, nothing can be trained, or the network
             cannot be copied.
 

@@ -25,6 +25,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
+    ReliabilityWarning,
     ShapeError,
     check_count,
     check_inputs,
@@ -32,6 +33,7 @@ from gpbridge.checks import (
     check_positive,
     check_same_device,
     check_same_length,
+    warn_user,
 )
 from gpbridge.dnn.autoencoder import Autoencoder
 from gpbridge.dnn.inducing_posterior import (
@@ -42,7 +44,7 @@ from gpbridge.dnn.inducing_posterior import (
     whiten,
 )
 from gpbridge.frozen import copy_without_hooks
-from gpbridge.randomness import fresh, standard_normal
+from gpbridge.randomness import standard_normal
 
 
 class Prediction(NamedTuple):
@@ -300,15 +302,20 @@ class GPPriorVAE(Autoencoder):
         Args:
             X_aux: Auxiliary inputs ``t x a``; no data are needed there.
             num_samples: Latent draws per point.
-            generator: Source of randomness.
+            generator: Source of randomness; None is a fresh one with seed 0, so that
+                two calls agree.
 
         Returns:
             Means and variances of the pixels, observation noise included.
+
+        Warns:
+            ReliabilityWarning: If there was no :meth:`condition`; it is the prior then.
         """
         self._check_aux(X_aux)
+        self._warn_of_prior()
         check_count(num_samples=num_samples)
         like = next(self.decoder.parameters())
-        generator = fresh(generator, like.device)
+        generator = _seeded(generator, like.device)
         means, variances = [], []
         for rows in X_aux.split(self._chunk(num_samples)):
             mean, variance = (part.mT.to(like) for part in self._predicted(rows))
@@ -342,14 +349,15 @@ class GPPriorVAE(Autoencoder):
             X_aux: Auxiliary inputs of the new data, ``t x a``.
             Y: The data, ``t x d``, each scored alone.
             num_importance: The number k of draws.
-            generator: Source of randomness.
+            generator: As for :meth:`predict`.
 
         Returns:
             Nats, ``t``, without gradients.
         """
         self._check(X_aux, Y)
         check_count(num_importance=num_importance)
-        generator = fresh(generator, Y.device)
+        self._warn_of_prior()
+        generator = _seeded(generator, Y.device)
         bounds, size = [], self._chunk(num_importance)
         for aux, rows in zip(X_aux.split(size), Y.split(size), strict=True):
             mean, variance = (part.mT for part in self._predicted(aux))
@@ -364,6 +372,14 @@ class GPPriorVAE(Autoencoder):
             weights = self.log_prob(rows, Z.to(rows)) + ratio
             bounds.append(weights.logsumexp(0) - math.log(num_importance))
         return torch.cat(bounds).to(Y)
+
+    def _warn_of_prior(self) -> None:
+        if not int(self.num_conditioned):
+            warn_user(
+                "The model has seen no data, so this is a prediction of its prior. "
+                "Call condition(X_aux, Y) before.",
+                ReliabilityWarning,
+            )
 
     def _kept(self) -> InducingPosterior:
         return InducingPosterior(self.posterior_mean, self.posterior_factor)
@@ -400,3 +416,7 @@ class GPPriorVAE(Autoencoder):
     def _check_aux(self, X_aux: Tensor) -> None:
         check_inputs(X_aux, "X_aux")
         check_not_empty(X_aux=X_aux)
+
+
+def _seeded(generator: Generator | None, device: torch.device) -> Generator:
+    return Generator(device).manual_seed(0) if generator is None else generator

@@ -31,7 +31,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
-from gpbridge.dnn.curves import WeightCurve, rows_for
+from gpbridge.dnn.curves import WeightCurve, image_net, rows_for
 from gpbridge.dnn.objective import Objective, objective_for
 from gpbridge.draws import WeightDraws
 from gpbridge.functional import FunctionalNet
@@ -108,7 +108,7 @@ def curve_losses(
 
     Args:
         curve: The curve.
-        X: Inputs ``n x d``, or ``n x input_shape``.
+        X: Inputs ``n x d``, or images ``n x c x ...``.
         Y: Targets as for :func:`~gpbridge.dnn.fit_map`.
         likelihood: Picks the loss, as for :func:`~gpbridge.dnn.fit_curve`.
         t: How many times, equally spaced, or increasing times from 0 to 1.
@@ -184,6 +184,7 @@ def losses_at(
     """
     check_count(row_chunk_size=row_chunk_size)
     check_tensor(Y=Y)
+    net = image_net(net, X)
     X = rows_for(net, X)
     check_inputs(X, "X")
     check_not_empty(X=X)

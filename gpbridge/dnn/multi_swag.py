@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from gpbridge.checks import check_positive
+from gpbridge.dnn.replica_input import check_several
 from gpbridge.dnn.swag import SWAG
 from gpbridge.functional import Parameters
 from gpbridge.types import Params
@@ -37,6 +39,7 @@ class MultiSWAG(nn.Module):
         input_shape: Shape of one input.
 
     Raises:
+        TypeError: If it is one network and not a list.
         ValueError: If there is no network.
 
     Example:
@@ -57,6 +60,7 @@ class MultiSWAG(nn.Module):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_several(networks, "networks")
         networks = list(networks)
         if not networks:
             raise ValueError("networks must hold at least one module, but is empty.")
@@ -97,6 +101,8 @@ class MultiSWAG(nn.Module):
 
     def posterior(self, scale: float = 0.5, diagonal: bool = True) -> MixtureWeights:
         """The mixture of the networks' Gaussians; see :meth:`SWAG.posterior`."""
+        check_positive(scale=scale)
+        min(self.trackers, key=lambda each: each.num_columns).check_rank()  # once
         return MixtureWeights(
-            [tracker.posterior(scale, diagonal) for tracker in self.trackers]
+            [tracker.gaussian(scale, diagonal) for tracker in self.trackers]
         )

@@ -27,3 +27,14 @@ class ReplicaFit(NamedTuple):
     state: Params
     history: dict[str, Tensor]
     best_epoch: Tensor | None
+
+    def __repr__(self) -> str:
+        """Numbers of copies and weights, and the last losses."""
+        recorded = ", ".join(
+            f"{name} {float(values[-1].mean()):.4g}"
+            for name, values in self.history.items()
+        )
+        k, p = self.weights.shape
+        return (
+            f"{type(self).__name__}({k} copies of {p} weights; last mean: {recorded})"
+        )

@@ -19,8 +19,24 @@ from gpbridge.checks import (
     check_same_dtype,
     check_tensor,
 )
+from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.functional import FunctionalNet
-from gpbridge.types import Params
+from gpbridge.types import FitResult, Params
+
+
+def check_several(networks: object, name: str) -> None:
+    """Require a list of networks and not one network, whose layers would be read."""
+    if isinstance(networks, ReplicaFit):
+        raise TypeError(
+            f"{name} must be networks, but is a ReplicaFit, which holds weights alone. "
+            "Train by fit_ensemble, which gives networks."
+        )
+    single = isinstance(networks, nn.Module) and not isinstance(networks, nn.ModuleList)
+    if single or isinstance(networks, FitResult):
+        raise TypeError(
+            f"{name} must be several networks, but is one {type(networks).__name__}. "
+            f"Pass a list of networks: [network]."
+        )
 
 
 def stacked_state(net: FunctionalNet, weights: Tensor | Params) -> Params:

@@ -85,7 +85,8 @@ def train_replicas(
             for each copy, which then sees the batches of ``fit_map`` with it. None is a
             fresh one with seed 0.
         checkpoint: A file, written every ``checkpoint_every`` epochs and at the end. If
-            it exists, training continues from it, to the same bits.
+            it exists, training continues from it, to the same bits; the other arguments
+            must be those of before, and ``epochs`` may be larger.
         checkpoint_every: Epochs.
         callback: Called after every epoch with (epoch, weights and buffers by name
             ``k x shape``, entries ``k`` of the history); what it keeps it must copy.
@@ -102,7 +103,8 @@ def train_replicas(
         DivergedError: If a copy diverges; it names the copy and holds all copies as
             they were before.
         ShapeError: If weights, data, or the loss have the wrong shape.
-        ValueError: If an option is out of range, or the network cannot be vmapped.
+        ValueError: If an option is out of range, the network cannot be vmapped, or the
+            checkpoint is of another run.
         KeyboardInterrupt: If it comes before the first epoch has ended.
 
     Warns:
@@ -143,7 +145,7 @@ def train_replicas(
         generator=generator,
     )
     if checkpoint is not None and Path(checkpoint).exists():
-        training.load_state_dict(load_state(checkpoint, X.device))
+        _continue(training, checkpoint, epochs, X)
     bar = tqdm(
         range(training.epoch, epochs),
         desc="train_replicas",
@@ -173,3 +175,22 @@ def train_replicas(
     finally:
         bar.close()
     return training.result()
+
+
+def _continue(
+    training: StackedTraining, checkpoint: str | PathLike, epochs: int, X: Tensor
+) -> None:
+    state = load_state(checkpoint, X.device)
+    try:
+        training.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} cannot be continued. {error} For a new "
+            "run pass another file."
+        ) from error
+    if training.epoch > epochs:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} has {training.epoch} epochs already, and "
+            f"epochs is {epochs}. Pass epochs={training.epoch} or more, or another "
+            "file."
+        )

@@ -26,7 +26,7 @@ from gpbridge.checks import (
     check_positive,
     check_same_device,
 )
-from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import EVALUATION_ROWS
 from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replica_input import (
@@ -37,6 +37,7 @@ from gpbridge.dnn.replica_input import (
     stacked_data,
     stacked_state,
 )
+from gpbridge.dnn.run_key import checksum, described, difference, structure
 from gpbridge.dnn.stacked_loss import Loss, stack_loss
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.functional import FunctionalNet
@@ -101,10 +102,12 @@ class StackedTraining:
         )
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.schedule = (lambda epoch: 1.0) if schedule is None else schedule
+        self.momentum, self.loss = momentum, loss
         self.generators = one_generator_each(generator, k)
         # As many numbers are taken of each as fit_map takes, so that batches agree.
         seeds = [drawn_seed(g) for g in self.generators]
         self._noise = Generator().manual_seed(seeds[0])
+        self._begins = checksum(torch.tensor(seeds)), self._weights_checksum()
 
         self._leaves = [self.state[name].requires_grad_() for name in self.net.names]
         self._each = torch.arange(k, device=self.X.device)[:, None]
@@ -187,7 +190,7 @@ class StackedTraining:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "generators": [g.get_state() for g in self.generators],
             "noise": self._noise.get_state(),
-            "run": self._fingerprint(),
+            "run": self._key(),
         }
 
     @torch.no_grad()
@@ -197,12 +200,12 @@ class StackedTraining:
         Raises:
             ValueError: If the state is of another run.
         """
-        for name, now in self._fingerprint().items():
+        for name, now in self._key().items():
             before = state["run"].get(name)
             if before != now:
                 raise ValueError(
-                    f"The state is of another run: its {name} is {before}, and now it "
-                    f"is {now}. Pass the same arguments, or start anew."
+                    f"The state is of another run: {difference(name, before, now)}. "
+                    "Pass the same arguments, or start anew."
                 )
         for name, value in state["state"].items():
             self.state[name].copy_(value)
@@ -218,18 +221,33 @@ class StackedTraining:
             generator.set_state(value.cpu())
         self._noise.set_state(state["noise"].cpu())
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _key(self) -> dict[str, Any]:
+        """What a continued run must have in common with the one before."""
+        held_out = self.validation or ()
         return {
             "number of copies": self.num_replicas,
             "number of rows": self.num_rows,
-            "number of weights": self.net.num_params,
+            "network": structure(self.net.network, set(self.net.names)),
+            "input shape": described(self.net.input_shape),
             "batch size": self.batch_size,
             "keeping of the best epoch": self.keeps_best,
             "optimizer": type(self.optimizer).__name__,
             "learning rate": self.learning_rate,
-            "sum of inputs": float(self.X[0].double().sum()),
-            "sum of targets": float(self.Y[0].double().sum()),
+            "momentum": self.momentum,
+            "weight decay": described(self.weight_decay),
+            "schedule": described(self.schedule),
+            "loss": described(self.loss),
+            "inputs": checksum(self.X),
+            "targets": checksum(self.Y),
+            "rows": described(self.rows),
+            "validation": [checksum(part) for part in held_out],
+            "seed": self._begins[0],
+            "first weights": self._begins[1],
         }
+
+    def _weights_checksum(self) -> str:
+        flat = [self.state[name].detach().flatten(1) for name in self.net.names]
+        return checksum(torch.cat(flat, 1))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Minibatches ``k x b x d`` of an epoch, each copy in an order of its own."""
@@ -298,8 +316,8 @@ class StackedTraining:
         raise DivergedError(
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
-            "kept as they were before, as last_good of this error. Standardise data, "
-            f"or lower learning_rate (it is {self.learning_rate}).",
+            "kept as they were before, as .last_good of this error. Standardise data, "
+            f"or try {rate_advice(self.learning_rate, 5e-3)}.",
             self.result(),
         )
 

@@ -69,7 +69,7 @@ class Subspace(nn.Module):
     @classmethod
     def random(
         cls,
-        net: FunctionalNet,
+        net: FunctionalNet | nn.Module,
         origin: Tensor | None,
         dim: int,
         *,
@@ -80,7 +80,7 @@ class Subspace(nn.Module):
         """Directions drawn uniformly.
 
         Args:
-            net: The network.
+            net: The network; of a plain module all weights that require gradients.
             origin: The centre, ``p``, as the mean of a run of SWA; None for the
                 network's own weights.
             dim: The number r of directions.
@@ -94,9 +94,16 @@ class Subspace(nn.Module):
 
         Raises:
             ValueError: If there are more directions than weights.
+            TypeError: If the network is none.
         """
         check_count(dim=dim)
         check_positive(length=length)
+        if not isinstance(net, nn.Module):
+            raise TypeError(
+                f"net must be a network, but is {type(net).__name__}. Pass a module or "
+                "a FunctionalNet."
+            )
+        net = net if isinstance(net, FunctionalNet) else FunctionalNet(net)
         if dim > net.num_params:
             raise ValueError(
                 f"dim must be at most the number of random weights, {net.num_params}, "
@@ -128,9 +135,16 @@ class Subspace(nn.Module):
             last of k directions then has length zero, and z moves nothing along it.
 
         Raises:
+            TypeError: If it is no tracker.
             RuntimeError: If there are fewer than two snapshots.
             ValueError: If there are fewer deviations than directions.
         """
+        if not isinstance(tracker, SWAG):
+            raise TypeError(
+                "tracker must be a SWAG, whose deviations are the directions, but is a "
+                f"{type(tracker).__name__}. Of a posterior pass the tracker that it is "
+                "made of."
+            )
         deviations = tracker.deviations
         k = len(deviations)
         dim = k if dim is None else dim

@@ -80,6 +80,7 @@ def sample_subspace(
 
     Raises:
         ShapeError: If shapes disagree.
+        TypeError: If the subspace or the method is something else.
         ValueError: If temperature or prior width are not positive, or the likelihood is
             not finite at the start.
 
@@ -95,6 +96,16 @@ def sample_subspace(
         >>> run.posterior.draw()(X).shape  # 2 chains of 30 draws
         torch.Size([60, 20, 1])
     """
+    if not isinstance(subspace, Subspace):
+        raise TypeError(
+            f"subspace must be a Subspace, but is a {type(subspace).__name__}. Try "
+            "Subspace.random(network, None, 5), or Subspace.pca(tracker)."
+        )
+    if isinstance(method, type) or not callable(getattr(method, "run", None)):
+        raise TypeError(
+            "method must be EllipticalSliceSampling(), HamiltonianMonteCarlo() or "
+            f"VariationalInference(), an object with its options, but is {method!r}."
+        )
     check_positive(temperature=temperature, prior_std=prior_std)
     target = SubspaceLikelihood(
         *(subspace, X, Y, likelihood),

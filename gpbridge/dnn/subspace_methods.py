@@ -63,6 +63,13 @@ class SubspaceGaussian(NamedTuple):
     elbo: Tensor
     num_calls: int
 
+    def __repr__(self) -> str:
+        """The number of coordinates, and the bound at the end."""
+        return (
+            f"{type(self).__name__}({len(self.mean)} coordinates, {self.num_calls} "
+            f"steps, bound {float(self.elbo[-1]):.4g})"
+        )
+
 
 class SubspaceMethod(Protocol):
     """A way to the posterior over coordinates; an object that holds its options."""

@@ -89,7 +89,7 @@ class SWAG(SWA):
 
     The scale :math:`\alpha` is no calibrated constant: after many epochs at a constant
     rate the published 1/2 is far too wide on some data. Choose it on held-out data,
-    from 0.1, 0.25, 0.5, 1.
+    by :func:`gpbridge.dnn.tune_scale`.
 
     Args:
         network: The module that is trained.
@@ -163,13 +163,23 @@ class SWAG(SWA):
             UserWarning: If there are fewer snapshots than the rank.
         """
         check_positive(scale=scale)
-        D, k = self.deviations, self.num_columns
+        self.check_rank()
+        return self.gaussian(scale, diagonal)
+
+    def check_rank(self) -> None:
+        """Warn if there are fewer snapshots than the rank."""
+        self._need(2)
+        k = self.num_columns
         if k < self.rank:
             warn_user(
                 f"SWAG has {k} snapshots for a rank of {self.rank}: the low-rank part "
                 f"has {k} columns. Train longer, take several snapshots per epoch, or "
                 "lower the rank."
             )
+
+    def gaussian(self, scale: float, diagonal: bool = True) -> GaussianWeights:
+        """As :meth:`posterior`, without its checks."""
+        D, k = self.deviations, self.num_columns
         root = (scale / (k - 1)) ** 0.5 * D.mT
         variance = None
         if diagonal:

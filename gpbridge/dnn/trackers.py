@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.functional import FunctionalNet, Parameters
-from gpbridge.types import Params
+from gpbridge.types import FitResult, Params
 
 
 class WeightTracker(nn.Module):
@@ -38,23 +38,23 @@ class WeightTracker(nn.Module):
         self.net = FunctionalNet(network, parameters, input_shape)
         self.register_buffer("num_snapshots", torch.zeros((), dtype=torch.long))
 
-    def update(self, network: nn.Module | Params) -> None:
+    def update(self, network: nn.Module | FitResult | Params) -> None:
         """Take the present weights in; costs a few p operations.
 
         Args:
-            network: The module that is trained, or its weights by name, buffers among
-                them if it has any that training changes.
+            network: The module that is trained, a result of ``fit_map``, or weights by
+                name, buffers among them if there are any that training changes.
 
         Raises:
+            TypeError: If it is none of these, or a weight has another dtype.
             ShapeError: If a weight has another shape than the tracker's.
-            TypeError: If a weight has another dtype, or this is no network.
             ValueError: If a weight is missing or not finite; the tracker stays as it
                 was.
         """  # noqa: DOC502
         self.accept(network, self.read(network))
 
     @torch.no_grad()
-    def read(self, network: nn.Module | Params) -> Tensor:
+    def read(self, network: nn.Module | FitResult | Params) -> Tensor:
         """The weights as one vector, checked; nothing is taken in.
 
         Args:
@@ -68,6 +68,7 @@ class WeightTracker(nn.Module):
             TypeError: As for :meth:`update`.
             ValueError: As for :meth:`update`.
         """
+        network = _module_or_weights(network)
         is_module = isinstance(network, nn.Module)
         if not is_module and not isinstance(network, Mapping):
             raise TypeError(
@@ -103,8 +104,9 @@ class WeightTracker(nn.Module):
         return weights
 
     @torch.no_grad()
-    def accept(self, network: nn.Module | Params, weights: Tensor) -> None:
+    def accept(self, network: nn.Module | FitResult | Params, weights: Tensor) -> None:
         """Take in what was read of a network."""
+        network = _module_or_weights(network)
         # What is not tracked, buffers among it, is that of the last snapshot.
         state = network.state_dict() if isinstance(network, nn.Module) else network
         random = set(self.net.names)
@@ -130,3 +132,14 @@ class WeightTracker(nn.Module):
                 f"The tracker has {int(self.num_snapshots)} snapshots and needs "
                 f"{wanted}. Call update(network) at the end of each epoch."
             )
+
+
+def _module_or_weights(network: nn.Module | FitResult | Params) -> nn.Module | Params:
+    if isinstance(network, FitResult):
+        return network.network
+    if not isinstance(network, nn.Module | dict):
+        raise TypeError(
+            "network must be a module, a result of fit_map, or a dict of weights by "
+            f"name, but is {type(network).__name__}."
+        )
+    return network

@@ -18,7 +18,10 @@ from tqdm import tqdm
 
 from gpbridge.batch_norm import NORMS
 from gpbridge.checks import warn_user
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import Objective, evaluate
+
+_USUAL_RATE = 5e-3
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
 
@@ -55,6 +58,7 @@ def descend(
     if validates:
         history["validation_loss"] = []
     best_loss, best_state = math.inf, None
+    good = [t.detach().clone() for t in _state(network)]
 
     # No bar without a terminal: disable=None.
     bar = tqdm(
@@ -67,6 +71,7 @@ def descend(
                 group["lr"] = (
                     learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
                 )
+            before = [t.detach().clone() for t in _state(network)]
             order = torch.randperm(n, generator=generator, device=generator.device)
             batches = split_rows(order.to(fit.X.device), batch_size, network)
             network.train()
@@ -85,11 +90,18 @@ def descend(
             if validates:
                 outputs = evaluate(network, validation.X, num_outputs)
                 entry["validation_loss"] = float(loss(outputs, validation.targets))
-            if not all(map(math.isfinite, entry.values())):
-                raise RuntimeError(
-                    f"Training diverged in epoch {epoch}: {entry}. Standardise inputs "
-                    f"and targets, or lower learning_rate (it is {learning_rate})."
+            if not (all(map(math.isfinite, entry.values())) and _is_finite(network)):
+                _restore(network, good if best_state is None else best_state)
+                raise DivergedError(
+                    f"Training diverged in epoch {epoch}: {entry}. The network as "
+                    "it was before is .last_good of this error. Standardise inputs and "
+                    f"targets, or try {rate_advice(learning_rate, _USUAL_RATE)}.",
+                    network,
                 )
+            # Without validation the last step may have made the weights absurd.
+            good = before
+            if validates:
+                good = [t.detach().clone() for t in _state(network)]
             if validates and keep_best and entry["validation_loss"] < best_loss:
                 best_loss = entry["validation_loss"]
                 best_state = [t.detach().clone() for t in _state(network)]
@@ -115,10 +127,20 @@ def descend(
         network.eval()
         network.zero_grad()
     if best_state is not None:
-        with torch.no_grad():
-            for tensor, best in zip(_state(network), best_state, strict=True):
-                tensor.copy_(best)
+        _restore(network, best_state)
     return history
+
+
+@torch.no_grad()
+def _restore(network: nn.Module, state: list[Tensor]) -> None:
+    for tensor, kept in zip(_state(network), state, strict=True):
+        tensor.copy_(kept)
+
+
+def _is_finite(network: nn.Module) -> bool:
+    # One NaN or Inf makes a sum one, and a sum is the cheapest pass.
+    sums = [p.detach().sum() for p in network.parameters() if p.requires_grad]
+    return all(map(math.isfinite, map(float, sums)))
 
 
 def split_rows(

@@ -25,7 +25,7 @@ from gpbridge.checks import (
     check_tensor,
     warn_user,
 )
-from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.fit_input import shaped
 from gpbridge.dnn.variational import MeanFieldVI
 from gpbridge.frozen import copy_without_hooks
@@ -70,10 +70,12 @@ def fit_mean_field(
             ``prior`` and ``initial_std``.
 
     Returns:
-        The fitted distribution.
+        The fitted distribution. Noise is learnt in a copy of the likelihood: hand on
+        ``vi.likelihood``, for predictions too.
 
     Raises:
-        DivergedError: As for :func:`fit_variational`.
+        DivergedError: If the fit diverges; its ``last_good`` is the distribution as it
+            was when the last epoch of finite loss began.
 
     Example:
         >>> X = torch.linspace(-1, 1, 40)[:, None]
@@ -137,8 +139,8 @@ def fit_variational(
         The mean loss of every epoch, nats per datum.
 
     Raises:
-        DivergedError: If the loss becomes NaN or infinite; its ``last_good`` is the
-            distribution, as it was after the epoch before.
+        DivergedError: If the fit diverges; the distribution, its ``last_good``, is as
+            it was when the last epoch of finite loss began.
         ValueError: If there are not N rows, or an option is out of range.
         KeyboardInterrupt: If it is interrupted in its first epoch.
 
@@ -203,8 +205,10 @@ def _descend(vi, X, Y, epochs, learning_rate, batch_size, num_samples, generator
     noise = None
     if isinstance(vi.likelihood, FixedNoiseGaussianLikelihood):
         noise = vi.likelihood.noise_covar.noise
+    good = None
     for epoch in epochs:
-        good = [p.detach().clone() for p in weights]
+        before = [p.detach().clone() for p in weights]
+        good = before if good is None else good
         order = torch.randperm(len(X), generator=generator, device=generator.device)
         total = 0.0
         for rows in order.to(X.device).split(batch_size):
@@ -216,6 +220,8 @@ def _descend(vi, X, Y, epochs, learning_rate, batch_size, num_samples, generator
             total = total + len(rows) * loss.detach()
         schedule.step()
         mean = float(total) / len(X)
+        if math.isfinite(mean):
+            good = before  # and not what the last step of the epoch made of it
         if not math.isfinite(mean) or not all(
             bool(p.isfinite().all()) for p in weights
         ):
@@ -224,8 +230,9 @@ def _descend(vi, X, Y, epochs, learning_rate, batch_size, num_samples, generator
                     p.copy_(value)
             raise DivergedError(
                 f"The loss became {mean} in epoch {epoch}; means and deviations are "
-                "those of the epoch before, as .last_good of this error. Standardise "
-                f"inputs and targets, or try learning_rate={learning_rate / 10:g}.",
+                "those with which the last epoch of finite loss began, in .last_good "
+                "of this error. Standardise inputs and targets, or "
+                f"try {rate_advice(learning_rate, 0.01)}.",
                 vi,
             )
         yield mean

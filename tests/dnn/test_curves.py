@@ -13,6 +13,7 @@ from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.data import two_moons
 from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve, fit_map
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.loss_surface import CurveLosses, losses_at
 from gpbridge.functional import FunctionalNet
 from gpbridge.likelihoods import LogisticLikelihood
@@ -289,10 +290,12 @@ def test_divergence_stops_with_the_last_good_bends():
         nn.init.constant_(network.weight, float(w))
     curve, twin = BezierCurve(*networks), BezierCurve(*networks)
     options = {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
-    with pytest.raises(RuntimeError, match=r"diverged in epoch 4.*lower learning_rate"):
+    match = r"diverged in epoch 4.*\.last_good.*learning_rate=0.015"
+    with pytest.raises(DivergedError, match=match) as caught:
         fit_curve(
             curve, X, X * 0, epochs=20, generator=seeded(), progress=False, **options
         )
+    assert caught.value.last_good is curve
     generator = seeded()
     for _ in range(3):
         torch.randperm(8, generator=generator)
@@ -365,14 +368,17 @@ def test_images_may_come_in_their_own_shape():
 
     X = torch.randn(12, 1, 5, 5, generator=seeded(), dtype=torch.float64)
     Y = torch.arange(12) % 2
-    for rows in (X, X.flatten(1)):
+    first = None
+    for rows, shape in [(X, (1, 5, 5)), (X.flatten(1), (1, 5, 5)), (X, None)]:
         torch.manual_seed(0)
-        curve = BezierCurve(*pair(build), input_shape=(1, 5, 5))
+        curve = BezierCurve(*pair(build), input_shape=shape)
+        if shape is None:  # before and after training
+            assert curve_losses(curve, X, Y, t=3, batches=[X]).loss.isfinite().all()
+            assert curve.net.input_shape is None
         fit_curve(curve, rows, Y, generator=seeded(), **QUICK)
         along = curve_losses(curve, rows, Y, t=3, batches=[rows])
-        if rows is X:
-            first = along
-    assert torch.equal(along.loss, first.loss)
+        first = along if first is None else first
+        assert torch.equal(along.loss, first.loss)
 
 
 @pytest.mark.parametrize("chunks", [(1, 7), (3, 40), (8, 1000)])

@@ -250,7 +250,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state():
     chains.run(25, progress=False)
     weights, samples = chains.weights.detach().clone(), chains.samples.clone()
     chains.learning_rate = 1e200
-    with pytest.raises(DivergedError, match=r"back at step 25.*learning_rate=1e\+199"):
+    with pytest.raises(DivergedError, match=r"step 25.*\.last_good.*learning_rate=0.0"):
         chains.run(progress=False)
     assert torch.equal(chains.weights, weights) and chains.step == 25
     assert chains.num_samples == 3
@@ -260,6 +260,57 @@ def test_a_run_that_diverges_keeps_the_last_good_state():
     with pytest.raises(DivergedError) as caught:
         sample_sgmcmc(mlp().double(), X, Y, learning_rate=1e200, **SHORT)
     assert caught.value.last_good.step == 0
+
+
+def test_finished_chains_go_on_with_more_cycles_bit_for_bit():
+    X, Y = data()
+    network = mlp_of_one_start()
+    done = SGMCMC(network, X, Y, **SHORT).run(progress=False)
+    with pytest.raises(RuntimeError, match="steps are made. To go on, build the same"):
+        done.run(10, progress=False)
+    longer = SGMCMC(network, X, Y, **SHORT | {"num_cycles": 3})
+    longer.load_state_dict(done.state_dict())
+    longer.run(progress=False)
+    whole = SGMCMC(network, X, Y, **SHORT | {"num_cycles": 3}).run(progress=False)
+    assert torch.equal(longer.samples, whole.samples)
+    assert torch.equal(longer.losses, whole.losses)
+    with pytest.raises(ValueError, match="Build them with num_cycles=3 or more"):
+        SGMCMC(network, X, Y, **SHORT).load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train_X": random(30, 2, seed=8)}, "its data is"),
+        ({"steps_per_cycle": 30}, "its steps of a cycle is 20, and now it is 30"),
+        ({"batch_size": 5}, "its batch size is"),
+        ({"sampler": SGLD}, "its sampler is SGHMC, and now it is SGLD"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(change, message):
+    X, Y = data()
+    given = {"network": mlp().double(), "train_X": X, "train_Y": Y, **SHORT}
+    state = SGMCMC(**given).state_dict()
+    with pytest.raises(ValueError, match=f"state is of another run: {message}"):
+        SGMCMC(**{**given, **change}).load_state_dict(state)
+
+
+def test_the_default_rate_follows_the_noise():
+    X, Y = data()
+    for noise, rate in [(0.01, 1e-4), (4.0, 0.01)]:
+        chains = SGMCMC(mlp().double(), X, Y, gaussian(noise), **SHORT)
+        assert abs(chains.learning_rate - rate) < 1e-8
+        assert chains.run(progress=False).history.isfinite().all()
+    labels = (Y > 0).long().flatten()
+    two = nn.Linear(2, 2).double()
+    assert SGMCMC(two, X, labels, **SHORT).learning_rate == 0.01
+
+
+@pytest.mark.parametrize("sampler", [torch.optim.SGD, "sgld"])
+def test_samplers_that_are_none_are_refused(sampler):
+    X, Y = data()
+    with pytest.raises(TypeError, match=r"sampler must build an optimizer.*Pass SGHMC"):
+        SGMCMC(mlp().double(), X, Y, sampler=sampler)
 
 
 def test_samples_that_are_one_point_are_seen():

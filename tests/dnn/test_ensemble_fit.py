@@ -119,6 +119,24 @@ def test_validation_rows_are_held_out_of_all_and_bootstraps_repeat_the_others():
     assert repr(fit).startswith("EnsembleFit(4 x Sequential, 27 fit rows, 3 validat")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"generator": seeded(9)}, "its inputs is|its rows is"),
+        ({"bootstrap": True}, "its rows is"),
+        ({"schedule": "cosine"}, "its schedule is"),
+    ],
+)
+def test_a_file_of_another_ensemble_is_refused(change, message, tmp_path):
+    X, Y = data()
+    options = {**QUICK, "checkpoint": tmp_path / "kept"}
+    first = fit_ensemble(mlp(), X, Y, 2, **options)
+    again = fit_ensemble(mlp(), X, Y, 2, **options)
+    assert torch.equal(first.weights, again.weights)
+    with pytest.raises(ValueError, match=f"kept.*of another run: .*({message})"):
+        fit_ensemble(mlp(), X, Y, 2, **{**options, **change})
+
+
 def test_images_and_flat_rows_are_the_same():
     X = torch.randn(20, 1, 4, 4, generator=seeded())
     Y = X.mean((1, 2, 3))[:, None]

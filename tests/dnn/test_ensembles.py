@@ -11,6 +11,8 @@ from torch import nn
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
 from gpbridge.dnn import SWAG, DeepEnsemble, MCDropout, MultiSWAG, fit_ensemble, fit_map
+from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.draws import JoinedDraws, WeightDraws
 from gpbridge.functional import FunctionalNet
 from gpbridge.testing import assert_module_unchanged
@@ -128,6 +130,38 @@ def test_images_come_as_rows():
     torch.testing.assert_close(values[1], networks[1](X.reshape(5, 1, 4, 4)))
 
 
+def test_an_ensemble_of_images_knows_their_shape():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
+    X, Y = torch.randn(10, 16, generator=seeded()), torch.zeros(10, 1)
+    fit = fit_ensemble(network, X, Y, 2, input_shape=(1, 4, 4), epochs=1)
+    expected = fit.networks[1](X.reshape(10, 1, 4, 4))
+    torch.testing.assert_close(DeepEnsemble(fit).draw()(X)[1], expected)
+
+
+def test_an_ensemble_that_diverged_is_one_as_it_was_before():
+    X, Y = random(20, 2), random(20, 1)
+    for epochs in (0, 2):
+
+        def poison(epoch, state, entry, last=epochs):
+            if epoch == last - 1:
+                state["0.bias"][1] = torch.nan
+
+        options = {"epochs": 5, "progress": False, "early_stopping": False}
+        scale = 1e200 if epochs == 0 else 1.0
+        with pytest.raises(
+            DivergedError, match=r"\.last_good.*learning_rate"
+        ) as caught:
+            fit_ensemble(mlp(), X, Y * scale, 3, callback=poison, **options)
+        kept = caught.value.last_good
+        assert DeepEnsemble(kept).draw()(X).isfinite().all() and len(repr(kept)) < 300
+        assert len(kept.member(1).history.get("train_loss", [])) == epochs
+        if epochs:
+            fit = fit_ensemble(mlp(), X, Y, 3, **{**options, "epochs": 2})
+            assert torch.equal(fit.weights, kept.weights)
+    with pytest.raises(TypeError, match="a ReplicaFit, which holds weights alone"):
+        DeepEnsemble(ReplicaFit(fit.weights, {}, {}, None))
+
+
 @pytest.mark.parametrize(
     "build, error, message",
     [
@@ -138,6 +172,8 @@ def test_images_come_as_rows():
             ShapeError,
             r"one number of outputs, but these architectures have \[1, 2\]",
         ),
+        (lambda: DeepEnsemble(mlp()), TypeError, "one Sequential. Pass a list of net"),
+        (lambda: MultiSWAG(mlp()), TypeError, "one Sequential. Pass a list of net"),
         (lambda: MultiSWAG([]), ValueError, "at least one module, but is empty"),
         (
             lambda: MultiSWAG([mlp(), mlp()]).update([mlp()]),

@@ -19,6 +19,7 @@ from gpbridge import metrics
 from gpbridge.checks import ShapeError
 from gpbridge.data import holdout_rows, standardize, two_moons
 from gpbridge.dnn import fit_map
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.likelihoods import LogisticLikelihood
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -589,10 +590,26 @@ def test_batch_normalisation_refuses_batches_of_one_row():
 
 
 def test_divergence_is_an_error_that_says_when():
-    with pytest.raises(
-        RuntimeError, match="diverged in epoch 0.*or lower learning_rate"
-    ):
+    with pytest.raises(DivergedError, match="diverged in epoch 0.*or try learning_ra"):
         fit_map(mlp(), X, 1e200 * Y, **QUICK)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_run_that_diverges_keeps_the_network_before(early_stopping):
+    options = {**QUICK, "early_stopping": early_stopping}
+
+    def poison(epoch, network, entry):
+        if epoch == 1:
+            next(network.parameters()).data[0] = torch.nan
+
+    network = mlp()
+    epochs = 2 if early_stopping else 1
+    before = fit_map(network, X, Y, **{**options, "epochs": epochs}).network
+    with pytest.raises(DivergedError, match=r"epoch 2.*\.last_good") as caught:
+        fit_map(network, X, Y, callback=poison, **{**options, "epochs": 4})
+    kept = caught.value.last_good
+    for one, other in zip(kept.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_network_that_keeps_graph_tensors_cannot_be_copied():

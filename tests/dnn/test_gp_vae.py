@@ -16,6 +16,7 @@ from gpytorch.kernels import (
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import nn
 
+from gpbridge.checks import ReliabilityWarning
 from gpbridge.dnn import GPPriorVAE, fit_gp_vae
 from gpbridge.dnn.inducing_posterior import refine
 from gpbridge.storage import load_state, save_state
@@ -372,6 +373,18 @@ def test_copies_predict_the_same():
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), mean, rtol=0, atol=1e-2)
     assert torch.isfinite(model.log_likelihood(X, Y, 3, seeded())).all()
+
+
+def test_predictions_repeat_by_default_and_without_data_they_say_so():
+    X, Y = rotating()
+    model = object_model()
+    with pytest.warns(ReliabilityWarning, match="a prediction of its prior"):
+        model.predict(X[:2], 3)
+    model.condition(X, Y)
+    first = model.predict(X[:2], 3)
+    assert torch.equal(first.mean, model.predict(X[:2], 3).mean)
+    assert torch.equal(first.mean, model.predict(X[:2], 3, seeded(0)).mean)
+    assert not torch.equal(first.mean, model.predict(X[:2], 3, seeded(1)).mean)
 
 
 def test_one_datum_and_defaults_work():

@@ -244,11 +244,52 @@ def test_a_file_is_written_every_few_epochs_and_of_this_run(tmp_path):
     assert seen == [0, 0, 2, 2, 4] and load_state(path)["epoch"] == 5
     with pytest.raises(ValueError, match="another run: its batch size is 100, and now"):
         train_replicas(modules[0], weights, *data(20), mse, batch_size=5, **options)
-    with pytest.raises(ValueError, match="another run: its sum of inputs is"):
+    with pytest.raises(ValueError, match="another run: its inputs is"):
         train_replicas(modules[0], weights, *data(20, seed=2), mse, **options)
     options["checkpoint"] = tmp_path / "absent" / "run"
     with pytest.raises(FileNotFoundError, match="folder of checkpoint=.*absent"):
         train_replicas(modules[0], weights, *data(20), mse, **options)
+
+
+def another_activation():
+    return {"network": nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda X: another_activation(), "network is .*1: Tanh.*now it is .*1: ReLU"),
+        (lambda X: {"weight_decay": 1e-3}, "weight decay is 0.0001, and .* 0.001"),
+        (lambda X: {"weight_decay": lambda e, s: 1e-4}, "its weight decay is"),
+        (lambda X: {"schedule": lambda e: 0.5}, "its schedule is"),
+        (lambda X: {"generator": seeded(4)}, "its seed is"),
+        (lambda X: {"rows": torch.arange(20).expand(3, -1)}, "its rows is"),
+        (lambda X: {"validation": data(5, seed=8)}, "its validation is"),
+        (lambda X: {"X": X.flip(0)}, "its inputs is"),
+        (lambda X: {"Y": X[:, :1]}, "its targets is"),
+        (lambda X: {"loss": stacked_mse}, "its loss is"),
+        (lambda X: {"weights": torch.zeros(3, 25).double()}, "its first weights is"),
+        (lambda X: {"optimizer": "sgd"}, "its optimizer is Adam, and now it is SGD"),
+        (lambda X: {"epochs": 1}, "has 2 epochs already, and epochs is 1"),
+    ],
+)
+def test_a_file_of_another_run_is_refused_by_name(change, message, tmp_path):
+    modules, weights = starts(mlp)
+    X, Y = data(20)
+    given = {
+        "network": modules[0], "weights": weights, "X": X, "Y": Y, "loss": mse,
+        "validation": data(5, seed=9), "checkpoint": tmp_path / "kept",
+        "epochs": 2, "progress": False,
+    }  # fmt: skip
+    train_replicas(**given, generator=seeded(3))
+    changed = {"generator": seeded(3), **given, **change(X)}
+    changed["network"] = changed["network"].double()
+    with pytest.raises(ValueError, match=f"kept.*{message}"):
+        train_replicas(**changed)
+    longer = train_replicas(**{**given, "epochs": 3}, generator=seeded(3))
+    del given["checkpoint"]
+    whole = train_replicas(**{**given, "epochs": 3}, generator=seeded(3))
+    assert torch.equal(longer.weights, whole.weights)
 
 
 def test_dropout_differs_between_copies_and_follows_the_seed():

@@ -8,10 +8,12 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihoo
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.dnn.multi_swag import MultiSWAG
 from gpbridge.dnn.point_likelihood import mixture_log_density
 from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.swag import SWAG
 from gpbridge.testing import assert_module_unchanged
+from gpbridge.weights import MixtureWeights
 
 NOISE = 0.04
 
@@ -72,7 +74,7 @@ def test_the_score_is_the_mean_log_density_of_the_mixture():
 def test_every_scale_is_scored_by_draws_of_its_own_posterior():
     tracker, X, Y = problem(0.3)
     found = tune_scale(tracker, X, Y, gaussian(), num_draws=9, generator=seeded())
-    assert found.scales == (0.0, 0.1, 0.25, 0.5, 1.0)
+    assert found.scales == (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
     for scale, score in zip(found.scales[1:], found.scores[1:], strict=True):
         draws = tracker.posterior(scale).draw(9, seeded())
         expected = mixture_log_density(gaussian(), draws, X, Y)
@@ -94,6 +96,36 @@ def test_weights_that_are_right_want_no_spread_and_wrong_ones_want_it():
     swa = tune_scale(tracker, X, Y, gaussian(), (0.0,)).posterior
     assert swa.root is None and swa.variance is None
     torch.testing.assert_close(swa.mean, tracker.mean)
+
+
+def test_networks_together_have_the_scale_of_the_best_mixture():
+    first, X, Y = problem(0.3)
+    tracker = MultiSWAG([nn.Linear(2, 1).double() for _ in range(2)], rank=5)
+    tracker.trackers[0] = first
+    tracker.trackers[1] = tracked(nn.Linear(2, 1).double(), 0.3)
+    scales = (0.0, 0.5, 1.0)
+    options = {"num_draws": 9, "generator": seeded()}
+    found = tune_scale(tracker, X, Y, gaussian(), scales, **options)
+    assert isinstance(found.posterior, MixtureWeights) and found.scales == scales
+    for scale, score in zip(scales[1:], found.scores[1:], strict=True):
+        draws = tracker.posterior(scale).draw(18, seeded())
+        expected = mixture_log_density(gaussian(), draws, X, Y)
+        torch.testing.assert_close(score, expected)
+    means = torch.stack([t.mean for t in tracker.trackers])
+    outputs = X @ means[:, :2, None] + means[:, None, 2:]
+    densities = torch.distributions.Normal(outputs, NOISE**0.5).log_prob(Y).exp()
+    torch.testing.assert_close(found.scores[0], densities[..., 0].mean(0).log().mean())
+    assert repr(found).startswith(f"ScaleTuning(scale {found.scale:g} of {{0: ")
+
+
+def test_the_edge_of_the_candidates_and_a_lack_of_snapshots_are_said_once():
+    tracker, X, Y = problem(3.0)
+    with pytest.warns(UserWarning, match=r"largest candidate, 0.5.*scales=\(0.5, 1, "):
+        tune_scale(tracker, X, Y, gaussian(), (0.0, 0.5), generator=seeded())
+    few = tracked(nn.Linear(2, 1).double(), 0.1, steps=3)
+    with pytest.warns(UserWarning) as caught:
+        tune_scale(few, X, X[:, :1], gaussian(), generator=seeded())
+    assert sum("for a rank of 5" in str(w.message) for w in caught) == 1
 
 
 def test_the_diagonal_can_be_left_out_and_the_network_stays_as_it_was():
@@ -150,7 +182,7 @@ def test_of_equal_scores_the_first_wins_and_what_is_not_finite_never():
 
 def test_bad_arguments_are_refused():
     tracker, X, Y = problem(0.0)
-    with pytest.raises(ValueError, match="scales must be positive and finite"):
+    with pytest.raises(ValueError, match="finite, zero or above, but are .0.0, -0.5"):
         tune_scale(tracker, X, Y, gaussian(), (0.0, -0.5))
     with pytest.raises(ValueError, match="scales must hold at least one"):
         tune_scale(tracker, X, Y, gaussian(), ())
@@ -160,6 +192,9 @@ def test_bad_arguments_are_refused():
         tune_scale(tracker, X, Y[1:], gaussian())
     with pytest.raises(RuntimeError, match="0 snapshots and needs"):
         tune_scale(SWAG(nn.Linear(2, 1).double()), X, Y, gaussian())
+
+    with pytest.raises(TypeError, match="tracker itself, not its posterior"):
+        tune_scale(tracker.posterior(), X, Y, gaussian())
 
     def nothing(f, y):
         return torch.full_like(f[..., 0], math.nan)

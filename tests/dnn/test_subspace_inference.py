@@ -482,3 +482,25 @@ def test_images_are_rows_and_labels_have_their_likelihood():
         *(subspace, X, Y, likelihood), method=METHODS["variational"], progress=False
     )
     assert run.posterior.draw(3)(X).shape == (3, 7, 3)
+
+
+def test_something_else_in_place_of_a_subspace_or_a_method_is_named():
+    network, X = nn.Linear(4, 1).double(), normal(9, 4)
+    a, b = [
+        Subspace.random(net, None, 2, generator=seeded())
+        for net in (network, FunctionalNet(network))
+    ]
+    assert torch.equal(a.basis, b.basis) and torch.equal(a.origin, b.origin)
+    with pytest.raises(TypeError, match="net must be a network, but is list"):
+        Subspace.random([network], None, 2)
+    with pytest.raises(TypeError, match="must be a SWAG.*but is a GaussianWeights"):
+        Subspace.pca(GaussianWeights(FunctionalNet(network), torch.zeros(5).double()))
+    for method in ("ess", EllipticalSliceSampling):
+        with pytest.raises(TypeError, match=r"method must be EllipticalSliceSampling"):
+            sample_subspace(a, X, X[:, :1], gaussian(), method=method)
+    with pytest.raises(TypeError, match=r"be a Subspace, but is a Linear. Try"):
+        sample_subspace(network, X, X[:, :1], gaussian())
+    found = sample_subspace(a, X, X[:, :1], gaussian(), method=METHODS["slice"])
+    assert repr(found).startswith("SubspaceChains(2 chains of 4 draws in 2 coord")
+    found = sample_subspace(a, X, X[:, :1], gaussian(), method=METHODS["variational"])
+    assert repr(found).startswith("SubspaceGaussian(2 coordinates, 3 steps, bound")
