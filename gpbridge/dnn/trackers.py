@@ -7,7 +7,7 @@ handed to a subclass that keeps moments or copies of it. Next: ``snapshots``, ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,6 @@ class WeightTracker(nn.Module):
         """
         network = _module_or_weights(network)
         is_module = isinstance(network, nn.Module)
-        if not is_module and not isinstance(network, Mapping):
-            raise TypeError(
-                "network must be the module that is trained, or its weights by name, "
-                f"but is {type(network).__name__}. Of a FitResult pass its .network."
-            )
         own = dict(network.named_parameters()) if is_module else network
         missing = [name for name in self.net.names if name not in own]
         if missing:

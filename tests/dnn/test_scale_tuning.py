@@ -115,7 +115,7 @@ def test_networks_together_have_the_scale_of_the_best_mixture():
     outputs = X @ means[:, :2, None] + means[:, None, 2:]
     densities = torch.distributions.Normal(outputs, NOISE**0.5).log_prob(Y).exp()
     torch.testing.assert_close(found.scores[0], densities[..., 0].mean(0).log().mean())
-    assert repr(found).startswith(f"ScaleTuning(scale {found.scale:g} of {{0: ")
+    assert repr(found).startswith(f"ScaleTuning(scale={found.scale:g}, scores={{0: ")
 
 
 def test_the_edge_of_the_candidates_and_a_lack_of_snapshots_are_said_once():

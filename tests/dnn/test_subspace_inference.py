@@ -501,6 +501,6 @@ def test_something_else_in_place_of_a_subspace_or_a_method_is_named():
     with pytest.raises(TypeError, match=r"be a Subspace, but is a Linear. Try"):
         sample_subspace(network, X, X[:, :1], gaussian())
     found = sample_subspace(a, X, X[:, :1], gaussian(), method=METHODS["slice"])
-    assert repr(found).startswith("SubspaceChains(2 chains of 4 draws in 2 coord")
+    assert repr(found).startswith("SubspaceChains(chains=2, draws=4, coordinates=2")
     found = sample_subspace(a, X, X[:, :1], gaussian(), method=METHODS["variational"])
     assert repr(found).startswith("SubspaceGaussian(2 coordinates, 3 steps, bound")
