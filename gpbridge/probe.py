@@ -145,7 +145,7 @@ def explain_failure(net: FrozenNet, X: Tensor) -> None:
         TypeError: If the output is not one tensor.
         ShapeError: If inputs do not fit the network, or outputs are not one row each.
     """
-    if X.numel() == 0 or not isinstance(X, Tensor):
+    if not isinstance(X, Tensor) or X.numel() == 0:
         return
     _check_shape(net, X)
     rows = X.detach().reshape(-1, *(net.input_shape or X.shape[-1:]))[:2]

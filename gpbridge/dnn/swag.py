@@ -162,6 +162,12 @@ class SWAG(SWA):
         Warns:
             UserWarning: If there are fewer snapshots than the rank.
         """
+        if scale == 0:
+            raise ValueError(
+                "scale must be positive, but is 0, at which nothing is random. For the "
+                "average alone take gpbridge.weights.EmpiricalWeights(tracker.net, "
+                "tracker.mean[None]), or SWA."
+            )
         check_positive(scale=scale)
         self.check_rank()
         return self.gaussian(scale, diagonal)
