@@ -11,6 +11,7 @@ a linear operator, densities. Next: ``dnn`` makes them, ``surrogates`` uses them
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,7 +44,8 @@ class Drawable(nn.Module):
         raise TypeError(
             f"{type(self).__name__} is a distribution over functions, not one of them. "
             "Draw functions, .draw(num_samples)(X), or pass it to "
-            "gpbridge.FunctionSpace or gpbridge.WeightSpaceModel."
+            "gpbridge.function_space.FunctionSpace or "
+            "gpbridge.surrogates.WeightSpaceModel."
         )
 
 
@@ -165,7 +167,9 @@ class GaussianWeights(Drawable):
         check_positive(scale=scale)
         variance = None if self.variance is None else scale * self.variance
         root = None if self.root is None else scale**0.5 * self.root
-        return GaussianWeights(self.net, self.mean, variance, root)
+        # A network of its own: moving one posterior must not move the other's.
+        net = copy.deepcopy(self.net)
+        return GaussianWeights(net, self.mean, variance, root)
 
     def sample_weights(
         self, num_samples: int, generator: Generator | None = None

@@ -196,3 +196,12 @@ def test_a_network_that_returns_no_tensor_or_wants_images_says_so():
         draws = GaussianWeights(net, net.flatten(net.params)).draw(2)
         with pytest.raises(kind, match=message):
             draws(torch.zeros(4, 36))
+
+
+def test_a_posterior_that_moves_leaves_the_tempered_one_where_it_is():
+    net = FunctionalNet(nn.Linear(2, 1))
+    posterior = GaussianWeights(net, torch.zeros(3), variance=torch.ones(3))
+    wide = posterior.temper(4.0)
+    wide.double()
+    assert (posterior.net.dtype, posterior.mean.dtype) == (torch.float32,) * 2
+    assert (wide.net.dtype, wide.mean.dtype) == (torch.float64,) * 2

@@ -16,6 +16,8 @@ References:
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -220,7 +222,8 @@ class Subspace(nn.Module):
     def posterior_of(self, samples: Tensor) -> EmpiricalWeights:
         """Draws of coordinates, ``... x r``, as equally likely weights."""
         weights = self.weights(samples)
-        return EmpiricalWeights(self.net, weights.reshape(-1, weights.shape[-1]))
+        weights = weights.reshape(-1, weights.shape[-1])
+        return EmpiricalWeights(copy.deepcopy(self.net), weights)
 
     def gaussian_of(self, mean: Tensor, root: Tensor | None = None) -> GaussianWeights:
         r"""Coordinates :math:`z \sim N(m, L L^\top)` as a Gaussian of low rank.
@@ -236,7 +239,9 @@ class Subspace(nn.Module):
         if root is None:
             root = torch.ones_like(mean)
         wide = root[:, None] * self.basis if root.dim() == 1 else root.mT @ self.basis
-        return GaussianWeights(self.net, self.weights(mean), root=wide.mT)
+        return GaussianWeights(
+            copy.deepcopy(self.net), self.weights(mean), root=wide.mT
+        )
 
     def extra_repr(self) -> str:
         """How many directions of how many weights."""
