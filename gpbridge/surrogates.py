@@ -88,8 +88,9 @@ class WeightSpaceModel(SurrogatePredictions, Model):
         ValueError: If an option is out of range, or one function has no spread.
 
     Warns:
-        ReliabilityWarning: As for :class:`~gpbridge.FunctionSpace`: batch norm with the
-            statistics of other weights, draws that are all the same.
+        ReliabilityWarning: As for :class:`~gpbridge.function_space.FunctionSpace`:
+            batch norm with the statistics of other weights, draws that are all the
+            same.
 
     Example:
         >>> from gpbridge.functional import FunctionalNet

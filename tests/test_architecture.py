@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -293,3 +294,31 @@ def test_a_change_of_global_state_would_be_seen():
     assert changed_by("torch.rand(1)", []) == ["torch generator"]
     with pytest.raises(AssertionError, match="No module named 'matplotlib'"):
         changed_by("import matplotlib", ["matplotlib"])
+
+
+def leads_somewhere(dotted):
+    """Whether a dotted name is a module, or an attribute of one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        try:
+            for part in parts[length:]:
+                found = getattr(found, part)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+def test_names_in_messages_and_docstrings_are_where_they_say():
+    names = {
+        name
+        for path in FILES
+        for name in re.findall(r"gpbridge(?:\.[A-Za-z_]+)+", path.read_text())
+    }
+    assert len(names) > 100
+    assert not leads_somewhere("gpbridge.nowhere")
+    assert [name for name in sorted(names) if not leads_somewhere(name)] == []
