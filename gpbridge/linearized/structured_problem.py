@@ -10,7 +10,7 @@ Out: the curvature, its prediction strategy. Next: ``problem``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
@@ -21,7 +21,12 @@ from gpbridge.data_features import PrecisionOperator
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import is_gaussian, residual, sample_residual
+from gpbridge.likelihoods import (
+    hessian_root,
+    is_gaussian,
+    residual,
+    sample_residual,
+)
 from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
 from gpbridge.linearized.factored import Basis, FactoredCurvature, FactoredStrategy
 from gpbridge.linearized.low_rank import (
@@ -33,6 +38,7 @@ from gpbridge.linearized.low_rank import (
 from gpbridge.linearized.sampling import solve_within
 from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
 from gpbridge.linearized.weight_blocks import (
+    BlockJacobian,
     WeightBlock,
     block_jacobian,
     weight_blocks,
@@ -110,20 +116,13 @@ class StructuredProblem:
 
     def _base_root(self) -> Tensor:
         """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""
-        n, m = self.outputs.shape
         if self.has_channels:
-            return torch.eye(m).to(self.outputs).expand(n, m, m)
+            return unit_roots(self.outputs)
         options = self.inference
-        if options.curvature == "empirical":
-            return residual(self.likelihood, self.outputs, self.Y)[..., None]
-        if options.curvature == "monte_carlo":
-            generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
-            draws = [
-                sample_residual(self.likelihood, self.outputs, generator)
-                for _ in range(options.num_samples)
-            ]
-            return torch.stack(draws, -1) / options.num_samples**0.5
-        return self.root().detach()
+        generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
+        return curvature_roots(
+            self.likelihood, self.outputs, self.Y, options, generator
+        )
 
     def _make(self, root: Tensor) -> Curvature:
         if isinstance(self.inference, LowRank):
@@ -135,53 +134,16 @@ class StructuredProblem:
 
     def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
         """Features at unit scale of chunks that fit into memory, with their roots."""
-        m, p = self.outputs.shape[1], self.num_params
-        step = max(1, _CHUNK_BYTES // (self.X.element_size() * m * p))
-        # Where signals stand for derivatives, many more points fit.
-        step = max(step, 128)
+        step = points_per_chunk(self.X, self.outputs.shape[1], self.num_params)
         for x, r in zip(self.X.split(step), root.split(step), strict=True):
             yield self._features(x), r
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
-        options = self.inference
-        channels = root.shape[-1] if self.has_channels else 1
         sizes = {name: self.net.params[name].shape for name in self.unit_std}
-        members = [set(names) for names in self.groups]
-        blocks = weight_blocks(self._features(self.X[:1]), sizes, members)
-        check_structure_size(blocks, options, channels)
-        bases = [Basis(None, None) for _ in blocks]
-        values: list[Tensor] = []
-        if isinstance(options, Kronecker):
-            totals: list = [None] * len(blocks)
-            for features, r in self._chunks_of(root):
-                for k, block in enumerate(blocks):
-                    J = block_jacobian(features, block, sizes).weighted(
-                        r.to(features.value)
-                    )
-                    part = kronecker_sums(J, channels, options.sharing)
-                    totals[k] = part if totals[k] is None else totals[k].add(part)
-            for k, sums in enumerate(totals):
-                left = torch.linalg.eigh(sums.G.sum(0)).eigenvectors
-                right = torch.linalg.eigh(sums.A.sum(0)).eigenvectors
-                bases[k] = Basis(left, right)
-                # In this basis; the eigenvalues themselves where there is one channel.
-                g = (left * (sums.G @ left)).sum(-2).clamp_min(0.0)  # c x o
-                a = (right * (sums.A @ right)).sum(-2).clamp_min(0.0)  # c or 1 x i
-                count = sums.count.clamp_min(torch.finfo(g.dtype).tiny)
-                values.append(g[..., :, None] * a[..., None, :] / count[:, None, None])
-        exact = not isinstance(options, Kronecker) or options.eigenvalue_correction
-        if exact:
-            values = [0.0 for _ in blocks]
-            for features, r in self._chunks_of(root):
-                like = features.value
-                for k, block in enumerate(blocks):
-                    J = block_jacobian(features, block, sizes).weighted(r.to(like))
-                    left, right = (None if q is None else q.to(like) for q in bases[k])
-                    values[k] = values[k] + squares_in_basis(
-                        J.rotated(left, right), channels
-                    )
-        bound = isinstance(options, Diagonal) and options.curvature == "ggn"
-        return FactoredCurvature(sizes, blocks, bases, values, bound)
+        channels = root.shape[-1] if self.has_channels else 1
+        return factored_curvature(
+            lambda: self._chunks_of(root), sizes, self.groups, self.inference, channels
+        )
 
     def _low_rank(self, root: Tensor) -> LowRankCurvature:
         options, p = self.inference, self.num_params
@@ -221,6 +183,119 @@ class StructuredProblem:
                 "directions that are left out. Choose a larger rank, or Kronecker()."
             )
         return curvature
+
+
+def unit_roots(outputs: Tensor) -> Tensor:
+    """Roots at unit noise, one column for each output of ``n x m``: the identity."""
+    n, m = outputs.shape
+    return torch.eye(m).to(outputs).expand(n, m, m)
+
+
+def curvature_roots(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    options: Structure,
+    generator: torch.Generator,
+) -> Tensor:
+    """Roots R of the outputs' curvature, of the kind that the options name.
+
+    Args:
+        likelihood: The likelihood.
+        outputs: Of the network, ``n x m``.
+        targets: In the likelihood's form; the empirical curvature reads them.
+        options: ``curvature`` and ``num_samples``.
+        generator: Of the draws of the Monte Carlo curvature.
+
+    Returns:
+        ``n x m x r``, without a gradient.
+    """
+    if options.curvature == "empirical":
+        root = residual(likelihood, outputs, targets)[..., None]
+    elif options.curvature == "monte_carlo":
+        draws = [
+            sample_residual(likelihood, outputs, generator)
+            for _ in range(options.num_samples)
+        ]
+        root = torch.stack(draws, -1) / options.num_samples**0.5
+    else:
+        root = hessian_root(likelihood, outputs)
+    return root.detach()
+
+
+def points_per_chunk(X: Tensor, num_outputs: int, num_params: int) -> int:
+    """Points like X of which the derivatives fit into the workspace."""
+    step = max(1, _CHUNK_BYTES // (X.element_size() * num_outputs * num_params))
+    return max(step, 128)  # where signals stand for derivatives, many more fit
+
+
+def factored_curvature(
+    chunks: Callable[[], Iterable[tuple[TangentFeatures, Tensor]]],
+    sizes: Mapping[str, torch.Size],
+    groups: Sequence[Sequence[str]],
+    options: Structure,
+    channels: int = 1,
+) -> FactoredCurvature:
+    """Kronecker or diagonal curvature of data that come in chunks.
+
+    One pass over the data, and one eigendecomposition per layer; a second pass with
+    ``eigenvalue_correction``. All sums are linear in the data: how they are divided
+    does not matter.
+
+    Args:
+        chunks: Makes a pass: features at unit scale, with roots ``n x m x r``.
+        sizes: Shape of each random weight, in the order of the features.
+        groups: Names of the weights that share a prior variance.
+        options: :class:`~gpbridge.linearized.structures.Kronecker` or ``Diagonal``.
+        channels: r to keep the columns of the roots apart, 1 to add them up.
+
+    Returns:
+        The curvature, at unit prior scale.
+
+    Raises:
+        MemoryError: If the factors are beyond the budget; it names the layer.
+    """
+    members = [set(names) for names in groups]
+    blocks: list[WeightBlock] = []
+    totals: list = []
+    bases: list[Basis] = []
+    values: list[Tensor] = []
+
+    def jacobians() -> Iterator[tuple[Tensor, Iterator[BlockJacobian]]]:
+        for features, root in chunks():
+            if not blocks:
+                blocks.extend(weight_blocks(features, sizes, members))
+                check_structure_size(blocks, options, channels)
+            root = root.to(features.value)
+            own = (block_jacobian(features, block, sizes) for block in blocks)
+            yield features.value, (J.weighted(root) for J in own)
+
+    if isinstance(options, Kronecker):
+        for _, parts in jacobians():
+            sums = [kronecker_sums(J, channels, options.sharing) for J in parts]
+            pairs = zip(totals, sums, strict=True)
+            totals = [a.add(b) for a, b in pairs] if totals else sums
+        for sums in totals:
+            left = torch.linalg.eigh(sums.G.sum(0)).eigenvectors
+            right = torch.linalg.eigh(sums.A.sum(0)).eigenvectors
+            bases.append(Basis(left, right))
+            # In this basis; the eigenvalues themselves where there is one channel.
+            g = (left * (sums.G @ left)).sum(-2).clamp_min(0.0)  # c x o
+            a = (right * (sums.A @ right)).sum(-2).clamp_min(0.0)  # c or 1 x i
+            count = sums.count.clamp_min(torch.finfo(g.dtype).tiny)
+            values.append(g[..., :, None] * a[..., None, :] / count[:, None, None])
+    if not isinstance(options, Kronecker) or options.eigenvalue_correction:
+        values = []
+        for like, parts in jacobians():
+            bases = bases or [Basis(None, None)] * len(blocks)
+            squares = []
+            for J, basis in zip(parts, bases, strict=True):
+                left, right = (None if q is None else q.to(like) for q in basis)
+                squares.append(squares_in_basis(J.rotated(left, right), channels))
+            pairs = zip(values, squares, strict=True)
+            values = [a + b for a, b in pairs] if values else squares
+    bound = isinstance(options, Diagonal) and options.curvature == "ggn"
+    return FactoredCurvature(sizes, blocks, bases, values, bound)
 
 
 def has_shared_noise(likelihood: Likelihood) -> bool:
