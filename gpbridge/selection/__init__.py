@@ -7,6 +7,8 @@ from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.online import OnlineFit, fit_online
+from gpbridge.selection.online_training import OnlineStep
 from gpbridge.selection.subset_start import SubsetStart
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
@@ -16,12 +18,15 @@ __all__ = [
     "IterativeFit",
     "LaplaceEvidence",
     "MatchedWeightDecay",
+    "OnlineFit",
+    "OnlineStep",
     "SampleBasedEM",
     "SubsetStart",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",
     "fit_matern_plus_kernel",
+    "fit_online",
     "log_evidence",
     "multi_start",
 ]
