@@ -130,9 +130,9 @@ class OnlineFit:
         """Sizes and hyperparameters."""
         noise = self.noise_variance
         shown = "" if noise is None else f", noise variance {_short(noise)}"
-        value = (
-            "" if self.evidence is None else f"{float(self.evidence.value):.4g} nats"
-        )
+        value = "unknown"
+        if self.evidence is not None:
+            value = f"{float(self.evidence.value):.5g} nats"
         return (
             f"{type(self).__name__}({type(self.network).__name__}, {len(self.losses)} "
             f"epochs, {len(self.steps)} updates, prior variance "

@@ -29,6 +29,7 @@ from torch import Tensor
 from gpbridge.checks import check_memory
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
+from gpbridge.layer_features import LayerFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import is_gaussian, log_prob, noise_variances
 from gpbridge.linearized.factored import FactoredCurvature
@@ -42,6 +43,8 @@ from gpbridge.linearized.structured_problem import (
 from gpbridge.linearized.structures import Diagonal, Kronecker
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.types import Evidence
+
+_WORKSPACE = 16 * 2**20  # bytes of inputs and signals of a chunk
 
 OnlineStructure = Kronecker | Diagonal | Exact
 
@@ -155,9 +158,11 @@ def measure_evidence(
         misfit.zero_()
         for X, Y in batches.every():
             X = X.flatten(1).to(net.dtype)
-            step = points_per_chunk(X, net.num_outputs, net.num_params)
-            for x, y in zip(X.split(step), Y.split(step), strict=True):
+            step, start = points_per_chunk(X, net.num_outputs, net.num_params), 0
+            while start < len(X):
+                x, y = X[start : start + step], Y[start : start + step]
                 features = tangent_features(net, x, unit_std, "layers")
+                start, step = start + len(x), max(step, _fitting(features))
                 outputs = features.value
                 if gaussian:
                     misfit.add_((y - outputs).double().square().sum(0))
@@ -183,6 +188,18 @@ def measure_evidence(
         ]
     )
     return OnlineEvidence(curvature, squares, misfit, batches.num_rows)
+
+
+def _fitting(features: TangentFeatures) -> int:
+    """Points that fit the workspace where every derivative is one outer product."""
+    layers = features.layers.values() if isinstance(features, LayerFeatures) else ()
+    if not layers or any(layer.inputs.shape[-2] > 1 for layer in layers):
+        return 1
+    numbers = features.matrix.numel() + sum(
+        layer.inputs.numel() + layer.signal.numel() for layer in layers
+    )
+    per_point = numbers * features.value.element_size() / len(features.value)
+    return int(_WORKSPACE // per_point)
 
 
 def _scatter(chunks, like: Tensor, channels: int) -> Tensor:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -35,6 +36,7 @@ from gpbridge.kernels.tangent import Groups, weight_groups
 from gpbridge.likelihoods import is_gaussian, log_prob
 from gpbridge.linearized.noise import release_noise, set_noise
 from gpbridge.selection.online_evidence import (
+    OnlineEvidence,
     OnlineStructure,
     check_learnable,
     check_structure,
@@ -187,7 +189,7 @@ class OnlineTraining:
         with torch.no_grad():
             return measured(self.prior_variance, self.noise_variance, True)
 
-    def trained_likelihood(self):
+    def trained_likelihood(self) -> Likelihood:
         """A copy of the likelihood with the noise of the state."""
         likelihood = copy.deepcopy(self.likelihood)
         if self.is_gaussian:
@@ -203,12 +205,7 @@ class OnlineTraining:
             if self.schedule is not None:
                 group["lr"] = rate * float(self.schedule(self.epoch))
         unit, ratio, constant = self._loss_units()
-        decays = unit / (self.batches.num_rows * self.prior_variance)
-        pairs = [
-            (p, decay)
-            for weights, decay in zip(self._weights, decays.tolist(), strict=True)
-            for p in weights
-        ]
+        decays = (unit / (self.batches.num_rows * self.prior_variance)).tolist()
         m, total, seen = self.net.num_outputs, 0.0, 0
         self.network.train()
         with isolated_randomness(self._noise, self.batches.device):
@@ -218,10 +215,7 @@ class OnlineTraining:
                 outputs = self.network(X).reshape(len(X), m)
                 loss = self._loss(outputs, Y, ratio)
                 loss.backward()
-                for p, decay in pairs:
-                    if p.grad is None:  # not part of this batch's graph
-                        p.grad = torch.zeros_like(p)
-                    p.grad.add_(p.detach(), alpha=decay)
+                self._add_prior(decays)
                 self.optimizer.step()
                 total, seen = total + len(X) * loss.detach(), seen + len(X)
         self.network.eval()
@@ -235,6 +229,15 @@ class OnlineTraining:
         if not math.isfinite(value) or not math.isfinite(float(sum(weights))):
             raise NonFiniteError(f"a mean loss of {value:.3g} nats")
         return value
+
+    @torch.no_grad()
+    def _add_prior(self, decays: list[float]) -> None:
+        """Add its gradient by hand: an optimiser's own decay may be a decoupled one."""
+        for weights, decay in zip(self._weights, decays, strict=True):
+            for p in weights:
+                if p.grad is None:  # not part of this batch's graph
+                    p.grad = torch.zeros_like(p)
+            torch._foreach_add_([p.grad for p in weights], weights, alpha=decay)
 
     def _loss_units(self) -> tuple[float, Tensor | None, float]:
         """Nats per unit of the loss inverted, weights of outputs, constant in nats.
@@ -251,6 +254,8 @@ class OnlineTraining:
         return float(unit), ratio, float(constant)
 
     def _loss(self, outputs: Tensor, Y: Tensor, ratio: Tensor | None) -> Tensor:
+        if isinstance(self.likelihood, SoftmaxLikelihood):
+            return F.cross_entropy(outputs, Y)  # the same, in one kernel
         if not self.is_gaussian:
             return -log_prob(self.likelihood, outputs, Y).mean()
         if ratio is None:
@@ -260,7 +265,7 @@ class OnlineTraining:
 
     # -- the hyperparameters ---------------------------------------------------------
 
-    def _measure(self):
+    def _measure(self) -> OnlineEvidence:
         self._copy_weights()
         with isolated_randomness(self._noise, self.batches.device):
             return measure_evidence(
