@@ -207,13 +207,13 @@ class StructuredProblem:
         else:
             rank, rounds = options.rank, options.num_iterations
             found = randomised_eigenpairs(product, p, rank, rounds, generator, like)
-        values = found.values[None]
+        core = found.values.diag()[None]
         if self.has_channels and root.shape[-1] > 1:
-            seen = data.matmul(scale[:, None] * found.vectors)  # n x m x r
-            values = seen.square().sum(0)
+            seen = data.matmul(scale[:, None] * found.vectors).movedim(1, 0)
+            core = seen.mT @ seen  # m x r x r
         one = torch.arange(len(self.groups), device=self.outputs.device)
         groups = self.expand(one.double()).long()
-        curvature = LowRankCurvature(found.vectors, values, found.trace, groups)
+        curvature = LowRankCurvature(found.vectors, core, found.trace, groups)
         if curvature.captured < _CAPTURED:
             warn_user(
                 f"LowRank(rank={options.rank}) captures {curvature.captured:.0%} of "

@@ -1,5 +1,6 @@
 """Hyperparameters and models chosen by marginal likelihood, and by held-out data."""
 
+from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gradient
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
@@ -13,12 +14,14 @@ from gpbridge.selection.weight_decay import MatchedWeightDecay
 __all__ = [
     "Diagnostics",
     "EMStep",
+    "EvidenceGradient",
     "IterativeFit",
     "LaplaceEvidence",
     "MatchedWeightDecay",
     "SampleBasedEM",
     "SubsetStart",
     "fit_deep_kernel",
+    "evidence_gradient",
     "fit_evidence",
     "fit_iterative",
     "fit_matern_plus_kernel",
