@@ -12,7 +12,8 @@ network of the same size with one output and squared loss, and learns its noise 
 evidence on all of the training part. Scores are of the test parts, in the units of the
 data; log likelihoods are of the mixture in nats per point. Published rows are quoted,
 not run.
-Run with ``python benchmarks/quality_weight_space.py --data PATH [--sets boston ...] [--splits 5]``.
+Run with ``python benchmarks/quality_weight_space.py --data PATH [--sets boston ...]
+[--splits 5]``.
 """
 
 from __future__ import annotations
