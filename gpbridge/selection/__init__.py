@@ -8,6 +8,7 @@ from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
 from gpbridge.selection.subset_start import SubsetStart
+from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MatchedWeightDecay",
     "SampleBasedEM",
     "SubsetStart",
+    "TrainingSpeed",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",
