@@ -7,6 +7,8 @@ from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.prefix_posteriors import LinearModel
+from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
 from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
@@ -16,8 +18,10 @@ __all__ = [
     "EMStep",
     "IterativeFit",
     "LaplaceEvidence",
+    "LinearModel",
     "MatchedWeightDecay",
     "SampleBasedEM",
+    "SpeedBound",
     "SubsetStart",
     "TrainingSpeed",
     "fit_deep_kernel",
@@ -26,4 +30,5 @@ __all__ = [
     "fit_matern_plus_kernel",
     "log_evidence",
     "multi_start",
+    "training_speed_bound",
 ]
