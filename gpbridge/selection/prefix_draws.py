@@ -106,7 +106,7 @@ def _parts(model: LinearizedGP | LinearModel) -> tuple:
     net = FunctionalNet(nn.Linear(f, 1, bias=False, dtype=X.dtype, device=X.device))
     net.probe(X)
     noise, prior = (
-        torch.as_tensor(value).to(X).reshape(1)
+        torch.as_tensor(value, dtype=X.dtype, device=X.device).reshape(1)
         for value in (model.noise_variance, model.prior_variance)
     )
     root = noise.rsqrt().expand(len(X))[:, None, None]

@@ -133,9 +133,13 @@ def check_model(model: Model) -> None:
         return
     if model.train_targets is None:
         raise TypeError("model must have training data, but has none. Set them first.")
-    if len(model.batch_shape):
+    _check_one(model.train_inputs[0].shape[:-2])
+
+
+def _check_one(batch_shape: torch.Size) -> None:
+    if len(batch_shape):
         raise ShapeError(
-            f"model must be one GP, but has batch_shape {tuple(model.batch_shape)}. "
+            f"model must be one GP, but is a batch of shape {tuple(batch_shape)}. "
             "Pass models of single outputs one by one, and add their bounds."
         )
 
@@ -205,7 +209,7 @@ def _in_blocks(rows: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 def _of_linear_model(model: LinearModel) -> WhitenedData:
     Phi, y = model.features.double(), model.targets.double()
     noise, prior = (
-        torch.as_tensor(value).to(y).reshape(())
+        torch.as_tensor(value, dtype=y.dtype, device=y.device).reshape(())
         for value in (model.noise_variance, model.prior_variance)
     )
     rows = Phi * (prior / noise).sqrt()
@@ -244,6 +248,7 @@ def _of_process(model: GP) -> WhitenedData:
     try:
         with lazily_evaluate_kernels(False):
             prior = model(*model.train_inputs)
+            _check_one(prior.batch_shape)
             gram = prior.covariance_matrix.double()
     finally:
         model.train(training)
