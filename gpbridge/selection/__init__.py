@@ -8,7 +8,10 @@ from gpbridge.selection.evidence import fit_evidence, log_evidence
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.prefix_posteriors import LinearModel
+from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
+from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
@@ -17,9 +20,12 @@ __all__ = [
     "EvidenceGradient",
     "IterativeFit",
     "LaplaceEvidence",
+    "LinearModel",
     "MatchedWeightDecay",
     "SampleBasedEM",
+    "SpeedBound",
     "SubsetStart",
+    "TrainingSpeed",
     "fit_deep_kernel",
     "evidence_gradient",
     "fit_evidence",
@@ -27,4 +33,5 @@ __all__ = [
     "fit_matern_plus_kernel",
     "log_evidence",
     "multi_start",
+    "training_speed_bound",
 ]

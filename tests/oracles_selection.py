@@ -1,0 +1,80 @@
+"""Model selection in dense float64, typed from the papers, without gpbridge."""
+
+import math
+
+import numpy as np
+import torch
+from torch.distributions import MultivariateNormal
+
+
+def prefix_prediction(mean, covariance, noise, y, seen, new):
+    """Rasmussen and Williams (2006), (2.23), (2.24): residual and covariance of f.
+
+    ``seen`` and ``new`` are lists of rows of y; f has the given moments a priori.
+    """
+    residual, V = (y - mean)[new], covariance[new][:, new]
+    if seen:
+        cross = covariance[new][:, seen]
+        C = covariance[seen][:, seen] + noise[seen][:, seen]
+        gain = cross @ torch.linalg.inv(C)
+        residual = residual - gain @ (y - mean)[seen]
+        V = V - gain @ cross.T
+    return residual, V
+
+
+def expected_log_density(residual, V, noise):
+    """E log N(y; f, noise) over f with covariance V: (3) of Lyle et al. (2020)."""
+    law = MultivariateNormal(torch.zeros_like(residual), noise)
+    trace = torch.trace(torch.linalg.solve(noise, V))
+    return law.log_prob(residual) - 0.5 * trace
+
+
+def one_draw_terms(mean, covariance, noise, y, blocks):
+    """Terms of L_1 when blocks of rows arrive one after the other."""
+    seen, terms = [], []
+    for new in blocks:
+        r, V = prefix_prediction(mean, covariance, noise, y, seen, new)
+        terms.append(expected_log_density(r, V, noise[new][:, new]))
+        seen = [*seen, *new]
+    return torch.stack(terms)
+
+
+def evidence_terms(mean, covariance, noise, y, blocks):
+    """The chain rule: log densities of blocks given those before."""
+    seen, terms = [], []
+    for new in blocks:
+        r, V = prefix_prediction(mean, covariance, noise, y, seen, new)
+        law = MultivariateNormal(torch.zeros_like(r), V + noise[new][:, new])
+        terms.append(law.log_prob(r))
+        seen = [*seen, *new]
+    return torch.stack(terms)
+
+
+def two_draw_terms(mean, covariance, noise, y, nodes=60):
+    """Terms of L_2 for one output, by Gauss-Hermite quadrature over both draws."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    points, weights = torch.tensor(points), torch.tensor(weights)
+    weights = torch.outer(weights, weights) / weights.sum() ** 2
+    terms = []
+    for i in range(len(y)):
+        r, V = prefix_prediction(mean, covariance, noise, y, list(range(i)), [i])
+        off = r - V[0].sqrt() * points
+        s2 = noise[i, i]
+        log_p = -0.5 * off**2 / s2 - 0.5 * torch.log(2 * math.pi * s2)
+        both = torch.logaddexp(log_p[:, None], log_p[None]) - math.log(2)
+        terms.append((weights * both).sum())
+    return torch.stack(terms)
+
+
+def gap_of_one_draw(residual, variance, noise_variance):
+    """What L_1 misses at one datum: predictive residual r and variance v of f."""
+    v, r2, s2 = variance, residual**2, noise_variance
+    return 0.5 * ((v + r2) / s2 - r2 / (v + s2) - math.log((v + s2) / s2))
+
+
+def moving_average(losses, gamma):
+    """Of the last loss, by recursion: the normalised form of TSE-EMA of Ru et al."""
+    total, weight = 0.0, 0.0
+    for loss in losses:
+        total, weight = gamma * total + loss, gamma * weight + 1.0
+    return total / weight
