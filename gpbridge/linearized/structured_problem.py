@@ -11,13 +11,14 @@ Out: the curvature, its prediction strategy. Next: ``problem``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory, warn_user
-from gpbridge.data_features import PrecisionOperator
+from gpbridge.data_features import PrecisionOperator, feature_bytes
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
@@ -101,10 +102,21 @@ class StructuredProblem:
         solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
         return solution.value[:, 0]
 
-    @property
+    @cached_property
     def derivatives_per_point(self) -> int:
-        """Numbers that stand for the derivatives of one point, in the worst case."""
-        return self.num_params * self.outputs.shape[1]
+        """Numbers that the derivatives of one point take at work.
+
+        Signals where a layer is called at one position; the derivatives of one layer at
+        a time where there are several.
+        """
+        features = self._features(self.X[:2])
+        held = feature_bytes(features) // self.X.element_size() // len(features.value)
+        formed = [0]
+        for block in self._blocks(features):
+            J = block_jacobian(features, block, self._sizes())
+            if not J.is_rank_one:
+                formed.append(self.outputs.shape[1] * block.o * block.i)
+        return held + 2 * max(formed)
 
     # -- sums over the data -----------------------------------------------------------
 
@@ -133,21 +145,24 @@ class StructuredProblem:
     def _features(self, X: Tensor) -> TangentFeatures:
         return tangent_features(self.net, X, self.unit_std, "layers")
 
+    def _sizes(self) -> dict[str, torch.Size]:
+        return {name: self.net.params[name].shape for name in self.unit_std}
+
+    def _blocks(self, features: TangentFeatures) -> list[WeightBlock]:
+        members = [set(names) for names in self.groups]
+        return weight_blocks(features, self._sizes(), members)
+
     def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
         """Features at unit scale of chunks that fit into memory, with their roots."""
-        m, p = self.outputs.shape[1], self.num_params
-        step = max(1, _CHUNK_BYTES // (self.X.element_size() * m * p))
-        # Where signals stand for derivatives, many more points fit.
-        step = max(step, 128)
+        per_point = self.X.element_size() * self.derivatives_per_point
+        step = max(1, _CHUNK_BYTES // per_point)
         for x, r in zip(self.X.split(step), root.split(step), strict=True):
             yield self._features(x), r
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
         options = self.inference
         channels = root.shape[-1] if self.has_channels else 1
-        sizes = {name: self.net.params[name].shape for name in self.unit_std}
-        members = [set(names) for names in self.groups]
-        blocks = weight_blocks(self._features(self.X[:1]), sizes, members)
+        sizes, blocks = self._sizes(), self._blocks(self._features(self.X[:1]))
         check_structure_size(blocks, options, channels)
         bases = [Basis(None, None) for _ in blocks]
         values: list[Tensor] = []
