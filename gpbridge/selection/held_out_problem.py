@@ -79,8 +79,10 @@ class HeldOutProblem(nn.Module):
 
     The loss of a point and the decay are those of :func:`gpbridge.dnn.fit_map`, so
     that a decay found here can be passed to it. Owns a copy of the network in eval
-    mode: batch-norm statistics are fixed and dropout is off. Every product passes over
-    all training data; memory is that of one gradient.
+    mode: batch-norm statistics are fixed and dropout is off. Its hypergradients take
+    the Gauss-Newton matrix, since the Hessian of a network is seldom positive where
+    training stops; ``curvature="hessian"`` is exact where it is. Every product passes
+    over all training data; memory is that of one gradient.
 
     Args:
         network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m``. Never changed.
@@ -216,26 +218,36 @@ class HeldOutProblem(nn.Module):
 
         Args:
             params: The trained weights by name.
-            **options: Those of :func:`~gpbridge.selection.hypergradient`.
+            **options: Those of :func:`~gpbridge.selection.hypergradient`; the default
+                curvature is ``"ggn"`` here.
 
         Returns:
             The gradient and its diagnostics.
         """
         return hypergradient(
-            self.train_loss, self.val_loss, params, self.hparams, **options
+            self.train_loss,
+            self.val_loss,
+            params,
+            self.hparams,
+            **{"curvature": "ggn", **options},
         )
 
     def descent(self, **options) -> HypergradientDescent:
         """The loop that learns ``hparams``, which stay as they are.
 
         Args:
-            **options: Those of :class:`~gpbridge.selection.HypergradientDescent`.
+            **options: Those of :class:`~gpbridge.selection.HypergradientDescent`; the
+                default curvature is ``"ggn"`` here.
 
         Returns:
             The loop; call its ``run``.
         """
         return HypergradientDescent(
-            self.train_loss, self.val_loss, self.params, self.hparams, **options
+            self.train_loss,
+            self.val_loss,
+            self.params,
+            self.hparams,
+            **{"curvature": "ggn", **options},
         )
 
     def network_at(self, params: Params) -> nn.Module:

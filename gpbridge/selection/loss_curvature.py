@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from linear_operator import LinearOperator
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
 
 from gpbridge.checks import ShapeError, check_choice
 from gpbridge.types import Params
 
 Loss = Callable[..., Tensor]
 """``loss(params, hparams)`` or ``loss(params, hparams, batch)``, a scalar."""
-
-_COLUMNS = 64  # products that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,9 @@ class CompositeLoss:
 class CurvatureOperator(LinearOperator):
     r"""The Hessian or Gauss-Newton matrix of a loss, plus damping, ``p x p``.
 
-    A Hessian-vector product is the forward derivative of the gradient; it costs about
-    two gradients per column and batch.
+    Products differentiate the gradient once more, backwards. Without batches the graph
+    of the gradient is kept, and a product costs about as much as a gradient; with
+    batches it is built anew, which costs two, and memory is that of one batch.
 
     Args:
         theta: The parameters as one vector ``p``, where the matrix is taken.
@@ -101,6 +99,7 @@ class CurvatureOperator(LinearOperator):
         self.theta, self.damping = theta, damping
         self.like, self.hparams, self.loss = like, hparams, loss
         self.curvature, self.batches = curvature, batches
+        self._kept: Product | None = None
 
     def _size(self):
         return torch.Size((self.theta.numel(), self.theta.numel()))
@@ -111,52 +110,88 @@ class CurvatureOperator(LinearOperator):
     def _matmul(self, rhs):
         if rhs.dim() == 1:
             return self._product(rhs)
-        columns = rhs.to(self.theta).mT
-        if len(columns) == 1:
-            return self._product(columns[0])[:, None]
-        product = vmap(self._product, chunk_size=_COLUMNS)
-        return product(columns).mT
+        columns = [self._product(v) for v in rhs.to(self.theta).mT]
+        return torch.stack(columns, -1) if columns else torch.zeros_like(rhs)
 
+    @torch.no_grad()
     def _product(self, v: Tensor) -> Tensor:
-        single = self._hessian if self.curvature == "hessian" else self._ggn
-        direction = unflatten(v, self.like)
-        (product,) = mean_over(
-            self.batches, lambda *batch: (flatten(single(direction, batch)),)
-        )
+        direction = list(unflatten(v, self.like).values())
+        if self.batches is None:
+            if self._kept is None:
+                self._kept = self._linearise()
+            parts = self._kept(direction)
+        else:
+            parts = mean_over(
+                self.batches, lambda *batch: self._linearise(*batch)(direction)
+            )
+        product = torch.cat([part.reshape(-1) for part in parts])
         return product + self.damping * v
 
-    def _hessian(self, v: Params, batch: tuple[Any, ...]) -> Params:
-        params = unflatten(self.theta, self.like)
-        return push_forward(
-            grad(lambda w: self.loss(w, self.hparams, *batch)), params, v
-        )
+    def _linearise(self, *batch: Any) -> Product:
+        params = {
+            name: p.detach().requires_grad_()
+            for name, p in unflatten(self.theta, self.like).items()
+        }
+        with torch.enable_grad():
+            if self.curvature == "hessian":
+                return second_derivative(
+                    self.loss(params, self.hparams, *batch), list(params.values())
+                )
+            return self._gauss_newton(params, batch)
 
-    def _ggn(self, v: Params, batch: tuple[Any, ...]) -> Params:
-        params, hparams, own = (
-            unflatten(self.theta, self.like),
-            self.hparams,
-            self.loss.loss,
-        )
-        outputs, pull = vjp(lambda w: self.loss.outputs(w, hparams, *batch), params)
-        moved = push_forward(lambda w: self.loss.outputs(w, hparams, *batch), params, v)
-        weighted = push_forward(
-            grad(lambda f: own(f, params, hparams, *batch)), outputs, moved
-        )
-        explicit = push_forward(
-            grad(lambda w: own(outputs, w, hparams, *batch)), params, v
-        )
-        seen = pull(weighted)[0]
-        return {name: seen[name] + explicit[name] for name in seen}
+    def _gauss_newton(self, params: Params, batch: tuple[Any, ...]) -> Product:
+        w = list(params.values())
+        f = self.loss.outputs(params, self.hparams, *batch)
+        pull = transposed_derivative([f], w)
+        # The transpose of u -> J'u is J: two backward passes make a forward one.
+        u = torch.zeros_like(f).requires_grad_()
+        slopes = torch.autograd.grad(f, w, u, create_graph=True, allow_unused=True)
+        push = transposed_derivative(slopes, [u])
+        # Leaves of their own, so that the two second derivatives are partial ones.
+        f, w = f.detach().requires_grad_(), [p.detach().requires_grad_() for p in w]
+        named = dict(zip(params, w, strict=True))
+        value = self.loss.loss(f, named, self.hparams, *batch)
+        in_outputs = second_derivative(value, [f])
+        explicit = second_derivative(value, w)
+
+        def product(direction: list[Tensor]) -> list[Tensor]:
+            seen = pull(in_outputs(push(direction)))
+            pairs = zip(seen, explicit(direction), strict=True)
+            return [a + b for a, b in pairs]
+
+        return product
 
 
-def push_forward(function: Callable, primal: Any, tangent: Any) -> Any:
-    """Directional derivative; by two backward passes where there is no forward mode."""
-    try:
-        return jvp(function, (primal,), (tangent,))[1]
-    except NotImplementedError:
-        value, pull = vjp(function, primal)
-        zeros = torch.utils._pytree.tree_map(torch.zeros_like, value)
-        return vjp(lambda u: pull(u)[0], zeros)[1](tangent)[0]
+Product = Callable[[list[Tensor]], list[Tensor]]
+"""A linear map of a list of tensors."""
+
+
+def second_derivative(value: Tensor, inputs: list[Tensor]) -> Product:
+    """Products with the Hessian of a scalar in some leaves of its graph."""
+    slopes = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    return transposed_derivative(slopes, inputs)
+
+
+def transposed_derivative(
+    outputs: Sequence[Tensor | None], inputs: list[Tensor]
+) -> Product:
+    """Products with the transposed Jacobian; constants and None count as zero."""
+    live = [i for i, o in enumerate(outputs) if o is not None and o.requires_grad]
+
+    def product(cotangents: list[Tensor]) -> list[Tensor]:
+        if not live:
+            return [torch.zeros_like(x) for x in inputs]
+        found = torch.autograd.grad(
+            [outputs[i] for i in live],
+            inputs,
+            [cotangents[i] for i in live],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        pairs = zip(found, inputs, strict=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+    return product
 
 
 def value_and_gradient(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from gpytorch.mlls import LeaveOneOutPseudoLikelihood
 from torch import nn
-from torch.func import functional_call, grad, hessian
+from torch.autograd.functional import hessian, jacobian
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from gpbridge.checks import NotConvergedWarning, ShapeError
@@ -215,8 +216,8 @@ def minimum(train_loss, params, hparams):
 
     theta = torch.cat([p.reshape(-1) for p in params.values()])
     for _ in range(4):
-        g = grad(lambda t: train_loss(named(t), hparams))(theta)
-        H = hessian(lambda t: train_loss(named(t), hparams))(theta)
+        g = jacobian(lambda t: train_loss(named(t), hparams), theta)
+        H = hessian(lambda t: train_loss(named(t), hparams), theta)
         theta = theta - torch.linalg.solve(H, g)
     return named(theta)
 
