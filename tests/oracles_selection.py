@@ -24,7 +24,7 @@ def ridge_hypergradient(X, y, X_val, y_val, decay):
 
 
 def neumann_inverse(H, num_terms, step):
-    """H^-1 (I - (I - a H)^(K + 1)), the geometric sum; Lorraine et al. (2020), eq. 5."""
+    """H^-1 (I - (I - a H)^(K + 1)), a geometric sum; Lorraine et al. (2020)."""
     values, vectors = torch.linalg.eigh(H)
     weights = (1 - (1 - step * values) ** (num_terms + 1)) / values
     return vectors @ torch.diag(weights) @ vectors.mT

@@ -158,7 +158,7 @@ class HypergradientDescent:
         """  # noqa: DOC502
         check_count(num_steps=num_steps)
         check_positive(tolerance=tolerance)
-        first = len(self.history)
+        first, limit = len(self.history), self.options["inner_tolerance"]
         bar = tqdm(
             range(num_steps),
             desc="hypergradient descent",
@@ -169,7 +169,9 @@ class HypergradientDescent:
             for _ in bar:
                 step = self.step()
                 bar.set_postfix_str(f"held-out loss {step.val_loss:.4g}", refresh=False)
-                if step.gradient_norm <= tolerance * abs(step.val_loss):
+                # A gradient away from the minimum is no reason to stop.
+                known = step.converged and step.relative_inner_gradient <= limit
+                if known and step.gradient_norm <= tolerance * abs(step.val_loss):
                     break
         finally:
             bar.close()

@@ -110,7 +110,10 @@ class LBFGSTraining:
             if since >= _PATIENCE or self._converged(loss, theta, like, fixed, batches):
                 break
             if iteration < self.max_iterations:
-                optimizer.step(closure)
+                try:
+                    optimizer.step(closure)
+                except IndexError:  # upstream's line search, where all it met was NaN
+                    break
         return unflatten(best, like)
 
     def _converged(self, loss, theta, like, hparams, batches) -> bool:

@@ -1,4 +1,4 @@
-"""The Neumann series: the geometric sum, published figures, divergence that is named."""
+"""The Neumann series: a geometric sum, published figures, named divergence."""
 
 import pytest
 import torch
