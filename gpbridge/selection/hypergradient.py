@@ -120,7 +120,7 @@ def hypergradient(
     r"""Differentiate a held-out loss at the minimum of a training loss.
 
     The parameters must minimise the training loss; a warning says if they do not. Cost:
-    two gradients of the training loss per iteration of the solver. Losses must be
+    about one gradient of the training loss per iteration of the solver. Losses must be
     deterministic: no dropout, no fresh noise, batch normalisation by fixed statistics.
 
     Args:
