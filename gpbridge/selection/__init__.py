@@ -5,9 +5,19 @@ from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence, log_evidence
+from gpbridge.selection.held_out_problem import (
+    Augmentation,
+    HeldOutProblem,
+    input_noise,
+)
+from gpbridge.selection.hypergradient import Hypergradient, hypergradient
+from gpbridge.selection.hypergradient_descent import HypergradientDescent, OuterStep
+from gpbridge.selection.inner_training import LBFGSTraining
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
+from gpbridge.selection.loss_curvature import CompositeLoss
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.neumann import NeumannSeries, SeriesDivergedError
 from gpbridge.selection.prefix_posteriors import LinearModel
 from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
@@ -15,22 +25,33 @@ from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
+    "Augmentation",
+    "CompositeLoss",
     "Diagnostics",
     "EMStep",
     "EvidenceGradient",
+    "HeldOutProblem",
+    "Hypergradient",
+    "HypergradientDescent",
     "IterativeFit",
+    "LBFGSTraining",
     "LaplaceEvidence",
     "LinearModel",
     "MatchedWeightDecay",
+    "NeumannSeries",
+    "OuterStep",
     "SampleBasedEM",
+    "SeriesDivergedError",
     "SpeedBound",
     "SubsetStart",
     "TrainingSpeed",
-    "fit_deep_kernel",
     "evidence_gradient",
+    "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",
     "fit_matern_plus_kernel",
+    "hypergradient",
+    "input_noise",
     "log_evidence",
     "multi_start",
     "training_speed_bound",
