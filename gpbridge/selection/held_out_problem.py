@@ -221,8 +221,7 @@ class HeldOutProblem(nn.Module):
 
         Args:
             params: The trained weights by name.
-            **options: Those of :func:`~gpbridge.selection.hypergradient`; the default
-                curvature is ``"ggn"`` here.
+            **options: Those of :func:`~gpbridge.selection.hypergradient`.
 
         Returns:
             The gradient and its diagnostics.
@@ -232,15 +231,14 @@ class HeldOutProblem(nn.Module):
             self.val_loss,
             params,
             self.hparams,
-            **{"curvature": "ggn", **options},
+            **options,
         )
 
     def descent(self, **options) -> HypergradientDescent:
         """The loop that learns ``hparams``, which stay as they are.
 
         Args:
-            **options: Those of :class:`~gpbridge.selection.HypergradientDescent`; the
-                default curvature is ``"ggn"`` here.
+            **options: Those of :class:`~gpbridge.selection.HypergradientDescent`.
 
         Returns:
             The loop; call its ``run``.
@@ -250,7 +248,7 @@ class HeldOutProblem(nn.Module):
             self.val_loss,
             self.params,
             self.hparams,
-            **{"curvature": "ggn", **options},
+            **options,
         )
 
     def network_at(self, params: Params) -> nn.Module:
