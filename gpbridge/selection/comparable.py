@@ -22,7 +22,6 @@ from gpytorch.models import GP, ApproximateGP
 from torch import Tensor, nn
 
 from gpbridge.likelihoods import LogisticLikelihood
-from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.selection.marginal_likelihood import (
     APPROXIMATION,
     EXACT,
@@ -60,11 +59,6 @@ def measure(name: str, entry: Entry, data: tuple[Tensor, Tensor] | None) -> Meas
     """
     model, likelihood = entry if isinstance(entry, tuple) else (entry, None)
     likelihood = getattr(model, "likelihood", likelihood)
-    if len(getattr(model, "batch_shape", ())):
-        raise ValueError(
-            f"{name!r} is a batch of models, {tuple(model.batch_shape)}. Compare one "
-            "model of the batch at a time."
-        )
     if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
         if data is None:
             raise ValueError(
@@ -78,19 +72,24 @@ def measure(name: str, entry: Entry, data: tuple[Tensor, Tensor] | None) -> Meas
             model.outcome_transform.eval()
             targets, _ = model.outcome_transform(targets)
     else:
-        X, parts = None, evidence_parts(model)
-        targets = model.train_targets
-        if not isinstance(model, LinearizedGP) and _outputs_are_a_batch(model):
-            targets = targets.mT
+        parts = evidence_parts(model)
+        X, targets = model.train_inputs[0], model.train_targets
+        if parts.value.dim() > 0:
+            if not _outputs_are_a_batch(model) or parts.value.dim() > 1:
+                raise ValueError(
+                    f"{name!r} is a batch of models, {tuple(parts.value.shape)}. "
+                    "Compare one model of the batch at a time."
+                )
+            X, targets = X[0], targets.mT
         targets = targets[:, None] if targets.dim() == 1 else targets
-    X = model.train_inputs[0] if X is None else X
     original, log_jacobian = _original_units(model, targets, X)
     return Measured(parts, likelihood, original, log_jacobian)
 
 
 def _outputs_are_a_batch(model: nn.Module) -> bool:
     """Whether botorch keeps several independent outputs in the batch, ``m x n``."""
-    return model.train_targets.dim() == 2 and getattr(model, "_num_outputs", 1) > 1
+    many = getattr(model, "_num_outputs", 1) > 1
+    return many and model.train_inputs[0].dim() == 3
 
 
 def _original_units(
@@ -168,7 +167,7 @@ def _check_same_targets(pair: str, a: Tensor, b: Tensor) -> None:
         return
     slope = float(b.std(correction=0)) / scale
     shift = float(b.mean() - slope * a.mean())
-    if float((slope * a + shift - b).abs().max()) <= 1e-4 * slope * scale:
+    if slope and float((slope * a + shift - b).abs().max()) <= 1e-4 * slope * scale:
         raise ValueError(
             f"{pair}: the targets of the second are {slope:.4g} times those of the "
             f"first plus {shift:.4g}, which moves its evidence by "

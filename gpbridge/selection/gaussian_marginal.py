@@ -114,10 +114,11 @@ def gaussian_marginal(model: GP) -> GaussianMarginal:
             f"{type(model).__name__} has no training data. Try model.set_train_data."
         )
     check_finite(**{"model.train_targets": model.train_targets.reshape(-1)})
-    count = model.train_targets.numel()
+    batch = model.train_inputs[0].shape[:-2].numel()
+    count = model.train_targets.numel() // batch
     check_memory(
         f"The exact evidence of {count} targets",
-        3 * 8.0 * count**2,
+        3 * 8.0 * batch * count**2,
         MEMORY_BUDGET,
         "Choose fewer points, or a variational GP, whose evidence is a bound.",
     )
