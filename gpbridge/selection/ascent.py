@@ -29,10 +29,17 @@ def ascend(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> flo
         moved, where the start has no finite value.
     """
     start = parameter_values(model)
-    before = _value(objective)
-    parameters, bounds = get_parameters_and_bounds(model, requires_grad=True)
-    if not math.isfinite(before) or not parameters or steps == 0:
+    try:
+        first = objective()
+    except (NanError, NotPSDError):
+        return -math.inf
+    before = float(first.detach())
+    if not math.isfinite(before):
+        return -math.inf
+    if steps == 0 or not first.requires_grad:
         return before
+    del first  # and its graph
+    parameters, bounds = get_parameters_and_bounds(model, requires_grad=True)
 
     def closure() -> tuple[Tensor, list[Tensor | None]]:
         loss = -objective()
@@ -41,22 +48,14 @@ def ascend(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> flo
 
     try:
         scipy_minimize(closure, parameters, bounds, options={"maxiter": steps})
-        after = _value(objective)
+        with torch.no_grad():
+            after = float(objective())
     except (NanError, NotPSDError):
         after = -math.inf
     if after >= before:
         return after
     load_values(model, start)
     return before
-
-
-@torch.no_grad()
-def _value(objective: Callable[[], Tensor]) -> float:
-    try:
-        value = float(objective())
-    except (NanError, NotPSDError):
-        return -math.inf
-    return value if math.isfinite(value) else -math.inf
 
 
 def parameter_values(model: nn.Module) -> dict[str, Tensor]:

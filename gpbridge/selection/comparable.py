@@ -128,7 +128,7 @@ def check_comparable(measured: dict[str, Measured]) -> list[str]:
                 f"{pair}: {kinds[0]} and {kinds[1]} give a probability of labels and a "
                 "density of numbers, in no common unit."
             )
-        counts = one.parts.num_targets, two.parts.num_targets
+        counts = one.targets.numel(), two.targets.numel()
         if counts[0] != counts[1]:
             raise ValueError(
                 f"{pair}: they have {counts[0]} and {counts[1]} targets. Build both on "

@@ -183,7 +183,7 @@ def compare(
     given = "none" if held_out is None else "given data"
     scored_on = "leave-one-out" if isinstance(held_out, str) else given
     first = next(iter(measured.values()))
-    return Comparison(tuple(rows), first.parts.num_targets, scored_on, tuple(notes))
+    return Comparison(tuple(rows), first.targets.numel(), scored_on, tuple(notes))
 
 
 def _score(

@@ -328,6 +328,8 @@ def _setter(name: str) -> Setter:
             raise ValueError(
                 f"The model has no parameter {name!r}. It has {', '.join(known)}."
             ) from error
+        except RuntimeError as error:
+            raise ValueError(f"{name} cannot be {value:g}: {error}") from error
 
     return set_value
 
@@ -345,7 +347,7 @@ def _local_maxima(curve: Tensor) -> list[int]:
     values = [-math.inf, *curve.tolist(), -math.inf]
     places = []
     for i in range(1, len(values) - 1):
-        after = next(v for v in [*values[i + 1 :], -math.inf] if v != values[i])
+        after = next((v for v in values[i + 1 :] if v != values[i]), -math.inf)
         if values[i] > values[i - 1] and values[i] > after:
             places.append(i - 1)
     return sorted(places, key=lambda place: -values[place + 1])
