@@ -25,7 +25,9 @@ def plot_scan(
     label: str | None = None,
     xlabel: str | None = None,
 ) -> Axes:
-    """Draw the curve of a scan; circles are local maxima, a star the best point.
+    """Draw the curve of a scan; a star is the best point found.
+
+    Circles are the local maxima that were followed up, or all where none was.
 
     Args:
         ax: Axes to draw into, or None for a new figure.
@@ -57,7 +59,7 @@ def plot_scan(
         markersize=5,
         label=label,
     )
-    places = list(result.maxima)
+    places = list(result.maxima)[: len(result.polished) or None]
     ax.plot(
         grid[places],
         evidence[places],
