@@ -1,6 +1,7 @@
 """Hyperparameters and models chosen by marginal likelihood, and by held-out data."""
 
 from gpbridge.selection.compare import Comparison, compare
+from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gradient
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
@@ -29,6 +30,7 @@ __all__ = [
     "ConditionalEvidence",
     "Diagnostics",
     "EMStep",
+    "EvidenceGradient",
     "EvidenceParts",
     "IterativeFit",
     "LaplaceEvidence",
@@ -39,6 +41,7 @@ __all__ = [
     "SubsetStart",
     "compare",
     "conditional_log_evidence",
+    "evidence_gradient",
     "evidence_parts",
     "fit_deep_kernel",
     "fit_evidence",

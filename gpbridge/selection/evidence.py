@@ -27,6 +27,7 @@ from gpbridge.linearized.evidence import (
 )
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.noise import check_noise_is_known
+from gpbridge.linearized.structures import Structure
 from gpbridge.metrics import gaussian_nll
 from gpbridge.selection.diagnostics import diagnose
 from gpbridge.selection.mll import LaplaceEvidence
@@ -72,7 +73,8 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
         )
     model.eval()
     model.check_all_data_is_training_data("What fit_evidence maximises")
-    model.problem.check_size("Learning hyperparameters by the exact evidence")
+    if not isinstance(model.inference, Structure):
+        model.problem.check_size("Learning hyperparameters by the exact evidence")
     if model.select == "validation":
         _select(model)
     check_noise_is_known(model.likelihood, model.mean)
@@ -88,7 +90,9 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
 
 def _search(model: LinearizedGP) -> None:
     single = len(model.covar_module.groups) == 1
-    if single and isinstance(model.likelihood, GaussianLikelihood):
+    if isinstance(model.inference, Structure):
+        _search_gradient(model)
+    elif single and isinstance(model.likelihood, GaussianLikelihood):
         _search_noise_spectrum(model)
     elif single and not is_gaussian(model.likelihood):
         _search_frozen_spectrum(model)

@@ -22,6 +22,7 @@ from torch import Tensor
 from gpbridge.checks import check_finite, check_memory
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.gp import LinearizedGP
+from gpbridge.linearized.structures import Structure
 
 MEMORY_BUDGET = 4 * 2**30  # bytes, of the dense matrices of an exact GP
 
@@ -99,6 +100,7 @@ def gaussian_marginal(model: GP) -> GaussianMarginal:
 
     Raises:
         TypeError: If the model has no such Gaussian.
+        NotImplementedError: If its curvature is a structure, whose Gaussian is another.
         ValueError: If an exact GP has no data.
         MemoryError: If the matrices do not fit.
     """
@@ -179,6 +181,12 @@ def _of_linearized(model: LinearizedGP) -> GaussianMarginal:
         raise TypeError(
             f"{type(model.likelihood).__name__} observes labels, whose distribution "
             "under the model is no Gaussian."
+        )
+    if isinstance(model.inference, Structure):
+        raise NotImplementedError(
+            "The joint distribution of the targets is that of the exact posterior, but "
+            f"the model has inference={type(model.inference).__name__}(...). Score it "
+            "on held-out data, or build it with inference=Exact()."
         )
     count = problem.outputs.numel()
     check_memory(

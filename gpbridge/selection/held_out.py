@@ -24,6 +24,7 @@ from torch.distributions import Categorical, Normal
 from gpbridge.checks import ShapeError, check_count, check_same_length
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
+from gpbridge.linearized.structures import Structure
 from gpbridge.selection.gaussian_marginal import (
     diagonal_blocks,
     gaussian_marginal,
@@ -49,7 +50,8 @@ class ConditionalEvidence(NamedTuple):
 
     ``value`` is the mean of ``values`` over the orderings and ``standard_error`` that
     of the mean, NaN for one ordering. ``num_targets`` counts the numbers predicted. For
-    labels it is a difference of two of Laplace's approximations; ``kind`` says so.
+    labels, and for a structured curvature, it is a difference of two of Laplace's
+    approximations; ``kind`` says so.
     """
 
     value: Tensor  # ...
@@ -78,7 +80,7 @@ def leave_one_out(model: GP) -> LeaveOneOut:
         The densities, differentiable in the hyperparameters.
 
     Raises:
-        NotImplementedError: For labels, and for a variational GP.
+        NotImplementedError: For labels, a structured curvature, and a variational GP.
         ValueError: If the model predicts by the network's output, which does not move
             when a point is left out.
 
@@ -137,8 +139,9 @@ def conditional_log_evidence(
     predicts the first points; this does not, and is nearer to how well the model
     generalises. With m = 0 it is the evidence. Hyperparameters and features stay.
 
-    Time n³ once and m³ for each ordering. For a LinearizedGP with labels both terms are
-    Laplace's approximations, fitted anew for each ordering.
+    Time n³ once and m³ for each ordering. For a LinearizedGP with labels or a
+    structured curvature both terms are Laplace's approximations, fitted anew for each
+    ordering.
 
     Args:
         model: An ExactGP or a LinearizedGP.
@@ -160,8 +163,10 @@ def conditional_log_evidence(
         Lotfi, Izmailov, Benton, Goldblum, Wilson, Bayesian model selection, the
         marginal likelihood, and generalization, ICML 2022, section 5.
     """
-    labels = isinstance(model, LinearizedGP) and not is_gaussian(model.likelihood)
-    if not labels:
+    approximate = isinstance(model, LinearizedGP) and (
+        not is_gaussian(model.likelihood) or isinstance(model.inference, Structure)
+    )
+    if not approximate:
         _check_gaussian(model, "conditional_log_evidence")
     X = model.train_inputs[0]
     n = X.shape[-2]
@@ -173,7 +178,7 @@ def conditional_log_evidence(
         )
     orderings = _orderings(n, num_orderings, orderings, generator).to(X.device)
     firsts = orderings[:, :m]
-    if labels:
+    if approximate:
         whole = model.log_evidence()
         parts = [model.subset_rows(rows).log_evidence() for rows in firsts if m]
         count = n - m
@@ -188,7 +193,7 @@ def conditional_log_evidence(
     error = (
         values.std(0) / len(values) ** 0.5 if len(values) > 1 else values[0] * math.nan
     )
-    kind = "approximation" if labels else "exact"
+    kind = "approximation" if approximate else "exact"
     return ConditionalEvidence(values.mean(0), values, error.detach(), m, count, kind)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
-from gpbridge.linearized.inference import Exact
+from gpbridge.linearized.structures import Structure
 from gpbridge.selection.gaussian_marginal import (
     diagonal_blocks,
     gaussian_marginal,
@@ -84,7 +84,7 @@ def log_evidence(
     a LinearizedGP with Gaussian noise and for gpytorch's ExactGP: dense Cholesky
     factors in float64 whatever upstream's global settings say. A lower bound for
     variational GPs and for an exact GP with an ``InducingPointKernel`` (Titsias),
-    Laplace's approximation for a LinearizedGP with labels.
+    Laplace's approximation for a LinearizedGP with labels or a structured curvature.
 
     Args:
         model: The model; a ModelListGP has the sum over its models.
@@ -148,16 +148,14 @@ def evidence_parts(
     if isinstance(model, LinearizedGP):
         _check_no_data(model, X, Y)
         found = model.evidence()
-        dense = isinstance(model.inference, Exact) and is_gaussian(model.likelihood)
-        kind, count = EXACT if dense else APPROXIMATION, model.train_targets.numel()
         return EvidenceParts(
             found.value,
-            kind,
+            _kind(model, found.lower_bound),
             found.fit,
             found.complexity,
             found.effective_dimension,
             log_prior(model, found.value),
-            count,
+            model.train_targets.numel(),
         )
     if isinstance(model, ExactGP):
         _check_no_data(model, X, Y)
@@ -201,6 +199,15 @@ def log_prior(module: nn.Module, like: Tensor) -> Tensor:
         terms = prior.log_prob(closure(owner)).to(like)
         total = total + terms.reshape(*terms.shape[: like.dim()], -1).sum(-1)
     return total
+
+
+def _kind(model: LinearizedGP, is_bound: bool) -> str:
+    """Laplace's approximation of labels has no side, whatever its curvature."""
+    if not is_gaussian(model.likelihood):
+        return APPROXIMATION
+    if isinstance(model.inference, Structure):
+        return BOUND if is_bound else APPROXIMATION
+    return EXACT
 
 
 def _parts_of_exact(model: ExactGP) -> EvidenceParts:

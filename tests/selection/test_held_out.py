@@ -8,8 +8,9 @@ from botorch.models import SingleTaskGP, SingleTaskVariationalGP
 from gpytorch.likelihoods import BernoulliLikelihood, GaussianLikelihood
 from gpytorch.mlls import LeaveOneOutPseudoLikelihood
 
-from gpbridge import LinearizedGP
+from gpbridge import Exact, LinearizedGP
 from gpbridge.checks import ShapeError
+from gpbridge.linearized import Diagonal
 from gpbridge.selection import (
     conditional_log_evidence,
     held_out_log_density,
@@ -215,8 +216,13 @@ def test_a_prior_that_is_too_wide_is_charged_by_the_evidence_alone():
     assert cost > 30 and later[0] - later[1] < 0.2 * cost
 
 
-def test_for_labels_it_is_a_difference_of_approximations():
-    model = build("softmax")
+@pytest.mark.parametrize(
+    "model",
+    [("softmax", Exact()), ("softmax", Diagonal()), ("gaussian", Diagonal())],
+    ids=["labels", "labels, diagonal", "diagonal"],
+)
+def test_where_it_is_a_difference_of_approximations(model):
+    model = build(model[0], inference=model[1])
     found = conditional_log_evidence(model, 5, num_orderings=2)
     assert found.kind == "approximation" and found.num_targets == 7
     generator = torch.Generator().manual_seed(0)

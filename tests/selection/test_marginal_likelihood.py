@@ -36,6 +36,7 @@ from gpytorch.variational import (
 from gpbridge import LinearizedGP
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import NeuralTangentKernel
+from gpbridge.linearized import Diagonal, Kronecker
 from gpbridge.selection import evidence_parts, log_evidence
 from gpbridge.selection import variational_bound as bound_file
 from gpbridge.selection.gaussian_marginal import gaussian_marginal
@@ -224,6 +225,21 @@ def test_labels_have_an_approximation():
     parts = evidence_parts(build("softmax"))
     assert parts.kind == "approximation"
     assert parts.value.item() == pytest.approx(build("softmax").log_evidence().item())
+
+
+@pytest.mark.parametrize(
+    "structure, kind", [(Diagonal(), "lower bound"), (Kronecker(), "approximation")]
+)
+def test_a_structured_curvature_is_a_bound_only_if_it_is_one(structure, kind):
+    model = build("gaussian", inference=structure)
+    parts = evidence_parts(model)
+    assert parts.kind == kind
+    assert parts.value.item() == pytest.approx(model.log_evidence().item())
+    assert evidence_parts(build("softmax", inference=structure)).kind == "approximation"
+    with pytest.raises(
+        NotImplementedError, match=f"inference={type(structure).__name__}"
+    ):
+        gaussian_marginal(model)
 
 
 @quiet

@@ -276,7 +276,7 @@ def test_the_curve_is_drawn_with_its_maxima_and_its_best_point():
     assert curve.get_ydata().tolist() == found.evidence.tolist()
     assert circles.get_xdata().tolist() == GRID[list(found.maxima)].tolist()
     fewer = scan(Hills(), "x", GRID, evidence, polish=1, refit_steps=0)
-    assert plot_scan(None, fewer).lines[1].get_xdata() == [GRID[found.maxima[0]]]
+    assert plot_scan(None, fewer).lines[1].get_xdata() == [GRID[fewer.maxima[0]]]
     assert star.get_xdata() == [found.best_value]
     assert ax.get_xlabel() == "x" and ax.get_xscale() == "linear"
     gap = ScanResult(
