@@ -10,7 +10,8 @@ Before that one quantity is scanned, the period: its evidence has a maximum at e
 multiple of the truth and many small ones, where an ascent from one start would end.
 
 Run with ``--data PATH`` for the airline passengers of Box and Jenkins, PATH a folder
-with series/airline_passengers.npz. Without, a synthetic series like it.
+with series/airline_passengers.npz, as for the figure here. Without, a synthetic series
+like it.
 """
 
 # %% Set up: the log of the series, time in units of its length
