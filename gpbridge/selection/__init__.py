@@ -5,7 +5,7 @@ from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gra
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
-from gpbridge.selection.evidence import fit_evidence, log_evidence
+from gpbridge.selection.evidence import fit_evidence
 from gpbridge.selection.held_out import (
     ConditionalEvidence,
     LeaveOneOut,
