@@ -28,7 +28,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
-num_seeds, num_steps, num_decays, n = (4, 20, 9, 100)
+num_seeds, num_steps, num_decays, n = (4, 12, 9, 100)
 if options.smoke:
     num_seeds, num_steps, num_decays, n = (2, 2, 2, 12)
 
@@ -56,8 +56,7 @@ METHODS = {
     "one decay and shifts": {"groups": "all", "augmentation": SHIFTS},
     "decay per tensor and shifts": {"groups": "tensor", "augmentation": SHIFTS},
 }
-# The theorem holds at a minimum: loosely trained weights have an indefinite Hessian.
-train = LBFGSTraining(tolerance=1e-5, max_iterations=300 if options.smoke else 3000)
+train = LBFGSTraining(tolerance=1e-2, max_iterations=20 if options.smoke else 200)
 
 
 def by_grid(problem):
@@ -96,7 +95,11 @@ for seed in range(num_seeds):
         else:
             descent = problem.descent(
                 train=train,
-                learning_rate=0.2,
+                learning_rate=0.4,
+                # Of loosely trained weights the Hessian is indefinite; the Gauss-Newton
+                # matrix never is, and gives a biased gradient.
+                curvature="ggn",
+                inner_tolerance=1.0 if options.smoke else 0.1,
             )
             descent.run(num_steps, tolerance=1e-9, progress=False)
             val_loss, params = descent.best.step.val_loss, descent.best.params
