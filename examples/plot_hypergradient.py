@@ -153,6 +153,7 @@ pixels = last.trace("log_shift").exp()
 middle.plot(pixels, "--", color=INK, linewidth=1.8, label="shifts, std in pixels")
 middle.set(yscale="log", xlabel="outer step", ylabel="hyperparameter")
 middle.set_title("Learnt together, first seed", loc="left", fontweight="bold")
+middle.set_ylim(top=8.0)  # room for the legend
 middle.legend(frameon=False, fontsize=8)
 
 places = range(len(METHODS))
