@@ -13,7 +13,8 @@ that it gives at a prior. Next: ``structured`` makes them from data.
 References:
     Halko, Martinsson, Tropp, Finding structure with randomness: probabilistic
     algorithms for constructing approximate matrix decompositions, SIAM Review 2011,
-    algorithms 4.4 and 5.3.
+    algorithms 4.4 and 5.3. Meyer, Musco, Musco, Woodruff, Hutch++: optimal stochastic
+    trace estimation, SOSA 2021, for the trace.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def randomised_eigenpairs(
 ) -> Eigenpairs:
     r"""Leading eigenpairs by subspace iteration from random columns.
 
-    Costs ``num_iterations + 2`` products with ``rank + 10`` columns. The trace is
-    Hutchinson's estimate from the first of them.
+    Costs ``num_iterations + 2`` products with ``rank + 10`` columns, and one with ten
+    for the trace.
 
     Args:
         product: Maps ``p x k`` to M times it.
@@ -67,17 +68,26 @@ def randomised_eigenpairs(
     """
     k = min(rank + _OVERSAMPLING, size)
     omega = standard_normal((size, k), generator, like)
-    moved = product(omega)
-    trace = (omega * moved).sum() / k
-    Q = torch.linalg.qr(moved).Q
+    Q = torch.linalg.qr(product(omega)).Q
     for _ in range(num_iterations):
         Q = torch.linalg.qr(product(Q)).Q
     small = Q.mT @ product(Q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     keep = torch.arange(k - 1, max(k - 1 - rank, -1), -1, device=like.device)
-    values = values[keep].clamp_min(0.0)
-    # Hutchinson's estimate has noise; the trace is at least what was found of it.
-    return Eigenpairs(values, Q @ vectors[:, keep], trace.clamp_min(values.sum()))
+    trace = values.sum() + _trace_outside(product, Q, generator)
+    return Eigenpairs(values[keep].clamp_min(0.0), Q @ vectors[:, keep], trace)
+
+
+def _trace_outside(
+    product: Callable[[Tensor], Tensor], Q: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Trace of M outside of the span of Q: few probes do, since little is left."""
+    size, k = Q.shape
+    if k >= size:
+        return Q.new_zeros(())
+    probes = standard_normal((size, _OVERSAMPLING), generator, Q)
+    probes = probes - Q @ (Q.mT @ probes)
+    return (probes * product(probes)).sum().clamp_min(0.0) / _OVERSAMPLING
 
 
 def lanczos_eigenpairs(
@@ -111,18 +121,16 @@ def lanczos_eigenpairs(
     )  # fmt: skip
     values, vectors = torch.linalg.eigh(T.double())
     keep = torch.arange(len(values) - 1, max(len(values) - 1 - rank, -1), -1)
-    values = values[keep].clamp_min(0.0)
-    probes = standard_normal((size, _OVERSAMPLING), generator, like)
-    trace = (probes * product(probes)).sum() / _OVERSAMPLING
-    return Eigenpairs(values, Q @ vectors[:, keep], trace.clamp_min(values.sum()))
+    trace = values.clamp_min(0.0).sum() + _trace_outside(product, Q, generator)
+    return Eigenpairs(values[keep].clamp_min(0.0), Q @ vectors[:, keep], trace)
 
 
 class LowRankCurvature:
-    r"""A curvature M of rank r.
+    r"""A curvature M of rank r, :math:`M \approx U C U^\top`.
 
     Args:
         vectors: Orthonormal U, ``p x r``, in units of the unit prior scale.
-        eigenvalues: ``c x r``, one row per channel.
+        core: C for each channel, ``c x r x r``; diagonal where there is one.
         trace: That of the full matrix, with every channel weight one.
         groups: Number of the prior variance of each weight, ``p`` integers.
     """
@@ -130,9 +138,9 @@ class LowRankCurvature:
     is_lower_bound = False
 
     def __init__(
-        self, vectors: Tensor, eigenvalues: Tensor, trace: Tensor, groups: Tensor
+        self, vectors: Tensor, core: Tensor, trace: Tensor, groups: Tensor
     ) -> None:
-        self.vectors, self.eigenvalues = vectors.double(), eigenvalues.double()
+        self.vectors, self.core = vectors.double(), core.double()
         self.trace, self.groups = trace, groups
 
     @property
@@ -144,7 +152,8 @@ class LowRankCurvature:
     def captured(self) -> float:
         """Share of the trace that the eigenvectors hold, in [0, 1]."""
         trace = float(self.trace)
-        return float(self.eigenvalues.sum()) / trace if trace > 0 else 1.0
+        held = float(self.core.diagonal(dim1=-2, dim2=-1).sum())
+        return held / trace if trace > 0 else 1.0
 
     @cached_property
     def _grams(self) -> Tensor:
@@ -154,52 +163,51 @@ class LowRankCurvature:
         return torch.stack([rows.mT @ rows for rows in members])
 
     def _inner(self, prior_variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Cholesky factor of I + C and the root of the eigenvalues, C = W'W."""
-        root = (weights @ self.eigenvalues).clamp_min(0.0).sqrt()
-        gram = torch.tensordot(prior_variance, self._grams, dims=1)
-        C = root[:, None] * gram * root
-        eye = torch.eye(len(C)).to(C)
-        return torch.linalg.cholesky(eye + C), root
+        """T = L'CL with LL' = U'SU, which has the eigenvalues of S^1/2 M S^1/2."""
+        L = torch.linalg.cholesky(torch.tensordot(prior_variance, self._grams, dims=1))
+        return L.mT @ torch.tensordot(weights, self.core, dims=1) @ L, L
 
     def logdet(self, prior_variance: Tensor, weights: Tensor) -> Tensor:
         r""":math:`\log\det(I + S^{1/2} M S^{1/2})`, O(r^3), differentiable."""
-        L, _ = self._inner(prior_variance, weights)
-        return 2 * L.diagonal().log().sum()
+        T, _ = self._inner(prior_variance, weights)
+        shifted = T + torch.eye(len(T)).to(T)
+        return 2 * torch.linalg.cholesky(shifted).diagonal().log().sum()
 
     def effective_dimension(self, prior_variance: Tensor, weights: Tensor) -> Tensor:
         """Number of directions that the data determine."""
-        L, _ = self._inner(prior_variance, weights)
-        eye = torch.eye(len(L)).to(L)
-        inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-        return len(L) - inverse.square().sum()
+        T, _ = self._inner(prior_variance, weights)
+        values = torch.linalg.eigvalsh(T).clamp_min(0.0)
+        return (values / (1 + values)).sum()
 
     def condition(self, prior_variance: Tensor, weights: Tensor) -> LowRankStrategy:
         """The posterior at a prior."""
-        L, root = self._inner(prior_variance, weights)
+        T, L = self._inner(prior_variance, weights)
+        values, vectors = torch.linalg.eigh(T)
         std = prior_variance.sqrt()[self.groups]
-        W = std[:, None] * self.vectors * root
-        return LowRankStrategy(torch.linalg.solve_triangular(L, W.mT, upper=False).mT)
+        # Orthonormal, since U'SU = LL'.
+        Q = torch.linalg.solve_triangular(
+            L, (std[:, None] * self.vectors).mT, upper=False
+        )
+        return LowRankStrategy(Q.mT @ vectors, values.clamp_min(0.0))
 
     def dense(self, weights: Tensor) -> Tensor:
         """The matrix M, ``p x p``, for tests and small networks."""
-        return self.vectors * (weights @ self.eigenvalues) @ self.vectors.mT
+        return self.vectors @ torch.tensordot(weights, self.core, 1) @ self.vectors.mT
 
 
 class LowRankStrategy:
-    r"""The posterior covariance :math:`H^{-1} = I - V V^\top` in the scaled weights.
+    r"""The posterior precision :math:`H = I + Q \, \mathrm{diag}(t) \, Q^\top`.
+
+    Works in the scaled weights, as all strategies.
 
     Args:
-        root: V, ``p x r``.
+        vectors: Orthonormal Q, ``p x r``.
+        eigenvalues: t, ``r``.
     """
 
-    def __init__(self, root: Tensor) -> None:
-        self.root = root
-
-    @cached_property
-    def _square_root(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal Q and d with H^-1/2 = I + Q diag(d) Q'."""
-        Q, singular, _ = torch.linalg.svd(self.root, full_matrices=False)
-        return Q, (1 - singular.square()).clamp_min(0.0).sqrt() - 1
+    def __init__(self, vectors: Tensor, eigenvalues: Tensor) -> None:
+        self.vectors, self.eigenvalues = vectors, eigenvalues
+        self.root = vectors * (eigenvalues / (1 + eigenvalues)).sqrt()  # H^-1 = I - VV'
 
     def project(self, features: TangentFeatures) -> Projection:
         """See test points through the data."""
@@ -230,9 +238,9 @@ class LowRankStrategy:
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Standard normals through the root of the covariance, ``s x p``."""
-        Q, d = self._square_root
+        Q, shrunk = self.vectors, (1 + self.eigenvalues).rsqrt() - 1
         normal = standard_normal((num_samples, len(Q)), generator, Q)
-        return normal + (normal @ Q) * d @ Q.mT
+        return normal + (normal @ Q) * shrunk @ Q.mT
 
     def inverse(self, columns: Tensor) -> Tensor:
         """Product of the posterior covariance with ``p x k``."""

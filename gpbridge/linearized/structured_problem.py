@@ -10,7 +10,8 @@ Out: the curvature, its prediction strategy. Next: ``problem``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
@@ -21,14 +22,15 @@ from gpbridge.data_features import PrecisionOperator
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import (
-    hessian_root,
-    is_gaussian,
-    residual,
-    sample_residual,
+from gpbridge.likelihoods import is_gaussian
+from gpbridge.linearized.data_curvature import (
+    CHUNK_BYTES,
+    curvature_roots,
+    factored_curvature,
+    numbers_at_work,
+    unit_roots,
 )
-from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
-from gpbridge.linearized.factored import Basis, FactoredCurvature, FactoredStrategy
+from gpbridge.linearized.factored import FactoredCurvature, FactoredStrategy
 from gpbridge.linearized.low_rank import (
     LowRankCurvature,
     LowRankStrategy,
@@ -36,17 +38,11 @@ from gpbridge.linearized.low_rank import (
     randomised_eigenpairs,
 )
 from gpbridge.linearized.sampling import solve_within
-from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
-from gpbridge.linearized.weight_blocks import (
-    BlockJacobian,
-    WeightBlock,
-    block_jacobian,
-    weight_blocks,
-)
+from gpbridge.linearized.structures import LowRank, Structure
+from gpbridge.linearized.weight_blocks import WeightBlock, weight_blocks
 
 Curvature = FactoredCurvature | LowRankCurvature
 
-_CHUNK_BYTES = 64 * 2**20  # derivatives of one chunk of points
 _CAPTURED = 0.9  # share of the trace below which a low rank warns
 _MEAN_ERROR = 1e-3  # of the posterior mean, in posterior standard deviations
 
@@ -107,10 +103,11 @@ class StructuredProblem:
         solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
         return solution.value[:, 0]
 
-    @property
+    @cached_property
     def derivatives_per_point(self) -> int:
-        """Numbers that stand for the derivatives of one point, in the worst case."""
-        return self.num_params * self.outputs.shape[1]
+        """Numbers that the derivatives of one point take at work."""
+        features = self._features(self.X[:2])
+        return numbers_at_work(features, self._blocks(features), self._sizes())
 
     # -- sums over the data -----------------------------------------------------------
 
@@ -132,17 +129,28 @@ class StructuredProblem:
     def _features(self, X: Tensor) -> TangentFeatures:
         return tangent_features(self.net, X, self.unit_std, "layers")
 
+    def _sizes(self) -> dict[str, torch.Size]:
+        return {name: self.net.params[name].shape for name in self.unit_std}
+
+    def _blocks(self, features: TangentFeatures) -> list[WeightBlock]:
+        members = [set(names) for names in self.groups]
+        return weight_blocks(features, self._sizes(), members)
+
     def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
         """Features at unit scale of chunks that fit into memory, with their roots."""
-        step = points_per_chunk(self.X, self.outputs.shape[1], self.num_params)
+        per_point = self.X.element_size() * self.derivatives_per_point
+        step = max(1, CHUNK_BYTES // per_point)
         for x, r in zip(self.X.split(step), root.split(step), strict=True):
             yield self._features(x), r
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
-        sizes = {name: self.net.params[name].shape for name in self.unit_std}
         channels = root.shape[-1] if self.has_channels else 1
         return factored_curvature(
-            lambda: self._chunks_of(root), sizes, self.groups, self.inference, channels
+            lambda: self._chunks_of(root),
+            self._sizes(),
+            self._blocks(self._features(self.X[:1])),
+            self.inference,
+            channels,
         )
 
     def _low_rank(self, root: Tensor) -> LowRankCurvature:
@@ -169,13 +177,13 @@ class StructuredProblem:
         else:
             rank, rounds = options.rank, options.num_iterations
             found = randomised_eigenpairs(product, p, rank, rounds, generator, like)
-        values = found.values[None]
+        core = found.values.diag()[None]
         if self.has_channels and root.shape[-1] > 1:
-            seen = data.matmul(scale[:, None] * found.vectors)  # n x m x r
-            values = seen.square().sum(0)
+            seen = data.matmul(scale[:, None] * found.vectors).movedim(1, 0)
+            core = seen.mT @ seen  # m x r x r
         one = torch.arange(len(self.groups), device=self.outputs.device)
         groups = self.expand(one.double()).long()
-        curvature = LowRankCurvature(found.vectors, values, found.trace, groups)
+        curvature = LowRankCurvature(found.vectors, core, found.trace, groups)
         if curvature.captured < _CAPTURED:
             warn_user(
                 f"LowRank(rank={options.rank}) captures {curvature.captured:.0%} of "
@@ -185,143 +193,8 @@ class StructuredProblem:
         return curvature
 
 
-def unit_roots(outputs: Tensor) -> Tensor:
-    """Roots at unit noise, one column for each output of ``n x m``: the identity."""
-    n, m = outputs.shape
-    return torch.eye(m).to(outputs).expand(n, m, m)
-
-
-def curvature_roots(
-    likelihood: Likelihood,
-    outputs: Tensor,
-    targets: Tensor,
-    options: Structure,
-    generator: torch.Generator,
-) -> Tensor:
-    """Roots R of the outputs' curvature, of the kind that the options name.
-
-    Args:
-        likelihood: The likelihood.
-        outputs: Of the network, ``n x m``.
-        targets: In the likelihood's form; the empirical curvature reads them.
-        options: ``curvature`` and ``num_samples``.
-        generator: Of the draws of the Monte Carlo curvature.
-
-    Returns:
-        ``n x m x r``, without a gradient.
-    """
-    if options.curvature == "empirical":
-        root = residual(likelihood, outputs, targets)[..., None]
-    elif options.curvature == "monte_carlo":
-        draws = [
-            sample_residual(likelihood, outputs, generator)
-            for _ in range(options.num_samples)
-        ]
-        root = torch.stack(draws, -1) / options.num_samples**0.5
-    else:
-        root = hessian_root(likelihood, outputs)
-    return root.detach()
-
-
-def points_per_chunk(X: Tensor, num_outputs: int, num_params: int) -> int:
-    """Points like X of which the derivatives fit into the workspace."""
-    step = max(1, _CHUNK_BYTES // (X.element_size() * num_outputs * num_params))
-    return max(step, 128)  # where signals stand for derivatives, many more fit
-
-
-def factored_curvature(
-    chunks: Callable[[], Iterable[tuple[TangentFeatures, Tensor]]],
-    sizes: Mapping[str, torch.Size],
-    groups: Sequence[Sequence[str]],
-    options: Structure,
-    channels: int = 1,
-) -> FactoredCurvature:
-    """Kronecker or diagonal curvature of data that come in chunks.
-
-    One pass over the data, and one eigendecomposition per layer; a second pass with
-    ``eigenvalue_correction``. All sums are linear in the data: how they are divided
-    does not matter.
-
-    Args:
-        chunks: Makes a pass: features at unit scale, with roots ``n x m x r``.
-        sizes: Shape of each random weight, in the order of the features.
-        groups: Names of the weights that share a prior variance.
-        options: :class:`~gpbridge.linearized.structures.Kronecker` or ``Diagonal``.
-        channels: r to keep the columns of the roots apart, 1 to add them up.
-
-    Returns:
-        The curvature, at unit prior scale.
-
-    Raises:
-        MemoryError: If the factors are beyond the budget; it names the layer.
-    """
-    members = [set(names) for names in groups]
-    blocks: list[WeightBlock] = []
-    totals: list = []
-    bases: list[Basis] = []
-    values: list[Tensor] = []
-
-    def jacobians() -> Iterator[tuple[Tensor, Iterator[BlockJacobian]]]:
-        for features, root in chunks():
-            if not blocks:
-                blocks.extend(weight_blocks(features, sizes, members))
-                check_structure_size(blocks, options, channels)
-            root = root.to(features.value)
-            own = (block_jacobian(features, block, sizes) for block in blocks)
-            yield features.value, (J.weighted(root) for J in own)
-
-    if isinstance(options, Kronecker):
-        for _, parts in jacobians():
-            sums = [kronecker_sums(J, channels, options.sharing) for J in parts]
-            pairs = zip(totals, sums, strict=True)
-            totals = [a.add(b) for a, b in pairs] if totals else sums
-        for sums in totals:
-            left = torch.linalg.eigh(sums.G.sum(0)).eigenvectors
-            right = torch.linalg.eigh(sums.A.sum(0)).eigenvectors
-            bases.append(Basis(left, right))
-            # In this basis; the eigenvalues themselves where there is one channel.
-            g = (left * (sums.G @ left)).sum(-2).clamp_min(0.0)  # c x o
-            a = (right * (sums.A @ right)).sum(-2).clamp_min(0.0)  # c or 1 x i
-            count = sums.count.clamp_min(torch.finfo(g.dtype).tiny)
-            values.append(g[..., :, None] * a[..., None, :] / count[:, None, None])
-    if not isinstance(options, Kronecker) or options.eigenvalue_correction:
-        values = []
-        for like, parts in jacobians():
-            bases = bases or [Basis(None, None)] * len(blocks)
-            squares = []
-            for J, basis in zip(parts, bases, strict=True):
-                left, right = (None if q is None else q.to(like) for q in basis)
-                squares.append(squares_in_basis(J.rotated(left, right), channels))
-            pairs = zip(values, squares, strict=True)
-            values = [a + b for a, b in pairs] if values else squares
-    bound = isinstance(options, Diagonal) and options.curvature == "ggn"
-    return FactoredCurvature(sizes, blocks, bases, values, bound)
-
-
 def has_shared_noise(likelihood: Likelihood) -> bool:
     """Whether one noise covariance serves every point."""
     return isinstance(likelihood, GaussianLikelihood) or hasattr(
         likelihood, "num_tasks"
-    )
-
-
-def check_structure_size(
-    blocks: list[WeightBlock], options: Structure, channels: int
-) -> None:
-    """Refuse factors beyond the budget, and name the layer that asks for most."""
-    if not isinstance(options, Kronecker):
-        sizes = [8.0 * channels * block.o * block.i for block in blocks]
-    else:
-        sizes = [
-            8.0 * (3 * (1 + channels) * (b.o**2 + b.i**2) + channels * b.o * b.i)
-            for b in blocks
-        ]
-    largest = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
-    check_memory(
-        f"{type(options).__name__}, most of it for {largest.label} "
-        f"({largest.o} x {largest.i}),",
-        sum(sizes),
-        options.memory_budget,
-        "Leave that layer out (parameters=...), choose Diagonal() or LowRank(...), "
-        "which take any layer, or a larger memory_budget.",
     )

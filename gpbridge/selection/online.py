@@ -34,9 +34,9 @@ from gpbridge.selection.online_training import (
     NonFiniteError,
     OnlineStep,
     OnlineTraining,
-    OptimizerFactory,
 )
 from gpbridge.selection.training_batches import Data, TrainingBatches
+from gpbridge.selection.weight_optimizer import OptimizerFactory
 from gpbridge.storage import load_state, save_state
 from gpbridge.types import Evidence
 

@@ -29,22 +29,21 @@ from torch import Tensor
 from gpbridge.checks import check_memory
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
-from gpbridge.layer_features import LayerFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import is_gaussian, log_prob, noise_variances
-from gpbridge.linearized.factored import FactoredCurvature
-from gpbridge.linearized.inference import Exact
-from gpbridge.linearized.structured_problem import (
+from gpbridge.linearized.data_curvature import (
+    CHUNK_BYTES,
     curvature_roots,
     factored_curvature,
-    points_per_chunk,
+    numbers_at_work,
     unit_roots,
 )
+from gpbridge.linearized.factored import FactoredCurvature
+from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.structures import Diagonal, Kronecker
+from gpbridge.linearized.weight_blocks import weight_blocks
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.types import Evidence
-
-_WORKSPACE = 16 * 2**20  # bytes of inputs and signals of a chunk
 
 OnlineStructure = Kronecker | Diagonal | Exact
 
@@ -153,16 +152,19 @@ def measure_evidence(
     options = Kronecker() if isinstance(structure, Exact) else structure
     misfit = like.new_zeros(net.num_outputs if gaussian else ())
 
+    few = batches.first[:2].flatten(1).to(net.dtype)
+    first = tangent_features(net, few, unit_std, "layers")
+    blocks = weight_blocks(first, sizes, [set(names) for names in groups])
+    per_point = few.element_size() * numbers_at_work(first, blocks, sizes)
+    step = max(1, CHUNK_BYTES // per_point)
+
     def chunks() -> Iterator[tuple[TangentFeatures, Tensor]]:
         generator = torch.Generator(like.device).manual_seed(seed)
         misfit.zero_()
         for X, Y in batches.every():
             X = X.flatten(1).to(net.dtype)
-            step, start = points_per_chunk(X, net.num_outputs, net.num_params), 0
-            while start < len(X):
-                x, y = X[start : start + step], Y[start : start + step]
+            for x, y in zip(X.split(step), Y.split(step), strict=True):
                 features = tangent_features(net, x, unit_std, "layers")
-                start, step = start + len(x), max(step, _fitting(features))
                 outputs = features.value
                 if gaussian:
                     misfit.add_((y - outputs).double().square().sum(0))
@@ -180,7 +182,7 @@ def measure_evidence(
         ]
         curvature = FullCurvature(_scatter(chunks, like, channels), torch.cat(spread))
     else:
-        curvature = factored_curvature(chunks, sizes, groups, structure, channels)
+        curvature = factored_curvature(chunks, sizes, blocks, structure, channels)
     squares = torch.stack(
         [
             torch.stack([net.params[n].double().square().sum() for n in names]).sum()
@@ -188,18 +190,6 @@ def measure_evidence(
         ]
     )
     return OnlineEvidence(curvature, squares, misfit, batches.num_rows)
-
-
-def _fitting(features: TangentFeatures) -> int:
-    """Points that fit the workspace where every derivative is one outer product."""
-    layers = features.layers.values() if isinstance(features, LayerFeatures) else ()
-    if not layers or any(layer.inputs.shape[-2] > 1 for layer in layers):
-        return 1
-    numbers = features.matrix.numel() + sum(
-        layer.inputs.numel() + layer.signal.numel() for layer in layers
-    )
-    per_point = numbers * features.value.element_size() / len(features.value)
-    return int(_WORKSPACE // per_point)
 
 
 def _scatter(chunks, like: Tensor, channels: int) -> Tensor:

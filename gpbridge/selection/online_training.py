@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
-from gpbridge.batch_norm import NORMS
-from gpbridge.checks import check_positive, warn_user
+from gpbridge.checks import warn_user
 from gpbridge.dnn.replica_input import drawn_seed
 from gpbridge.dnn.run_key import checksum, described, difference, structure
 from gpbridge.dnn.training import isolated_randomness
@@ -43,10 +41,10 @@ from gpbridge.selection.online_evidence import (
     measure_evidence,
     noise_of,
 )
+from gpbridge.selection.scale_free import scale_free_groups
 from gpbridge.selection.training_batches import TrainingBatches
+from gpbridge.selection.weight_optimizer import OptimizerFactory, weight_optimizer
 from gpbridge.types import Evidence
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 _LOG_BOUND = 25.0  # of a log prior variance: beyond it a group is pruned, or free
 
@@ -113,8 +111,7 @@ class OnlineTraining:
         own = dict(self.network.named_parameters())
         self._weights = [[own[name] for name in names] for names in self.groups]
         flat = [p for weights in self._weights for p in weights]
-        self.optimizer = (optimizer or _adam(learning_rate))(flat)
-        self._check_optimizer(flat)
+        self.optimizer = weight_optimizer(optimizer, flat, learning_rate)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
         like = torch.zeros(1, self.net.num_outputs, dtype=torch.float64)
@@ -375,63 +372,3 @@ class OnlineTraining:
         own = self._hyperparameters()
         for value, kept in zip(own, state["hyperparameters"], strict=True):
             value.copy_(kept)
-
-    def _check_optimizer(self, flat: list[nn.Parameter]) -> None:
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "optimizer must be a function of a list of parameters that returns a "
-                "torch.optim.Optimizer, such as lambda params: torch.optim.SGD(params, "
-                f"lr=0.1), but returned {type(self.optimizer).__name__}."
-            )
-        groups = self.optimizer.param_groups
-        moved = {id(p) for group in groups for p in group["params"]}
-        if moved != {id(p) for p in flat}:
-            raise ValueError(
-                f"The optimizer moves {len(moved)} tensors, but the network has "
-                f"{len(flat)} to train. Pass it all of the parameters that it is given."
-            )
-        decay = max(group.get("weight_decay", 0.0) for group in groups)
-        if decay:
-            raise ValueError(
-                f"The optimizer has weight_decay={decay}, which would be a second "
-                "prior beside the one that is learnt. Leave it at 0."
-            )
-        check_positive(learning_rate=min(group["lr"] for group in groups))
-
-
-def scale_free_groups(
-    network: nn.Module, X: Tensor, groups: list[list[str]]
-) -> Iterator[list[str]]:
-    """Groups of weights of which a common factor leaves the network as it is.
-
-    Args:
-        network: The network; it is not touched.
-        X: Some inputs, in its shape.
-        groups: Names of weights.
-
-    Yields:
-        Names of one group.
-    """
-    own = copy_without_hooks(network)
-    for module in own.modules():
-        if isinstance(module, NORMS) and len(X) > 1:
-            module.train()  # it normalises by the batch
-    params = {name: p.detach() for name, p in own.named_parameters()}
-    with torch.no_grad():
-        before = own(X)
-        for names in groups:
-            if not any(bool(params[name].any()) for name in names):
-                continue
-            moved = {name: 2 * params[name] for name in names}
-            after = functional_call(own, moved, (X,))
-            if (after - before).abs().max() <= 1e-3 * before.abs().max():
-                yield names
-
-
-def _adam(learning_rate: float) -> OptimizerFactory:
-    def build(weights: list[nn.Parameter]) -> torch.optim.Adam:
-        # One fused kernel per step.
-        fused = all(p.device.type in ("cpu", "cuda") for p in weights)
-        return torch.optim.Adam(weights, lr=learning_rate, fused=fused)
-
-    return build
