@@ -28,7 +28,7 @@ matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_space models representers
 sampled: observations covariance persistence state gp paths
-linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence posterior calibration state persistence gp paths
+linearized: curvature kronecker low_rank sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem problem mode evidence variational posterior calibration state persistence gp paths
 dnn: divergence run_key objective training initial_weights fit_input fit replica_fit replica_input stacked_loss stacked_training replicas ensemble_fit priors log_posterior schedules trackers snapshots swag multi_swag point_likelihood scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_methods subspace_inference subspace_tuning dropout sgmcmc cyclical chains local_reparameterization variational variational_fit planes deep_gp autoencoder elbo_training inducing_posterior vae gp_vae gp_vae_fit
 selection: mll diagnostics evidence weight_decay elbo multi_start deep_kernel em subset_start evidence_ascent iterative_mll online invariance hypergradient training_speed compare
 plots: style bands traces calibration landscape
