@@ -624,7 +624,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
     def refine(
         self,
         *,
-        max_steps: int = 10,
+        max_steps: int = 6,
         tolerance: float = 1e-3,
         num_pairs: int = 40,
         seed: int = 0,

@@ -116,7 +116,7 @@ def refine(
     prior_variance: Tensor,
     start: Refinement | None = None,
     *,
-    max_steps: int = 20,
+    max_steps: int = 6,
     tolerance: float = 1e-3,
     num_pairs: int = 40,
     seed: int = 0,
