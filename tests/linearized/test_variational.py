@@ -11,6 +11,7 @@ from gpytorch.likelihoods import SoftmaxLikelihood
 from torch import nn
 
 from gpbridge import Exact, LinearizedGP, metrics
+from gpbridge.dnn import fit_map
 from gpbridge.linearized import Refinement, Sampled
 from gpbridge.linearized.predictive import probabilities
 from gpbridge.randomness import row_normals
@@ -63,7 +64,7 @@ def confident(n=40, scale=6.0, **options):
 
 
 @functools.cache
-def by_the_paper(name, steps, num_pairs=40, seed=0):
+def by_the_paper(name, rhos, num_pairs=40, seed=0):
     problem, X = PROBLEMS[name], inputs()
     net, m = network(problem.m), problem.m
     train = oracles_linearized.tangent(net, X)
@@ -78,14 +79,17 @@ def by_the_paper(name, steps, num_pairs=40, seed=0):
         problem.log_density,
         targets(name, X),
         row_normals(N, num_pairs * m, seed).reshape(N, num_pairs, m),
-        steps,
+        rhos,
     )
 
 
 @both_spaces
 @label_likelihoods
-def test_steps_are_those_of_the_paper(name, space):
-    w, Sigma, bounds, _ = by_the_paper(name, 2)
+def test_steps_are_those_of_the_paper_and_halved_where_the_bound_falls(name, space):
+    w, Sigma, bounds, _ = by_the_paper(name, (0.8, 0.8))
+    assert (bounds[2] < bounds[1]) == (name == "softmax")
+    if name == "softmax":
+        w, Sigma, bounds, _ = by_the_paper(name, (0.8, 0.4))
     model = build(name, space)
     assert model.problem.space == space
     found = model.refine(max_steps=2, tolerance=1e-9, **QUIET)
@@ -130,7 +134,7 @@ def test_bounds_rise_and_the_first_step_already_agrees_with_the_labels():
 @label_likelihoods
 def test_where_it_stops_the_expected_gradient_vanishes(name):
     # sum J' E[y - p] = S^-1 w, up to the noise of the draws that judge the curvature.
-    start = by_the_paper(name, 0)[-1].norm()
+    start = by_the_paper(name, ())[-1].norm()
     model = build(name)
     found = model.refine(max_steps=40, tolerance=1e-9, **QUIET)
     train = oracles_linearized.tangent(network(PROBLEMS[name].m), inputs())
@@ -315,6 +319,33 @@ def test_a_prior_too_narrow_for_the_labels_is_given_up_or_agrees(precision):
     torch.testing.assert_close(
         model.predict(X).probs, model.predict(X, link="plugin").probs, **SAME
     )
+
+
+@pytest.mark.slow
+def test_on_digits_the_posterior_comes_to_agree_with_its_labels():
+    # Weight decay 5e-4 of the mean loss, and the prior that it stands for.
+    X, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    X, y = torch.tensor(X[:600]).float() / 16, torch.tensor(y[:600])
+    net = nn.Sequential(nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10))
+    generator = torch.Generator().manual_seed(0)
+    fit = fit_map(
+        net,
+        X,
+        y,
+        epochs=150,
+        weight_decay=5e-4,
+        early_stopping=False,
+        learning_rate=1e-2,
+        generator=generator,
+        progress=False,
+    )
+    model = LinearizedGP(fit.network, X, y)
+    model.prior_variance = 1 / (len(X) * 5e-4)
+    laplace = model.train_gap
+    found = model.refine(**QUIET)
+    assert laplace.posterior > 0.5 and laplace.network < 0.1
+    assert model.train_gap.posterior < 0.1
+    assert found.losses[1] < found.losses[0]
 
 
 @both_spaces
