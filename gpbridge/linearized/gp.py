@@ -110,7 +110,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
     Which mean: the linear model's posterior mean for Gaussian noise, the network's
     output for classification; measured to be the safe choices. Probabilities are the
-    network's own softmax until held-out data calibrate the posterior.
+    network's own softmax until ``calibrate`` or ``refine`` adopts an average.
 
     Costs min(p, n m)^3 / 3 once and t m min(p, n m)^2 per call on t points; beyond the
     memory budget conjugate gradients take over and hold neither matrix.
