@@ -6,6 +6,7 @@ from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.paths import TangentPath
 from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank
+from gpbridge.linearized.variational import Refinement
 
 __all__ = [
     "Calibration",
@@ -14,6 +15,7 @@ __all__ = [
     "Kronecker",
     "LinearizedGP",
     "LowRank",
+    "Refinement",
     "Sampled",
     "TangentMean",
     "TangentPath",

@@ -45,6 +45,7 @@ from gpbridge.linearized.calibration import (
     find_calibration,
     link_and_temperature,
     still_valid,
+    temper_refinement,
     training_gap,
     warn_about_gap,
 )
@@ -75,6 +76,12 @@ from gpbridge.linearized.training_run import (
     data_after_training,
     defaults_after_training,
 )
+from gpbridge.linearized.variational import (
+    Refinement,
+    check_refinable,
+    refine,
+    warn_about_refinement,
+)
 from gpbridge.outcomes import (
     latent_distribution,
     target_distribution,
@@ -103,7 +110,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
     Which mean: the linear model's posterior mean for Gaussian noise, the network's
     output for classification; measured to be the safe choices. Probabilities are the
-    network's own softmax until held-out data calibrate the posterior.
+    network's own softmax until ``calibrate`` or ``refine`` adopts an average.
 
     Costs min(p, n m)^3 / 3 once and t m min(p, n m)^2 per call on t points; beyond the
     memory budget conjugate gradients take over and hold neither matrix.
@@ -230,6 +237,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             warn_if_logits(likelihood, outputs.to(Z), targets)
         self.fitted: str | None = None
         self.calibration: Calibration | None = None
+        self.refinement: Refinement | None = None
         self.output_indices: list[int] | None = None
         self._new: NewData | None = None
         self._forget()
@@ -417,6 +425,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 "Conditioning a classifier takes one data set, ``n' x d``, but X has "
                 f"shape {tuple(X.shape)}."
             )
+        if self._refined() is not None:
+            raise NotImplementedError(
+                "A refined classifier is not conditioned further. Condition first and "
+                "call refine() after, or set model.refinement = None."
+            )
         Y = check_targets(
             self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
         )
@@ -506,9 +519,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         Args:
             X: Inputs ``... x n x d``.
             link: For classification, how latent uncertainty becomes probabilities:
-                ``"plugin"`` (the network's own, the default until calibrated),
-                ``"pairwise"`` (the default after), ``"probit_centred"``, ``"probit"``,
-                ``"laplace_bridge"``, ``"monte_carlo"``.
+                ``"plugin"`` (the network's own, the default until calibrated or
+                refined), ``"pairwise"`` (the default after), ``"probit_centred"``,
+                ``"probit"``, ``"laplace_bridge"``, ``"monte_carlo"``.
 
         Returns:
             Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
@@ -539,10 +552,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 "subset, or posterior(X) for latent values."
             )
         bounds = self.covar_module.raw_prior_variance_constraint
+        refined = self._refined() is not None  # first: it may drop the calibration
         calibration = still_valid(self.calibration, self.prior_variance, bounds)
         if calibration is None and link not in (None, "plugin"):
             warn_about_gap(link, self.train_gap)
-        link, temperature = link_and_temperature(link, calibration)
+        link, temperature = link_and_temperature(link, calibration, refined)
         if link == "plugin" and self.mean == "network":
             mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
@@ -561,6 +575,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         NLL, adopted if better than the network's own probabilities by one standard
         error. Afterwards ``predict`` uses the pairwise link; else the model is
         unchanged, an earlier calibration included, and a warning gives the numbers.
+        After ``refine`` the temperature of the refined prediction alone is chosen; if
+        that is not better, the refinement is dropped.
 
         Args:
             X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
@@ -585,12 +601,86 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        found = find_calibration(self.problem, Z, labels, self.prior_variance.detach())
+        problem = self.problem  # first: it may drop the refinement
+        if self._refined() is not None:
+            return self._temper(Z, X_val, labels)
+        found = find_calibration(problem, Z, labels, self.prior_variance.detach())
         if found is not None:
             self.calibration, self.fitted = found, "calibrate"
             if found.prior_variance > 0:
                 bounds = self.covar_module.raw_prior_variance_constraint
                 self.prior_variance = calibrated_variance(found, bounds)
+        return found
+
+    def _temper(self, Z: Tensor, X: Tensor, labels: Tensor) -> Calibration | None:
+        found = temper_refinement(
+            self.problem, Z, labels, *self.marginals(X), self.prior_variance.detach()
+        )
+        if found is None:
+            self.refinement = None
+        self.calibration = found
+        return found
+
+    @ordinary_tensors()
+    def refine(
+        self,
+        *,
+        max_steps: int = 6,
+        tolerance: float = 1e-3,
+        num_pairs: int = 40,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Refinement | None:
+        r"""Refine a classifier's posterior by the variational bound; no held-out data.
+
+        Laplace's posterior of a confident network contradicts the labels it was
+        conditioned on. This one has the expected gradient and curvature of its own
+        logits: mean and covariance both change, ``posterior``, ``predict`` (link
+        ``"pairwise"``) and ``draw`` use them together, and a further call goes on from
+        there. Changing a prior variance drops it, with a warning.
+
+        It repairs strongly overconfident networks and makes calibrated ones somewhat
+        underconfident: a risk that ``calibrate`` on held-out data removes, before or
+        after. Use the prior variance of the training, ``1 / (n weight_decay)``, or 1: a
+        small one cannot reach the labels, and is given up.
+
+        Each step costs one pass over the data and one factorisation of the smaller
+        matrix. See :func:`gpbridge.linearized.variational.refine` for the formulas.
+
+        Args:
+            max_steps: Steps at most.
+            tolerance: Stop once a step raises the bound by less, in nats per point.
+            num_pairs: Antithetic pairs of draws that average over the logits.
+            seed: Of these draws, below 2^31.
+            progress: Whether to show a bar.
+
+        Returns:
+            The refinement with its bounds and losses, also as ``refinement``; None if
+            it was given up, which leaves the model as it is and warns.
+
+        Raises:
+            TypeError: If the model is a regression.
+            ValueError: If the mean is not the network's output.
+            NotImplementedError: If ``inference`` is not dense and exact.
+            MemoryError: If the factor needs more than the memory budget.
+        """
+        check_refinable(self.likelihood, self.mean, self.inference)
+        problem, kept = self.problem, self.refinement
+        if kept is not None and not kept.fits(self.prior_variance, self.mean):
+            self.refinement = self.calibration = kept = None
+        found = refine(
+            problem,
+            self.prior_variance.detach(),
+            kept,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            num_pairs=num_pairs,
+            seed=seed,
+            progress=progress,
+        )
+        warn_about_refinement(found)
+        if found is not None:
+            self.refinement, self.calibration = found, None
         return found
 
     @property

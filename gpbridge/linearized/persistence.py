@@ -20,6 +20,7 @@ from gpbridge.linearized.conditioning import NewData
 from gpbridge.linearized.construction import working_dtype
 from gpbridge.linearized.state import CACHES, MOVED, SAVED
 from gpbridge.linearized.training_run import restricted, row_numbers
+from gpbridge.linearized.variational import Refinement
 
 
 class Persistence:
@@ -92,6 +93,15 @@ class Persistence:
             self._new = new._replace(X=new.X.to(like), Y=new.Y.to(like))
         elif f"{prefix}_train_X" in state_dict:  # of a model without further data
             self._new = None
+        names = [f"{prefix}refinement.{field}" for field in Refinement._fields]
+        unexpected_keys[:] = [k for k in unexpected_keys if k not in names]
+        if all(name in state_dict for name in names):
+            device = self._train_X.device
+            self.refinement = Refinement(
+                *(state_dict[name].detach().clone().to(device) for name in names)
+            )
+        elif f"{prefix}_train_X" in state_dict:
+            self.refinement = None
         self._forget()
 
     def get_extra_state(self) -> Tensor:
@@ -169,7 +179,7 @@ class Persistence:
         twin = copy.deepcopy(self)
         for name in ("_train_X", "_targets"):
             setattr(twin, name, getattr(self, name)[rows])
-        twin.select = twin.fitted = twin.calibration = None
+        twin.select = twin.fitted = twin.calibration = twin.refinement = None
         if self.fit_result is not None:
             twin.fit_result = restricted(self.fit_result, rows, len(self._train_X))
         return twin

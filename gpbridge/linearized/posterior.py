@@ -25,6 +25,7 @@ from gpbridge.linearized.inference import Sampled
 from gpbridge.linearized.mode import find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.linearized.structures import Structure
+from gpbridge.linearized.variational import Refinement, refined_strategy
 from gpbridge.prediction import Projection
 from gpbridge.randomness import standard_normal
 
@@ -40,15 +41,26 @@ class TangentPosterior:
         problem: The linear model and its data.
         prior_variance: One variance per group.
         mean: ``"linear_model"`` or ``"network"``.
+        refinement: Mean and covariance around the network's output, found by the
+            variational bound; they replace both.
     """
 
     def __init__(
-        self, problem: TangentProblem, prior_variance: Tensor, mean: str
+        self,
+        problem: TangentProblem,
+        prior_variance: Tensor,
+        mean: str,
+        refinement: Refinement | None = None,
     ) -> None:
         self.problem = problem
         self.adds_network = problem.offset or mean == "network"
         with torch.no_grad():
             self.std = problem.feature_std(prior_variance)
+            if refinement is not None:
+                self.strategy = refined_strategy(problem, prior_variance, refinement)
+                self.weights = refinement.shift.double()
+                self.refinement = refinement  # kept alive: caches go by its identity
+                return
             self.strategy = problem.strategy(prior_variance)
             self.weights = self._mean_weights(prior_variance.double(), mean)
 

@@ -18,6 +18,7 @@ from gpbridge.checks import (
     check_same_device,
     check_same_dtype,
     check_tensor,
+    warn_user,
 )
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.tangent import NeuralTangentKernel
@@ -34,6 +35,7 @@ from gpbridge.linearized.noise import (
 )
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.variational import Refinement
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import FitResult
 
@@ -44,7 +46,7 @@ BUILT_WITH = (
 )
 FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
 SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
-MOVED = ("_new",)  # and saved, as tensors
+MOVED = ("_new", "refinement")  # and saved, as tensors
 CACHES = ("_problem", "_built_from", "_posterior", "_update", "_mode", "_gap")
 
 
@@ -81,6 +83,7 @@ class TangentState:
 
     # MOVED: tensors outside of torch's own lists.
     _new: NewData | None  # conditioned on since
+    refinement: Refinement | None  # by refine, at one prior variance
 
     # CACHES: computed anew where they are missing or out of date.
     _problem: TangentProblem | None
@@ -164,6 +167,8 @@ class TangentState:
         """Sizes, and whether hyperparameters were fitted."""
         n, net = len(self._train_X), self.functional
         how = "not fitted" if self.fitted is None else f"fitted by {self.fitted}"
+        if self.refinement is not None:
+            how += f", refined in {len(self.refinement.bounds) - 1} steps"
         return (
             f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, random "
             f"weights={net.num_params}, {type(self.likelihood).__name__}, "
@@ -234,6 +239,7 @@ class TangentState:
         """
         ingredients = self._ingredients()
         if self._problem is not None and self._built_from != ingredients:
+            self._drop_refinement("the network, the likelihood or an option")
             self._forget()
         if self._problem is None:
             with torch.no_grad():
@@ -256,7 +262,26 @@ class TangentState:
         noise = [p.detach().flatten().tolist() for p in self.likelihood.parameters()]
         if isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
             noise.append(self.likelihood.noise_covar.noise.flatten().tolist())
-        return (self.prior_variance.detach().tolist(), noise, self.mean)
+        refined = self._refined()
+        refined = None if refined is None else id(refined)  # alive in the posterior
+        return (self.prior_variance.detach().tolist(), noise, self.mean, refined)
+
+    def _refined(self) -> Refinement | None:
+        """The refinement, unless what it was found for was changed since."""
+        found = self.refinement
+        if found is not None and not found.fits(self.prior_variance, self.mean):
+            self._drop_refinement("the prior variance or the mean")
+        return self.refinement
+
+    def _drop_refinement(self, changed: str) -> None:
+        if self.refinement is not None:
+            # The temperature was that of the refined prediction.
+            self.refinement = self.calibration = None
+            warn_user(
+                f"The refinement is dropped, since {changed} was changed: the "
+                "posterior is Laplace's again and probabilities are the network's own. "
+                "Call refine() again."
+            )
 
     @ordinary_tensors()
     def _conditioned(self) -> TangentPosterior:
@@ -267,7 +292,9 @@ class TangentState:
         """
         problem, key = self.problem, self._key()  # in this order: it may forget
         if self._posterior is None or self._posterior[0] != key:
-            made = TangentPosterior(problem, self.prior_variance.detach(), self.mean)
+            made = TangentPosterior(
+                problem, self.prior_variance.detach(), self.mean, self.refinement
+            )
             self._posterior, self._update = (key, made), None
         return self._posterior[1]
 
