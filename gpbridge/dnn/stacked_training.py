@@ -37,7 +37,7 @@ from gpbridge.dnn.replica_input import (
     stacked_data,
     stacked_state,
 )
-from gpbridge.dnn.run_key import checksum, described, difference, structure
+from gpbridge.dnn.run_key import check_same_run, checksum, described, structure
 from gpbridge.dnn.stacked_loss import Loss, stack_loss
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.functional import FunctionalNet
@@ -199,14 +199,10 @@ class StackedTraining:
 
         Raises:
             ValueError: If the state is of another run.
-        """
-        for name, now in self._key().items():
-            before = state["run"].get(name)
-            if before != now:
-                raise ValueError(
-                    f"The state is of another run: {difference(name, before, now)}. "
-                    "Pass the same arguments, or start anew."
-                )
+        """  # noqa: DOC502
+        check_same_run(
+            state["run"], self._key(), "Pass the same arguments, or start anew."
+        )
         for name, value in state["state"].items():
             self.state[name].copy_(value)
             self._good[name].copy_(value)
