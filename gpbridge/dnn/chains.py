@@ -68,7 +68,7 @@ class SGMCMC(ChainState):
             Set its noise; it is not sampled.
         sampler: Builds the optimizer from (parameters, lr=, num_data=, temperature=,
             generator=): :class:`~gpbridge.dnn.SGHMC`, :class:`~gpbridge.dnn.SGLD`, or
-            one of them with options, ``functools.partial(SGHMC, alpha=0.05)``.
+            one of them with options, ``functools.partial(SGHMC, friction=0.05)``.
         learning_rate: The first rate of a cycle, on the loss per datum; it must be
             below about one over the largest curvature, which for Gaussian noise grows
             as one over its variance. None is 0.01, for Gaussian noise of a variance
@@ -312,7 +312,7 @@ def _build(
         raise TypeError(
             "sampler must build an optimizer from (parameters, lr=, num_data=, "
             f"temperature=, generator=), but {sampler!r} does not ({error}). Pass "
-            "SGHMC, SGLD, or functools.partial(SGHMC, alpha=0.05)."
+            "SGHMC, SGLD, or functools.partial(SGHMC, friction=0.05)."
         ) from error
 
 
