@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from gpbridge.checks import check_count, warn_user
 from gpbridge.dnn.replica_fit import ReplicaFit
+from gpbridge.dnn.replica_options import Decay, ReplicaOptions
 from gpbridge.dnn.stacked_loss import Loss
-from gpbridge.dnn.stacked_training import Decay, StackedTraining
+from gpbridge.dnn.stacked_training import StackedTraining
 from gpbridge.storage import load_state, save_state
 from gpbridge.types import Params
 
@@ -132,12 +133,9 @@ def train_replicas(
         X,
         Y,
         loss,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        schedule=schedule,
+        ReplicaOptions(
+            batch_size, optimizer, learning_rate, momentum, weight_decay, schedule
+        ),
         rows=rows,
         validation=validation,
         keep_best=keep_best,

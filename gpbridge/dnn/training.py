@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import warn_user
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import Objective, evaluate
+from gpbridge.dnn.schedules import cyclical_factor
 
 _USUAL_RATE = 5e-3
 
@@ -68,9 +69,7 @@ def descend(
         for epoch in bar:
             group["weight_decay"] = decay = decay_at(epoch)
             if cosine:
-                group["lr"] = (
-                    learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-                )
+                group["lr"] = learning_rate * cyclical_factor(epochs)(epoch)
             before = [t.detach().clone() for t in _state(network)]
             order = torch.randperm(n, generator=generator, device=generator.device)
             batches = split_rows(order.to(fit.X.device), batch_size, network)
@@ -152,9 +151,7 @@ def split_rows(
         ValueError: If then there is no batch left.
     """
     batches = order.split(batch_size)
-    if len(batches[-1]) > 1 or not any(
-        isinstance(module, NORMS) for module in network.modules()
-    ):
+    if len(batches[-1]) > 1 or not norm_layers(network):
         return batches
     if min(len(order), batch_size) == 1:
         raise ValueError(
