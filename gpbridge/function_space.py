@@ -132,11 +132,7 @@ class FunctionSpace(nn.Module):
                 posterior, num_samples, generator, batches
             )
             return
-        self.draws = freeze(posterior, num_samples, generator)
-        if batches is not None:
-            refresh_batch_norm(self.draws, batches)
-        elif is_stale(self.draws):
-            _warn_stale()
+        self.draws = refreshed(freeze(posterior, num_samples, generator), batches)
         _check_spread(self.draws)
 
     def extra_repr(self) -> str:
@@ -272,13 +268,32 @@ def _check_spread(draws: object) -> None:
         )
 
 
-def _warn_stale() -> None:
-    warn_user(
-        "The network has batch normalisation, and the draws have the statistics of "
-        "other weights than their own. Pass batches=[X], the training inputs, or "
-        "call gpbridge.batch_norm.refresh_batch_norm on the draws and pass these.",
-        ReliabilityWarning,
-    )
+def refreshed(
+    draws: FunctionDraws, batches: Iterable[Tensor | Sequence[Tensor]] | None
+) -> FunctionDraws:
+    """Draws with batch-norm statistics of their own, or a warning that they lack them.
+
+    Args:
+        draws: Changed in place.
+        batches: Training inputs, or None.
+
+    Returns:
+        The draws.
+
+    Warns:
+        ReliabilityWarning: If there are no batches, and the statistics are those of
+            other weights.
+    """
+    if batches is not None:
+        refresh_batch_norm(draws, batches)
+    elif is_stale(draws):
+        warn_user(
+            "The network has batch normalisation, and the draws have the statistics of "
+            "other weights than their own. Pass batches=[X], the training inputs, or "
+            "call gpbridge.batch_norm.refresh_batch_norm on the draws and pass these.",
+            ReliabilityWarning,
+        )
+    return draws
 
 
 def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
@@ -347,14 +362,10 @@ def _tangent(
         )
     net: FunctionalNet = copy.deepcopy(posterior.net)
     mean = posterior.mean
-    at_mean = WeightDraws(net, mean[None])
-    if batches is not None:
-        refresh_batch_norm(at_mean, batches)
-        own = dict(net.network.named_buffers())
-        for name, value in at_mean.statistics.items():
-            own[name].copy_(value[0])
-    elif is_stale(at_mean):
-        _warn_stale()
+    at_mean = refreshed(WeightDraws(net, mean[None]), batches)
+    own = dict(net.network.named_buffers())
+    for name, value in at_mean.statistics.items():
+        own[name].copy_(value[0])
     with torch.no_grad():
         for name, value in net.unflatten(mean).items():
             net.params[name].copy_(value)
