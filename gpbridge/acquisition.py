@@ -24,7 +24,8 @@ from torch import Generator, Size, Tensor
 
 from gpbridge.batch_norm import inputs_of
 from gpbridge.checks import check_count
-from gpbridge.function_space import draw_moments, evaluate, freeze, refreshed
+from gpbridge.function_draws import evaluate, freeze, refreshed
+from gpbridge.function_space import draw_moments
 from gpbridge.outcomes import latent_distribution
 from gpbridge.types import WeightPosterior
 
