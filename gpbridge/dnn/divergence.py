@@ -14,8 +14,9 @@ class DivergedError(RuntimeError):
 
     Of ``fit_map`` it is the network, of ``fit_ensemble`` an ``EnsembleFit``, of
     ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`, of ``fit_vae`` and
-    ``fit_gp_vae`` what they return; of ``fit_mean_field``, ``fit_variational``,
-    ``fit_curve`` and of chains the object itself.
+    ``fit_gp_vae`` what they return, of ``fit_iterative`` its record; of
+    ``fit_mean_field``, ``fit_variational``, ``fit_curve`` and of chains the object
+    itself.
     """
 
     def __init__(self, message: str, last_good: Any) -> None:
