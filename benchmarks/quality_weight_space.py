@@ -12,7 +12,8 @@ network of the same size with one output and squared loss, and learns its noise 
 evidence on all of the training part. Scores are of the test parts, in the units of the
 data; log likelihoods are of the mixture in nats per point. Published rows are quoted,
 not run.
-Run with ``python benchmarks/quality_weight_space.py --data PATH [--sets boston ...]``.
+Run with ``python benchmarks/quality_weight_space.py --data PATH [--sets boston ...]
+[--splits 5]``.
 """
 
 from __future__ import annotations
@@ -499,6 +500,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("GPBRIDGE_DATA"))
     parser.add_argument("--sets", nargs="+", choices=tuple(SETTINGS), default=SETTINGS)
+    parser.add_argument("--splits", type=int, help="only the first of the splits")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two splits")
     arguments = parser.parse_args()
     timing.one_thread()
@@ -512,6 +514,8 @@ def main() -> None:
         setting = SETTINGS[name]
         if arguments.smoke:
             setting = setting._replace(epochs=20, choices=(10, 20), splits=2)
+        elif arguments.splits:
+            setting = setting._replace(splits=arguments.splits)
         spent: dict[str, float] = {}
         last = time.process_time()
 

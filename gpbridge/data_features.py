@@ -66,7 +66,7 @@ class DataFeatures:
         one = X.new_ones((), dtype=net.dtype)
         self._unit = {name: one for name in net.params}
         first = self._form(self.X[:2])
-        size = max(1, _bytes(first) // max(1, len(first.value)))  # per point
+        size = max(1, feature_bytes(first) // max(1, len(first.value)))  # per point
         self.numbers_per_point = size // X.element_size()
         self._streams = size * _FEW > _CHUNK_BYTES
         if points_per_chunk is None:
@@ -158,7 +158,7 @@ class DataFeatures:
         needed = self.numbers_per_point * self.X.element_size() * size
         if whole or needed <= self._room:
             features = self._form(self.X[self.rows_of(chunk)])
-            if (needed := _bytes(features)) <= self._room:
+            if (needed := feature_bytes(features)) <= self._room:
                 self._held[batch.chunk] = features
                 self._room -= needed
                 return self._features(batch)
@@ -168,7 +168,8 @@ class DataFeatures:
         return features
 
 
-def _bytes(features: TangentFeatures) -> int:
+def feature_bytes(features: TangentFeatures) -> int:
+    """Memory that features hold."""
     tensors = [features.value]
     if isinstance(features, LayerFeatures):
         tensors += [features.matrix, *(t for s in features.layers.values() for t in s)]

@@ -44,12 +44,15 @@ class Evidence(NamedTuple):
     ``fit`` is the log joint density at the optimum, constants included; ``complexity``
     is half the log determinant of ``I + R' K R``; ``effective_dimension`` is the trace
     of ``K R (I + R' K R)^-1 R'``, the number of directions that the data determine.
+    ``lower_bound`` says whether the value is at most that of the full curvature, as it
+    is for a diagonal one; exact values are none.
     """
 
     value: Tensor
     fit: Tensor
     complexity: Tensor
     effective_dimension: Tensor
+    lower_bound: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_a_budget_is_used_up_and_not_exceeded():
     net.probe(X)
     whole = DataFeatures(net, X, points_per_chunk=2)
     whole.matmul(random(4, 1))
-    one = data_features._bytes(whole._held[0])
+    one = data_features.feature_bytes(whole._held[0])
     data = DataFeatures(net, X, 2.5 * one, points_per_chunk=2)
     data.matmul(random(4, 1))
     assert sorted(data._held) == [0, 1]

@@ -5,12 +5,16 @@ from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.paths import TangentPath
+from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank
 
 __all__ = [
     "Calibration",
+    "Diagonal",
     "Exact",
-    "Sampled",
+    "Kronecker",
     "LinearizedGP",
+    "LowRank",
+    "Sampled",
     "TangentMean",
     "TangentPath",
     "TrainGap",

@@ -27,6 +27,7 @@ from gpbridge.linearized.predictive import (
     probabilities,
 )
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structures import Structure
 from gpbridge.prediction import apply_root
 from gpbridge.spectral import Spectrum
 
@@ -147,6 +148,9 @@ def find_calibration(
     if isinstance(problem.inference, Sampled):
         candidates = tuple(float(prior_variance) * factor for factor in _FACTORS)
         covariance_of = _sampled_covariances(problem, Z)
+    elif isinstance(problem.inference, Structure):
+        candidates = PRIOR_VARIANCES
+        covariance_of = _structured_covariances(problem, Z)
     else:
         problem.check_size("The eigendecomposition for calibration")
         candidates = PRIOR_VARIANCES
@@ -223,6 +227,19 @@ def _sampled_covariances(problem: TangentProblem, Z: Tensor):
         for z in Z.split(256):
             F = problem.features(z, one).matmul(weights.to(z)).double()
             blocks.append(F @ F.mT)
+        return torch.cat(blocks)
+
+    return covariance
+
+
+def _structured_covariances(problem: TangentProblem, Z: Tensor):
+    """The same by a structure, which a prior variance shifts."""
+    parts = [problem.features(z, problem.unit_std) for z in Z.split(256)]
+
+    def covariance(prior_variance: float) -> Tensor:
+        variance = torch.tensor([prior_variance], device=Z.device).double()
+        strategy = problem.structured_strategy(variance)
+        blocks = [strategy.unit_blocks(features, variance) for features in parts]
         return torch.cat(blocks)
 
     return covariance

@@ -29,7 +29,8 @@ from gpbridge.features import flat_std
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.g_prior import feature_squares
-from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.inference import Inference
+from gpbridge.linearized.structures import Structure
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
 
@@ -72,7 +73,7 @@ def freeze_network(
     parameters: Parameters,
     input_shape: Sequence[int] | None,
     X: Tensor,
-    inference: Exact | Sampled,
+    inference: Inference,
 ) -> FunctionalNet:
     """Copy the network to the working precision: float64 on the CPU.
 
@@ -90,10 +91,12 @@ def freeze_network(
     return net.to(working_dtype(inference, X))
 
 
-def working_dtype(inference: Exact, X: Tensor) -> torch.dtype:
+def working_dtype(inference: Inference, X: Tensor) -> torch.dtype:
     """The dtype of network and Jacobians for data like X, where none was asked for."""
     if inference.jacobian_dtype is not None:
         return inference.jacobian_dtype
+    if isinstance(inference, Structure):
+        return X.dtype
     return torch.float64 if X.device.type == "cpu" else X.dtype
 
 

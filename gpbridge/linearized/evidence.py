@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpbridge.linearized.mode import Mode, find_mode
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structures import Structure
 from gpbridge.prediction import factorise, whiten
 from gpbridge.spectral import (
     GaussianSpectrum,
@@ -58,10 +59,13 @@ def evidence(
     Returns:
         The evidence, and the optimum to start from next time.
     """
-    if _is_repeated(problem):
+    structured = isinstance(problem.inference, Structure)
+    if not structured and _is_repeated(problem):
         return _noise_spectral_evidence(problem, prior_variance[0]), start
     mode = find_mode(problem, prior_variance, start)
     fit = problem.log_prob(mode.values) - 0.5 * (mode.norms / prior_variance).sum()
+    if structured:
+        return _structured_evidence(problem, prior_variance, mode, fit)
     if problem.space == "function":
         L = factorise(whiten(problem.gram(prior_variance), problem.root()))
     else:
@@ -75,6 +79,18 @@ def evidence(
             inverse = torch.linalg.solve_triangular(L, eye, upper=False)
             dimension = len(L) - inverse.square().sum()
     return Evidence(fit - complexity, fit, complexity, dimension), mode
+
+
+def _structured_evidence(
+    problem: TangentProblem, prior_variance: Tensor, mode: Mode, fit: Tensor
+) -> tuple[Evidence, Mode]:
+    """The log determinant of the structure, at the optimum of the linear model."""
+    curvature, weights = problem.curvature, problem.channel_weights()
+    complexity = 0.5 * curvature.logdet(prior_variance, weights)
+    with torch.no_grad():
+        dimension = curvature.effective_dimension(prior_variance, weights)
+    bound = curvature.is_lower_bound
+    return Evidence(fit - complexity, fit, complexity, dimension, bound), mode
 
 
 def _is_repeated(problem: TangentProblem) -> bool:

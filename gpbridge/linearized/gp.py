@@ -64,7 +64,7 @@ from gpbridge.linearized.construction import (
 )
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.g_prior import check_g_prior, feature_scale
-from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.inference import Exact, Inference
 from gpbridge.linearized.labels import label_distribution
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
@@ -168,7 +168,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         offset: bool = True,
         mean: str = "auto",
         noise: str | float = "learn",
-        inference: Exact | Sampled = Exact(),
+        inference: Inference = Exact(),
         input_shape: Sequence[int] | None = None,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
@@ -180,10 +180,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
         check_g_prior(g_prior)
-        if not isinstance(inference, Exact | Sampled):
+        if not isinstance(inference, Inference):
             raise TypeError(
-                "inference must be gpbridge.linearized.Exact(...) or Sampled(...), but "
-                f"is {type(inference).__name__}."
+                "inference must be gpbridge.linearized.Exact(...), Sampled(...), "
+                "Kronecker(...), Diagonal(...) or LowRank(...), but is "
+                f"{type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
         train_X, train_Y = train_X.detach(), train_Y.detach()

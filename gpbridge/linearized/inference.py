@@ -1,7 +1,7 @@
 """How the posterior of the linear model is computed, as an object with its options.
 
-In: nothing. Out: :class:`Exact` and :class:`Sampled`. Other curvature structures are
-further classes here.
+In: nothing. Out: :class:`Exact` and :class:`Sampled`, beside the structures of
+``structures``.
 Next: ``problem`` obeys these options.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gpbridge.checks import check_choice, check_positive
+from gpbridge.linearized.structures import Structure
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.types import Solver
 
@@ -96,3 +97,7 @@ class Sampled:
             "jacobian_dtype", self.jacobian_dtype, (None, torch.float32, torch.float64)
         )
         check_positive(num_samples=self.num_samples, memory_budget=self.memory_budget)
+
+
+Inference = Exact | Sampled | Structure
+"""How a posterior may be computed."""

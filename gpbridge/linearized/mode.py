@@ -22,10 +22,12 @@ from torch import Tensor
 from gpbridge.checks import NotConvergedWarning, warn_user
 from gpbridge.likelihoods import is_gaussian, residual
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structures import Structure
 from gpbridge.prediction import apply_root, factorise, whiten
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
+_DENSE = 2000  # side of a matrix that a structured problem factorises for its optimum
 _STEPS = 60  # Newton steps; a well-posed problem takes about ten
 _INNER = 50  # conjugate gradient steps per Newton step
 _INNER_TOLERANCE = 1e-4  # of the squared preconditioned residual
@@ -62,11 +64,25 @@ def find_mode(
         NotConvergedWarning: If the Newton steps run out.
     """
     variance = prior_variance.detach().double()
+    if isinstance(problem.inference, Structure) and problem.size > _DENSE:
+        return _by_products(problem, variance, start)
     if is_gaussian(problem.likelihood):
         solve = _gaussian_function if problem.space == "function" else _gaussian_weight
         return solve(problem, variance)
     solve = _newton_function if problem.space == "function" else _newton_weight
     return solve(problem, variance, start)
+
+
+def _by_products(problem: TangentProblem, variance: Tensor, start: Mode | None) -> Mode:
+    root = problem.expand(variance.sqrt())
+    if is_gaussian(problem.likelihood):
+        misfit = (problem.Y.double() - problem.prior_mean)[..., None]
+        whitened = (problem.root().mT @ misfit)[..., 0]
+        return _from_weights(problem, root * problem.solve_mean(variance, whitened))
+    omega = None if start is None else start.weights / root
+    return _from_weights(
+        problem, root * problem.mode_by_products(variance, omega).omega
+    )
 
 
 def _gaussian_function(problem: TangentProblem, variance: Tensor) -> Mode:

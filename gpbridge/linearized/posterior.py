@@ -24,6 +24,7 @@ from gpbridge.linearized.conditioning import (
 from gpbridge.linearized.inference import Sampled
 from gpbridge.linearized.mode import find_mode
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structures import Structure
 from gpbridge.prediction import Projection
 from gpbridge.randomness import standard_normal
 
@@ -56,6 +57,10 @@ class TangentPosterior:
         problem = self.problem
         if mean == "network":
             return None
+        if isinstance(problem.inference, Structure):
+            mode = find_mode(problem, prior_variance)
+            weights = mode.weights / problem.expand(prior_variance.sqrt())
+            return self._offset(weights)
         if not is_gaussian(problem.likelihood):
             if isinstance(problem.inference, Sampled):
                 mode = problem.mode_by_products(prior_variance)
@@ -64,8 +69,11 @@ class TangentPosterior:
             return mode.weights / problem.expand(prior_variance.sqrt())
         misfit = (problem.Y - problem.prior_mean)[..., None]
         weights = self.strategy.mean_weights((problem.root().mT @ misfit)[..., 0])
-        if problem.offset:
-            net = problem.net
+        return self._offset(weights)
+
+    def _offset(self, weights: Tensor) -> Tensor:
+        if self.problem.offset:
+            net = self.problem.net
             trained = net.flatten(net.params).detach().double()
             weights = weights - trained / flat_std(net, self.std).double()
         return weights
@@ -125,7 +133,9 @@ class TangentPosterior:
         """
         problem = self.problem
         width = max(problem.outputs.numel() * problem.outputs.shape[1], 1)
-        if isinstance(problem.inference, Sampled):
+        if isinstance(problem.inference, Structure):
+            width = problem.derivatives_per_point
+        elif isinstance(problem.inference, Sampled):
             # The draws are few; what takes memory are the features of the points.
             width = problem.data.numbers_per_point
         elif problem.space == "weight":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory
@@ -23,8 +23,13 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jvp, vjp
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, is_gaussian, log_prob
-from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.inference import Inference, Sampled
 from gpbridge.linearized.sampled_problem import SampledProblem
+from gpbridge.linearized.structured_problem import (
+    StructuredProblem,
+    has_shared_noise,
+)
+from gpbridge.linearized.structures import Structure
 from gpbridge.matrix_free import MatrixFreeStrategy
 from gpbridge.prediction import (
     FunctionSpaceStrategy,
@@ -40,7 +45,7 @@ from gpbridge.spectral import GaussianSpectrum
 _CHUNK_BYTES = 64 * 2**20  # dense features held at a time while they are summed up
 
 
-class TangentProblem(SampledProblem):
+class TangentProblem(SampledProblem, StructuredProblem):
     """Data, likelihood and prior of a linear model, with caches at unit variance.
 
     Args:
@@ -69,7 +74,7 @@ class TangentProblem(SampledProblem):
         groups: list[list[str]],
         unit_std: dict[str, Tensor],
         offset: bool,
-        inference: Exact | Sampled,
+        inference: Inference,
     ) -> None:
         self.net, self.X, self.Y = net, X, Y
         self.likelihood, self.groups, self.unit_std = likelihood, groups, unit_std
@@ -108,7 +113,9 @@ class TangentProblem(SampledProblem):
             m = self.outputs.shape[1]
             correlated = getattr(self.likelihood, "rank", 0) > 0
             kept = m * (m + 1) // 2 if correlated else m
-            if not is_gaussian(self.likelihood) or not _is_shared(self.likelihood):
+            if not is_gaussian(self.likelihood) or not has_shared_noise(
+                self.likelihood
+            ):
                 kept = 1
         return 8.0 * self.size**2 * (kept + 3)
 
@@ -186,7 +193,7 @@ class TangentProblem(SampledProblem):
         of each pair of outputs is kept and combined. Else R is frozen.
         """
         root = self.root()
-        if not is_gaussian(self.likelihood) or not _is_shared(self.likelihood):
+        if not is_gaussian(self.likelihood) or not has_shared_noise(self.likelihood):
             root = root.detach()
             kept = self._frozen_precision
             if kept is None or not torch.equal(kept[0], root):
@@ -269,7 +276,8 @@ class TangentProblem(SampledProblem):
 
     def features(self, X: Tensor, std: dict[str, Tensor]) -> TangentFeatures:
         """Features of ``batch x n`` points for a prior standard deviation."""
-        return tangent_features(self.net, X, std)
+        structured = isinstance(self.inference, Structure)
+        return tangent_features(self.net, X, std, "layers" if structured else "auto")
 
     def scaled_std(self, prior_variance: Tensor) -> dict[str, Tensor]:
         """Prior standard deviation of each weight, detached."""
@@ -289,6 +297,8 @@ class TangentProblem(SampledProblem):
         inference = self.inference
         if isinstance(inference, Sampled):
             return self.sampled_strategy(prior_variance)
+        if isinstance(inference, Structure):
+            return self.structured_strategy(prior_variance)
         with torch.no_grad():
             std = self.scaled_std(prior_variance)
             too_large = self.bytes_needed > inference.memory_budget
@@ -322,10 +332,3 @@ class _Batches:
             with torch.no_grad():
                 features = tangent_features(problem.net, x, self.std)
                 yield DenseFeatures(features.value, features.rows()), root
-
-
-def _is_shared(likelihood: Likelihood) -> bool:
-    """Whether one noise covariance serves every point."""
-    return isinstance(likelihood, GaussianLikelihood) or hasattr(
-        likelihood, "num_tasks"
-    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpbridge.data_features import DataFeatures
 from gpbridge.functional import FunctionalNet
-from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.inference import Inference
 from gpbridge.linearized.sampled_mode import SampledMode, find_mode_by_products
 from gpbridge.linearized.sampling import (
     BaseDraws,
@@ -35,7 +35,7 @@ class SampledProblem:
     X: Tensor
     Y: Tensor
     likelihood: Likelihood
-    inference: Exact | Sampled
+    inference: Inference
     prior_mean: Tensor  # n x m
     space: str
 

@@ -24,7 +24,7 @@ from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
-from gpbridge.linearized.inference import Exact, Sampled
+from gpbridge.linearized.inference import Inference
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import (
     initial_noise,
@@ -59,7 +59,7 @@ class TangentState:
     _targets: Tensor  # transformed, in the likelihood's form
 
     # BUILT_WITH: whoever loads a state builds the model with the same.
-    inference: Exact | Sampled
+    inference: Inference
     select: str | None
     offset: bool
     g_prior: bool | int

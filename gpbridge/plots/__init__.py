@@ -16,6 +16,7 @@ from gpbridge.plots.landscape import (
     plot_loss_plane,
     plot_subspace_density,
 )
+from gpbridge.plots.scan import plot_scan
 from gpbridge.plots.style import COLORS, INK
 from gpbridge.plots.traces import plot_trace
 
@@ -28,6 +29,7 @@ __all__ = [
     "plot_loss_plane",
     "plot_posterior_band",
     "plot_reliability",
+    "plot_scan",
     "plot_subspace_density",
     "plot_trace",
 ]

@@ -1,27 +1,83 @@
 """Hyperparameters and models chosen by marginal likelihood, and by held-out data."""
 
+from gpbridge.selection.compare import Comparison, compare
+from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gradient
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
-from gpbridge.selection.evidence import fit_evidence, log_evidence
+from gpbridge.selection.evidence import fit_evidence
+from gpbridge.selection.held_out import (
+    ConditionalEvidence,
+    LeaveOneOut,
+    conditional_log_evidence,
+    held_out_log_density,
+    leave_one_out,
+)
+from gpbridge.selection.held_out_problem import (
+    Augmentation,
+    HeldOutProblem,
+    input_noise,
+)
+from gpbridge.selection.hypergradient import Hypergradient, hypergradient
+from gpbridge.selection.hypergradient_descent import HypergradientDescent, OuterStep
+from gpbridge.selection.inner_training import LBFGSTraining
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
+from gpbridge.selection.loss_curvature import CompositeLoss
+from gpbridge.selection.marginal_likelihood import (
+    EvidenceParts,
+    evidence_parts,
+    log_evidence,
+)
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
+from gpbridge.selection.neumann import NeumannSeries, SeriesDivergedError
+from gpbridge.selection.prefix_posteriors import LinearModel
+from gpbridge.selection.scan import ScanResult, scan
+from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
+from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
+    "Augmentation",
+    "Comparison",
+    "CompositeLoss",
+    "ConditionalEvidence",
     "Diagnostics",
     "EMStep",
+    "EvidenceGradient",
+    "EvidenceParts",
+    "HeldOutProblem",
+    "Hypergradient",
+    "HypergradientDescent",
     "IterativeFit",
+    "LBFGSTraining",
     "LaplaceEvidence",
+    "LeaveOneOut",
+    "LinearModel",
     "MatchedWeightDecay",
+    "NeumannSeries",
+    "OuterStep",
     "SampleBasedEM",
+    "ScanResult",
+    "SeriesDivergedError",
+    "SpeedBound",
     "SubsetStart",
+    "TrainingSpeed",
+    "compare",
+    "conditional_log_evidence",
+    "evidence_gradient",
+    "evidence_parts",
     "fit_deep_kernel",
     "fit_evidence",
     "fit_iterative",
     "fit_matern_plus_kernel",
+    "held_out_log_density",
+    "hypergradient",
+    "input_noise",
+    "leave_one_out",
     "log_evidence",
     "multi_start",
+    "scan",
+    "training_speed_bound",
 ]

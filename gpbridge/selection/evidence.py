@@ -17,8 +17,6 @@ from botorch.optim.core import scipy_minimize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
 from gpytorch.constraints import Interval
 from gpytorch.likelihoods import GaussianLikelihood
-from gpytorch.models import GP, ExactGP
-from gpytorch.settings import fast_computations, max_cholesky_size
 from torch import Tensor
 
 from gpbridge.likelihoods import is_gaussian
@@ -29,6 +27,7 @@ from gpbridge.linearized.evidence import (
 )
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.noise import check_noise_is_known
+from gpbridge.linearized.structures import Structure
 from gpbridge.metrics import gaussian_nll
 from gpbridge.selection.diagnostics import diagnose
 from gpbridge.selection.mll import LaplaceEvidence
@@ -74,7 +73,8 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
         )
     model.eval()
     model.check_all_data_is_training_data("What fit_evidence maximises")
-    model.problem.check_size("Learning hyperparameters by the exact evidence")
+    if not isinstance(model.inference, Structure):
+        model.problem.check_size("Learning hyperparameters by the exact evidence")
     if model.select == "validation":
         _select(model)
     check_noise_is_known(model.likelihood, model.mean)
@@ -88,49 +88,11 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
     return result
 
 
-def log_evidence(model: GP) -> Tensor:
-    """Log marginal likelihood of a GP's training data, in total nats, no hyperpriors.
-
-    Exact for a LinearizedGP with Gaussian noise and for gpytorch's ExactGP (Cholesky
-    factors, whatever upstream's global settings say), a lower bound for a variational
-    GP that keeps its data, Laplace's approximation for a LinearizedGP with labels.
-
-    Args:
-        model: The model, with its data.
-
-    Returns:
-        A scalar, differentiable in the hyperparameters; a batch for batched models.
-
-    Raises:
-        TypeError: If the model has no evidence here.
-    """
-    if isinstance(model, LinearizedGP):
-        return model.log_evidence()
-    if isinstance(model, ExactGP):
-        return _exact_log_evidence(model)
-    raise TypeError(
-        "log_evidence needs a LinearizedGP or a gpytorch ExactGP with training data, "
-        f"but model is {type(model).__name__}. A variational GP has a bound: "
-        "gpytorch's VariationalELBO."
-    )
-
-
-def _exact_log_evidence(model: ExactGP) -> Tensor:
-    training = model.training
-    model.train()
-    try:
-        # Pinned here: importing botorch changes these settings globally.
-        with fast_computations(False, False, False), max_cholesky_size(ALWAYS_CHOLESKY):
-            output = model(*model.train_inputs)
-            marginal = model.likelihood(output, *model.train_inputs)
-            return marginal.log_prob(model.train_targets)
-    finally:
-        model.train(training)
-
-
 def _search(model: LinearizedGP) -> None:
     single = len(model.covar_module.groups) == 1
-    if single and isinstance(model.likelihood, GaussianLikelihood):
+    if isinstance(model.inference, Structure):
+        _search_gradient(model)
+    elif single and isinstance(model.likelihood, GaussianLikelihood):
         _search_noise_spectrum(model)
     elif single and not is_gaussian(model.likelihood):
         _search_frozen_spectrum(model)

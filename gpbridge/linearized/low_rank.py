@@ -1,0 +1,247 @@
+r"""Curvature of low rank: the leading eigenvectors of the Gauss-Newton matrix.
+
+.. math::
+    M \approx U \, \mathrm{diag}(\lambda) \, U^\top, \qquad U: p \times r,
+
+found by products with M only: randomised subspace iteration, or Lanczos. What is left
+out is treated as if the data said nothing about it: variances are too large, never too
+small, the log determinant too small. The captured share of the trace says by how much.
+
+In: products with M, or eigenvectors. Out: :class:`LowRankCurvature`, and the posterior
+that it gives at a prior. Next: ``structured`` makes them from data.
+
+References:
+    Halko, Martinsson, Tropp, Finding structure with randomness: probabilistic
+    algorithms for constructing approximate matrix decompositions, SIAM Review 2011,
+    algorithms 4.4 and 5.3. Meyer, Musco, Musco, Woodruff, Hutch++: optimal stochastic
+    trace estimation, SOSA 2021, for the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from linear_operator.utils.lanczos import lanczos_tridiag
+from torch import Tensor
+
+from gpbridge.features import TangentFeatures
+from gpbridge.prediction import Projection
+from gpbridge.randomness import standard_normal
+
+_OVERSAMPLING = 10  # columns beyond the rank that is asked for
+
+
+class Eigenpairs(NamedTuple):
+    """Leading eigenpairs of a positive semi-definite matrix and its trace."""
+
+    values: Tensor  # r
+    vectors: Tensor  # p x r
+    trace: Tensor  # an estimate
+
+
+def randomised_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    rank: int,
+    num_iterations: int,
+    generator: torch.Generator,
+    like: Tensor,
+) -> Eigenpairs:
+    r"""Leading eigenpairs by subspace iteration from random columns.
+
+    Costs ``num_iterations + 2`` products with ``rank + 10`` columns, and one with ten
+    for the trace.
+
+    Args:
+        product: Maps ``p x k`` to M times it.
+        size: The number p.
+        rank: The number r of pairs.
+        num_iterations: Of the subspace; two suffice where the spectrum decays.
+        generator: Source of randomness.
+        like: Gives dtype and device.
+
+    Returns:
+        The pairs, largest first.
+    """
+    k = min(rank + _OVERSAMPLING, size)
+    omega = standard_normal((size, k), generator, like)
+    Q = torch.linalg.qr(product(omega)).Q
+    for _ in range(num_iterations):
+        Q = torch.linalg.qr(product(Q)).Q
+    small = Q.mT @ product(Q)
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    keep = torch.arange(k - 1, max(k - 1 - rank, -1), -1, device=like.device)
+    trace = values.sum() + _trace_outside(product, Q, generator)
+    return Eigenpairs(values[keep].clamp_min(0.0), Q @ vectors[:, keep], trace)
+
+
+def _trace_outside(
+    product: Callable[[Tensor], Tensor], Q: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Trace of M outside of the span of Q: few probes do, since little is left."""
+    size, k = Q.shape
+    if k >= size:
+        return Q.new_zeros(())
+    probes = standard_normal((size, _OVERSAMPLING), generator, Q)
+    probes = probes - Q @ (Q.mT @ probes)
+    return (probes * product(probes)).sum().clamp_min(0.0) / _OVERSAMPLING
+
+
+def lanczos_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    rank: int,
+    num_steps: int,
+    generator: torch.Generator,
+    like: Tensor,
+) -> Eigenpairs:
+    """Leading eigenpairs by Lanczos with full reorthogonalisation.
+
+    Costs ``num_steps`` products with one column; the trace one with ten more. Of an
+    eigenvalue that is repeated, one start vector finds one eigenvector only.
+
+    Args:
+        product: Maps ``p x k`` to M times it.
+        size: The number p.
+        rank: The number r of pairs.
+        num_steps: Of the iteration, at least the rank.
+        generator: Source of randomness.
+        like: Gives dtype and device.
+
+    Returns:
+        The pairs, largest first.
+    """
+    start = standard_normal((size, 1), generator, like)
+    Q, T = lanczos_tridiag(
+        product, min(num_steps, size), like.dtype, like.device, (size, size),
+        init_vecs=start,
+    )  # fmt: skip
+    values, vectors = torch.linalg.eigh(T.double())
+    keep = torch.arange(len(values) - 1, max(len(values) - 1 - rank, -1), -1)
+    trace = values.clamp_min(0.0).sum() + _trace_outside(product, Q, generator)
+    return Eigenpairs(values[keep].clamp_min(0.0), Q @ vectors[:, keep], trace)
+
+
+class LowRankCurvature:
+    r"""A curvature M of rank r, :math:`M \approx U C U^\top`.
+
+    Args:
+        vectors: Orthonormal U, ``p x r``, in units of the unit prior scale.
+        core: C for each channel, ``c x r x r``; diagonal where there is one.
+        trace: That of the full matrix, with every channel weight one.
+        groups: Number of the prior variance of each weight, ``p`` integers.
+    """
+
+    is_lower_bound = False
+
+    def __init__(
+        self, vectors: Tensor, core: Tensor, trace: Tensor, groups: Tensor
+    ) -> None:
+        self.vectors, self.core = vectors.double(), core.double()
+        self.trace, self.groups = trace, groups
+
+    @property
+    def num_params(self) -> int:
+        """The number p of weights."""
+        return len(self.vectors)
+
+    @property
+    def captured(self) -> float:
+        """Share of the trace that the eigenvectors hold, in [0, 1]."""
+        trace = float(self.trace)
+        held = float(self.core.diagonal(dim1=-2, dim2=-1).sum())
+        return held / trace if trace > 0 else 1.0
+
+    @cached_property
+    def _grams(self) -> Tensor:
+        """U'U over the weights of each group, ``groups x r x r``."""
+        count = int(self.groups.max()) + 1
+        members = [self.vectors[self.groups == g] for g in range(count)]
+        return torch.stack([rows.mT @ rows for rows in members])
+
+    def _inner(self, prior_variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """T = L'CL with LL' = U'SU, which has the eigenvalues of S^1/2 M S^1/2."""
+        L = torch.linalg.cholesky(torch.tensordot(prior_variance, self._grams, dims=1))
+        return L.mT @ torch.tensordot(weights, self.core, dims=1) @ L, L
+
+    def logdet(self, prior_variance: Tensor, weights: Tensor) -> Tensor:
+        r""":math:`\log\det(I + S^{1/2} M S^{1/2})`, O(r^3), differentiable."""
+        T, _ = self._inner(prior_variance, weights)
+        shifted = T + torch.eye(len(T)).to(T)
+        return 2 * torch.linalg.cholesky(shifted).diagonal().log().sum()
+
+    def effective_dimension(self, prior_variance: Tensor, weights: Tensor) -> Tensor:
+        """Number of directions that the data determine."""
+        T, _ = self._inner(prior_variance, weights)
+        values = torch.linalg.eigvalsh(T).clamp_min(0.0)
+        return (values / (1 + values)).sum()
+
+    def condition(self, prior_variance: Tensor, weights: Tensor) -> LowRankStrategy:
+        """The posterior at a prior."""
+        T, L = self._inner(prior_variance, weights)
+        values, vectors = torch.linalg.eigh(T)
+        std = prior_variance.sqrt()[self.groups]
+        # Orthonormal, since U'SU = LL'.
+        Q = torch.linalg.solve_triangular(
+            L, (std[:, None] * self.vectors).mT, upper=False
+        )
+        return LowRankStrategy(Q.mT @ vectors, values.clamp_min(0.0))
+
+    def dense(self, weights: Tensor) -> Tensor:
+        """The matrix M, ``p x p``, for tests and small networks."""
+        return self.vectors @ torch.tensordot(weights, self.core, 1) @ self.vectors.mT
+
+
+class LowRankStrategy:
+    r"""The posterior precision :math:`H = I + Q \, \mathrm{diag}(t) \, Q^\top`.
+
+    Works in the scaled weights, as all strategies.
+
+    Args:
+        vectors: Orthonormal Q, ``p x r``.
+        eigenvalues: t, ``r``.
+    """
+
+    def __init__(self, vectors: Tensor, eigenvalues: Tensor) -> None:
+        self.vectors, self.eigenvalues = vectors, eigenvalues
+        self.root = vectors * (eigenvalues / (1 + eigenvalues)).sqrt()  # H^-1 = I - VV'
+
+    def project(self, features: TangentFeatures) -> Projection:
+        """See test points through the data."""
+        V = features.matmul(self.root.to(features.value)).double()
+        blocks = features.blocks().double() - V @ V.mT
+        return Projection(features, V.flatten(-3, -2), False, blocks)
+
+    def unit_blocks(self, features: TangentFeatures, prior_variance: Tensor) -> Tensor:
+        """Per-point covariance by features at unit scale, for one prior variance."""
+        return prior_variance * self.project(features).blocks
+
+    def covariance(self, left: Projection, right: Projection | None = None) -> Tensor:
+        """Posterior covariance between the outputs of two sets of points."""
+        other = left if right is None else right
+        gram = left.features.gram(None if right is None else right.features)
+        return gram.double() - left.factor @ other.factor.mT
+
+    def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
+        """None: a difference wants the precision that there is."""
+        return None
+
+    def cross_weights(self, projection: Projection) -> Tensor:
+        """Posterior covariance of outputs and weights."""
+        rows = projection.features.rows().double()
+        return rows - projection.factor @ self.root.mT
+
+    def draw_weights(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Standard normals through the root of the covariance, ``s x p``."""
+        Q, shrunk = self.vectors, (1 + self.eigenvalues).rsqrt() - 1
+        normal = standard_normal((num_samples, len(Q)), generator, Q)
+        return normal + (normal @ Q) * shrunk @ Q.mT
+
+    def inverse(self, columns: Tensor) -> Tensor:
+        """Product of the posterior covariance with ``p x k``."""
+        return columns - self.root @ (self.root.mT @ columns)

@@ -1,0 +1,267 @@
+r"""The linear model of a network on its data, with a structured curvature.
+
+What :class:`~gpbridge.linearized.structures.Structure` inference keeps while a model is
+fitted: the curvature of the data at unit prior scale. A prior variance, and a noise
+that serves all points, are added without another pass over the data.
+
+In: what :class:`~gpbridge.linearized.problem.TangentProblem` knows of data and prior.
+Out: the curvature, its prediction strategy. Next: ``problem``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from torch import Tensor
+
+from gpbridge.checks import check_memory, warn_user
+from gpbridge.data_features import PrecisionOperator, feature_bytes
+from gpbridge.features import TangentFeatures
+from gpbridge.functional import FunctionalNet
+from gpbridge.layer_gram import tangent_features
+from gpbridge.likelihoods import is_gaussian, residual, sample_residual
+from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
+from gpbridge.linearized.factored import Basis, FactoredCurvature, FactoredStrategy
+from gpbridge.linearized.low_rank import (
+    LowRankCurvature,
+    LowRankStrategy,
+    lanczos_eigenpairs,
+    randomised_eigenpairs,
+)
+from gpbridge.linearized.sampling import solve_within
+from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
+from gpbridge.linearized.weight_blocks import (
+    WeightBlock,
+    block_jacobian,
+    weight_blocks,
+)
+
+Curvature = FactoredCurvature | LowRankCurvature
+
+_CHUNK_BYTES = 64 * 2**20  # derivatives of one chunk of points
+_CAPTURED = 0.9  # share of the trace below which a low rank warns
+_MEAN_ERROR = 1e-3  # of the posterior mean, in posterior standard deviations
+
+
+class StructuredProblem:
+    """The part of a ``TangentProblem`` for curvature structures."""
+
+    net: FunctionalNet
+    X: Tensor
+    Y: Tensor
+    likelihood: Likelihood
+    groups: list[list[str]]
+    unit_std: dict[str, Tensor]
+    outputs: Tensor  # n x m
+    num_params: int
+    inference: Structure
+
+    _curvature: tuple[Tensor, Curvature] | None = None
+
+    @property
+    def curvature(self) -> Curvature:
+        """Curvature of the data at unit prior scale, made anew for another root."""
+        with torch.no_grad():
+            root = self._base_root()
+            if self._curvature is None or not torch.equal(self._curvature[0], root):
+                self._curvature = root, self._make(root)
+        return self._curvature[1]
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether the curvature is a sum over outputs with the noise as weights."""
+        return (
+            is_gaussian(self.likelihood)
+            and has_shared_noise(self.likelihood)
+            and not getattr(self.likelihood, "rank", 0)
+            and self.inference.curvature != "empirical"
+        )
+
+    def channel_weights(self) -> Tensor:
+        """Inverse noise variance of each output, or one; differentiable."""
+        if not self.has_channels:
+            return self.outputs.new_ones(1)
+        return self.root()[0].diagonal().square()
+
+    def structured_strategy(
+        self, prior_variance: Tensor
+    ) -> FactoredStrategy | LowRankStrategy:
+        """Condition the linear model by the structure."""
+        variance, weights = prior_variance.detach().double(), self.channel_weights()
+        return self.curvature.condition(variance, weights.detach())
+
+    def solve_mean(self, prior_variance: Tensor, whitened: Tensor) -> Tensor:
+        r"""Scaled weights :math:`S^{1/2} J^\top R A^{-1} v` by products, ``p``."""
+        std = self.flat_prior_std(prior_variance)
+        operator = PrecisionOperator(self.root().detach(), std, self.data)
+        rhs = operator.to_weights(whitened[..., None])
+        limit = rhs.new_tensor(_MEAN_ERROR)
+        solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
+        return solution.value[:, 0]
+
+    @cached_property
+    def derivatives_per_point(self) -> int:
+        """Numbers that the derivatives of one point take at work.
+
+        Signals where a layer is called at one position; the derivatives of one layer at
+        a time where there are several.
+        """
+        features = self._features(self.X[:2])
+        held = feature_bytes(features) // self.X.element_size() // len(features.value)
+        formed = [0]
+        for block in self._blocks(features):
+            J = block_jacobian(features, block, self._sizes())
+            if not J.is_rank_one:
+                formed.append(self.outputs.shape[1] * block.o * block.i)
+        return held + 2 * max(formed)
+
+    # -- sums over the data -----------------------------------------------------------
+
+    def _base_root(self) -> Tensor:
+        """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""
+        n, m = self.outputs.shape
+        if self.has_channels:
+            return torch.eye(m).to(self.outputs).expand(n, m, m)
+        options = self.inference
+        if options.curvature == "empirical":
+            return residual(self.likelihood, self.outputs, self.Y)[..., None]
+        if options.curvature == "monte_carlo":
+            generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
+            draws = [
+                sample_residual(self.likelihood, self.outputs, generator)
+                for _ in range(options.num_samples)
+            ]
+            return torch.stack(draws, -1) / options.num_samples**0.5
+        return self.root().detach()
+
+    def _make(self, root: Tensor) -> Curvature:
+        if isinstance(self.inference, LowRank):
+            return self._low_rank(root)
+        return self._factored(root)
+
+    def _features(self, X: Tensor) -> TangentFeatures:
+        return tangent_features(self.net, X, self.unit_std, "layers")
+
+    def _sizes(self) -> dict[str, torch.Size]:
+        return {name: self.net.params[name].shape for name in self.unit_std}
+
+    def _blocks(self, features: TangentFeatures) -> list[WeightBlock]:
+        members = [set(names) for names in self.groups]
+        return weight_blocks(features, self._sizes(), members)
+
+    def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
+        """Features at unit scale of chunks that fit into memory, with their roots."""
+        per_point = self.X.element_size() * self.derivatives_per_point
+        step = max(1, _CHUNK_BYTES // per_point)
+        for x, r in zip(self.X.split(step), root.split(step), strict=True):
+            yield self._features(x), r
+
+    def _factored(self, root: Tensor) -> FactoredCurvature:
+        options = self.inference
+        channels = root.shape[-1] if self.has_channels else 1
+        sizes, blocks = self._sizes(), self._blocks(self._features(self.X[:1]))
+        check_structure_size(blocks, options, channels)
+        bases = [Basis(None, None) for _ in blocks]
+        values: list[Tensor] = []
+        if isinstance(options, Kronecker):
+            totals: list = [None] * len(blocks)
+            for features, r in self._chunks_of(root):
+                for k, block in enumerate(blocks):
+                    J = block_jacobian(features, block, sizes).weighted(
+                        r.to(features.value)
+                    )
+                    part = kronecker_sums(J, channels, options.sharing)
+                    totals[k] = part if totals[k] is None else totals[k].add(part)
+            for k, sums in enumerate(totals):
+                left = torch.linalg.eigh(sums.G.sum(0)).eigenvectors
+                right = torch.linalg.eigh(sums.A.sum(0)).eigenvectors
+                bases[k] = Basis(left, right)
+                # In this basis; the eigenvalues themselves where there is one channel.
+                g = (left * (sums.G @ left)).sum(-2).clamp_min(0.0)  # c x o
+                a = (right * (sums.A @ right)).sum(-2).clamp_min(0.0)  # c or 1 x i
+                count = sums.count.clamp_min(torch.finfo(g.dtype).tiny)
+                values.append(g[..., :, None] * a[..., None, :] / count[:, None, None])
+        exact = not isinstance(options, Kronecker) or options.eigenvalue_correction
+        if exact:
+            values = [0.0 for _ in blocks]
+            for features, r in self._chunks_of(root):
+                like = features.value
+                for k, block in enumerate(blocks):
+                    J = block_jacobian(features, block, sizes).weighted(r.to(like))
+                    left, right = (None if q is None else q.to(like) for q in bases[k])
+                    values[k] = values[k] + squares_in_basis(
+                        J.rotated(left, right), channels
+                    )
+        bound = isinstance(options, Diagonal) and options.curvature == "ggn"
+        return FactoredCurvature(sizes, blocks, bases, values, bound)
+
+    def _low_rank(self, root: Tensor) -> LowRankCurvature:
+        options, p = self.inference, self.num_params
+        needed = 8.0 * p * (options.rank + 20) * 3
+        check_memory(
+            f"The eigenvectors of rank {options.rank} for {p} random weights",
+            needed,
+            options.memory_budget,
+            "Choose a smaller rank, LowRank(rank=...), fewer random weights "
+            "(parameters=...), or Diagonal().",
+        )
+        data, scale = self.data, self.unit_scale()
+
+        def product(columns: Tensor) -> Tensor:
+            seen = root.mT @ data.matmul(scale[:, None] * columns)
+            return scale[:, None] * data.t_matmul(root @ seen)
+
+        generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
+        like = self.outputs.new_zeros(())
+        if options.method == "lanczos":
+            steps = options.rank + options.num_iterations
+            found = lanczos_eigenpairs(product, p, options.rank, steps, generator, like)
+        else:
+            rank, rounds = options.rank, options.num_iterations
+            found = randomised_eigenpairs(product, p, rank, rounds, generator, like)
+        core = found.values.diag()[None]
+        if self.has_channels and root.shape[-1] > 1:
+            seen = data.matmul(scale[:, None] * found.vectors).movedim(1, 0)
+            core = seen.mT @ seen  # m x r x r
+        one = torch.arange(len(self.groups), device=self.outputs.device)
+        groups = self.expand(one.double()).long()
+        curvature = LowRankCurvature(found.vectors, core, found.trace, groups)
+        if curvature.captured < _CAPTURED:
+            warn_user(
+                f"LowRank(rank={options.rank}) captures {curvature.captured:.0%} of "
+                "the trace of the curvature: variances are too large in the "
+                "directions that are left out. Choose a larger rank, or Kronecker()."
+            )
+        return curvature
+
+
+def has_shared_noise(likelihood: Likelihood) -> bool:
+    """Whether one noise covariance serves every point."""
+    return isinstance(likelihood, GaussianLikelihood) or hasattr(
+        likelihood, "num_tasks"
+    )
+
+
+def check_structure_size(
+    blocks: list[WeightBlock], options: Structure, channels: int
+) -> None:
+    """Refuse factors beyond the budget, and name the layer that asks for most."""
+    if not isinstance(options, Kronecker):
+        sizes = [8.0 * channels * block.o * block.i for block in blocks]
+    else:
+        sizes = [
+            8.0 * (3 * (1 + channels) * (b.o**2 + b.i**2) + channels * b.o * b.i)
+            for b in blocks
+        ]
+    largest = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
+    check_memory(
+        f"{type(options).__name__}, most of it for {largest.label} "
+        f"({largest.o} x {largest.i}),",
+        sum(sizes),
+        options.memory_budget,
+        "Leave that layer out (parameters=...), choose Diagonal() or LowRank(...), "
+        "which take any layer, or a larger memory_budget.",
+    )

@@ -1,0 +1,72 @@
+"""Ascent of a deterministic objective in the free parameters of a module.
+
+In: a module and a scalar. Out: the value reached, the module there; never worse than
+the start. Next: ``scan`` refits at each value of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from botorch.optim.core import scipy_minimize
+from botorch.optim.utils import get_parameters_and_bounds
+from linear_operator.utils.errors import NanError, NotPSDError
+from torch import Tensor, nn
+
+
+def ascend(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> float:
+    """Raise an objective by L-BFGS in the parameters that require gradients.
+
+    Args:
+        model: The module that holds them; it ends at the best of start and end.
+        objective: A scalar, deterministic.
+        steps: Limit of iterations; 0 only evaluates.
+
+    Returns:
+        The value reached, never less than at the start; minus infinity, with nothing
+        moved, where the start has no finite value.
+    """
+    start = parameter_values(model)
+    try:
+        first = objective()
+    except (NanError, NotPSDError):
+        return -math.inf
+    before = float(first.detach())
+    if not math.isfinite(before):
+        return -math.inf
+    if steps == 0 or not first.requires_grad:
+        return before
+    del first  # and its graph
+    parameters, bounds = get_parameters_and_bounds(model, requires_grad=True)
+
+    def closure() -> tuple[Tensor, list[Tensor | None]]:
+        loss = -objective()
+        free = list(parameters.values())
+        return loss, list(torch.autograd.grad(loss, free, allow_unused=True))
+
+    try:
+        scipy_minimize(closure, parameters, bounds, options={"maxiter": steps})
+        with torch.no_grad():
+            after = float(objective())
+    except (NanError, NotPSDError):
+        after = -math.inf
+    if after >= before:
+        return after
+    load_values(model, start)
+    return before
+
+
+def parameter_values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_values(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy values where names and shapes agree: a setter may have built new ones."""
+    for name, parameter in model.named_parameters():
+        value = state.get(name)
+        if value is not None and value.shape == parameter.shape:
+            parameter.copy_(value)

@@ -1,0 +1,282 @@
+r"""What a model says of data that were held out: the honest companions of the evidence.
+
+The evidence is the sum of :math:`\log p(y_i \mid y_1 \ldots y_{i-1})` in any order, the
+first terms from the prior alone. Leaving one out keeps the last term of every order,
+the conditional evidence those behind the first m. Both are closed forms at the present
+hyperparameters and features.
+
+In: a model. Out: log densities in nats. Next: ``compare`` sets them beside evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from botorch.models.approximate_gp import ApproximateGPyTorchModel
+from botorch.models.model import Model
+from gpytorch.likelihoods import Likelihood, _GaussianLikelihoodBase
+from gpytorch.models import GP, ApproximateGP
+from torch import Generator, Tensor
+from torch.distributions import Categorical, Normal
+
+from gpbridge.checks import ShapeError, check_count, check_same_length
+from gpbridge.likelihoods import is_gaussian
+from gpbridge.linearized.gp import LinearizedGP
+from gpbridge.linearized.structures import Structure
+from gpbridge.selection.gaussian_marginal import (
+    diagonal_blocks,
+    gaussian_marginal,
+    log_density,
+)
+
+
+class LeaveOneOut(NamedTuple):
+    """Each point as the others predict it, in transformed units, float64.
+
+    ``value`` is the sum of ``log_density``, in total nats. A point with several tasks
+    is left out with all of them.
+    """
+
+    value: Tensor  # ...
+    log_density: Tensor  # ... x n
+    mean: Tensor  # ... x n x m
+    variance: Tensor  # of the target, noise included, ... x n x m
+
+
+class ConditionalEvidence(NamedTuple):
+    """The log probability of the other points given the first ones, in total nats.
+
+    ``value`` is the mean of ``values`` over the orderings and ``standard_error`` that
+    of the mean, NaN for one ordering. ``num_targets`` counts the numbers predicted. For
+    labels, and for a structured curvature, it is a difference of two of Laplace's
+    approximations; ``kind`` says so.
+    """
+
+    value: Tensor  # ...
+    values: Tensor  # orderings x ...
+    standard_error: Tensor  # ...
+    num_first: int
+    num_targets: int
+    kind: str
+
+
+def leave_one_out(model: GP) -> LeaveOneOut:
+    r"""Log predictive density of each point given all others, without refitting.
+
+    .. math:: y_i \mid y_{-i} \sim N\big(y_i - P_{ii}^{-1} [P r]_i,\; P_{ii}^{-1}\big),
+        \qquad P = (K + \Sigma)^{-1}
+
+    with r the residual. One factorisation, n³ in time. Hyperparameters, and the
+    features of a LinearizedGP, stay those that all points have chosen: a network that
+    was trained on a point does not predict it as if it were new. That needs held-out
+    data, or the tangent kernel of an untrained network.
+
+    Args:
+        model: An ExactGP or a LinearizedGP, with Gaussian noise.
+
+    Returns:
+        The densities, differentiable in the hyperparameters.
+
+    Raises:
+        NotImplementedError: For labels, a structured curvature, and a variational GP.
+        ValueError: If the model predicts by the network's output, which does not move
+            when a point is left out.
+
+    References:
+        Rasmussen and Williams (2006), eqs. (5.10)-(5.12). Sundararajan and Keerthi,
+        Predictive approaches for choosing hyperparameters in Gaussian processes,
+        Neural Computation 2001.
+
+    Example:
+        >>> from botorch.models import SingleTaskGP
+        >>> X = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+        >>> leave_one_out(SingleTaskGP(X, X.sin())).log_density.shape
+        torch.Size([6])
+    """
+    _check_gaussian(model, "leave_one_out")
+    if isinstance(model, LinearizedGP) and model.mean == "network":
+        raise ValueError(
+            "leave_one_out needs mean='linear_model', but the model has "
+            "mean='network': the network's output has seen all points. Score it on "
+            "held-out data."
+        )
+    marginal = gaussian_marginal(model)
+    m = marginal.targets.shape[-1]
+    L = marginal.factor()
+    pulled = torch.cholesky_solve(marginal.residual.unsqueeze(-1), L)
+    pulled = pulled.unflatten(-2, (-1, m))  # ... x n x m x 1
+    precision = diagonal_blocks(torch.cholesky_inverse(L), m)
+    root = torch.linalg.cholesky(precision)
+    shift = torch.cholesky_solve(pulled, root)  # y_i less its mean
+    squares = (pulled * shift).sum((-1, -2))
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_density_ = log_det - 0.5 * squares - 0.5 * m * math.log(2 * math.pi)
+    covariance = torch.cholesky_inverse(root)
+    return LeaveOneOut(
+        log_density_.sum(-1),
+        log_density_,
+        marginal.targets - shift[..., 0],
+        covariance.diagonal(dim1=-2, dim2=-1),
+    )
+
+
+def conditional_log_evidence(
+    model: GP,
+    num_first: int | None = None,
+    *,
+    num_orderings: int = 10,
+    orderings: Tensor | None = None,
+    generator: Generator | None = None,
+) -> ConditionalEvidence:
+    r"""Log probability of the rest of the data given the first m points.
+
+    .. math:: \log p(D_{m+1 \ldots n} \mid D_{1 \ldots m})
+        = \log p(D) - \log p(D_{1 \ldots m})
+
+    averaged over random orderings. The evidence charges a model for how badly its prior
+    predicts the first points; this does not, and is nearer to how well the model
+    generalises. With m = 0 it is the evidence. Hyperparameters and features stay.
+
+    Time n³ once and m³ for each ordering. For a LinearizedGP with labels or a
+    structured curvature both terms are Laplace's approximations, fitted anew for each
+    ordering.
+
+    Args:
+        model: An ExactGP or a LinearizedGP.
+        num_first: The number m of points conditioned on, by default half.
+        num_orderings: How many random orderings are averaged.
+        orderings: Permutations of the points, ``k x n``, in place of random ones, as to
+            compare models or for a series in time.
+        generator: Of the orderings; by default one with seed 0, so that two models see
+            the same.
+
+    Returns:
+        The mean over orderings and each of them; differentiable for Gaussian noise.
+
+    Raises:
+        ValueError: If m or the orderings do not fit the data.
+        NotImplementedError: For a variational GP.
+
+    References:
+        Lotfi, Izmailov, Benton, Goldblum, Wilson, Bayesian model selection, the
+        marginal likelihood, and generalization, ICML 2022, section 5.
+    """
+    approximate = isinstance(model, LinearizedGP) and (
+        not is_gaussian(model.likelihood) or isinstance(model.inference, Structure)
+    )
+    if not approximate:
+        _check_gaussian(model, "conditional_log_evidence")
+    X = model.train_inputs[0]
+    n = X.shape[-2]
+    m = n // 2 if num_first is None else num_first
+    if not isinstance(m, int) or not 0 <= m < n:
+        raise ValueError(
+            f"num_first must be an int from 0 to {n - 1}, fewer than the {n} points, "
+            f"but is {m!r}."
+        )
+    orderings = _orderings(n, num_orderings, orderings, generator).to(X.device)
+    firsts = orderings[:, :m]
+    if approximate:
+        whole = model.log_evidence()
+        parts = [model.subset_rows(rows).log_evidence() for rows in firsts if m]
+        count = n - m
+    else:
+        marginal = gaussian_marginal(model)
+        whole = log_density(marginal)
+        parts = [log_density(marginal.subset(rows)) for rows in firsts if m]
+        count = (n - m) * marginal.targets.shape[-1]
+    if m == 0:
+        parts = [torch.zeros_like(whole)] * len(firsts)
+    values = torch.stack([whole - part for part in parts])
+    error = (
+        values.std(0) / len(values) ** 0.5 if len(values) > 1 else values[0] * math.nan
+    )
+    kind = "approximation" if approximate else "exact"
+    return ConditionalEvidence(values.mean(0), values, error.detach(), m, count, kind)
+
+
+@torch.no_grad()
+def held_out_log_density(
+    model: GP | Model, X: Tensor, Y: Tensor, likelihood: Likelihood | None = None
+) -> Tensor:
+    """Log predictive density of new data, point by point, in their own units.
+
+    Of the marginal distribution of each output, summed over outputs.
+
+    Args:
+        model: A LinearizedGP, a botorch model, or a GP of gpytorch's.
+        X: Inputs ``n x d``.
+        Y: Targets ``n x m`` or ``n``, untransformed.
+        likelihood: For gpytorch's own variational GPs, which have none.
+
+    Returns:
+        Nats per point, ``n``.
+    """
+    check_same_length(X=X, Y=Y)
+    column = Y[:, None] if Y.dim() == 1 else Y
+    if isinstance(model, LinearizedGP):
+        predicted = model.predict(X)
+        if isinstance(predicted, Categorical):
+            return predicted.log_prob(Y.reshape(-1))
+        return predicted.log_prob(column).reshape(len(X), -1).sum(-1).double()
+    likelihood = getattr(model, "likelihood", likelihood)
+    if isinstance(model, Model):
+        noisy = isinstance(likelihood, _GaussianLikelihoodBase)
+        predicted = model.posterior(X, observation_noise=noisy)
+        if noisy:
+            return _normal(predicted.mean, predicted.variance, column)
+        return likelihood.log_marginal(Y.reshape(len(X)), predicted.distribution)
+    model.eval()
+    if not isinstance(likelihood, _GaussianLikelihoodBase):
+        return likelihood.log_marginal(Y.reshape(len(X)), model(X))
+    predicted = likelihood(model(X), X)
+    mean, variance = predicted.mean, predicted.variance
+    return _normal(mean.reshape(column.shape), variance.reshape(column.shape), column)
+
+
+def _normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
+    mean, variance, y = mean.double(), variance.double(), y.double()
+    return Normal(mean, variance.sqrt()).log_prob(y).sum(-1)
+
+
+def _check_gaussian(model: GP, what: str) -> None:
+    if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
+        raise NotImplementedError(
+            f"{what} has no closed form for a variational GP ({type(model).__name__}). "
+            "Score it on held-out data."
+        )
+    if isinstance(model, LinearizedGP) and not is_gaussian(model.likelihood):
+        raise NotImplementedError(
+            f"{what} has a closed form for Gaussian noise only, but the model has a "
+            f"{type(model.likelihood).__name__}. Score it on held-out data, or use "
+            "conditional_log_evidence."
+        )
+
+
+def _orderings(
+    n: int, count: int, given: Tensor | None, generator: Generator | None
+) -> Tensor:
+    if given is None:
+        check_count(num_orderings=count)
+        generator = Generator().manual_seed(0) if generator is None else generator
+        device = generator.device
+        return torch.stack(
+            [
+                torch.randperm(n, generator=generator, device=device)
+                for _ in range(count)
+            ]
+        )
+    ascending = torch.arange(n, device=given.device)
+    if given.dim() != 2 or given.shape[-1] != n or len(given) == 0:
+        raise ShapeError(
+            f"orderings must be ``k x {n}``, permutations of the points, but has shape "
+            f"{tuple(given.shape)}."
+        )
+    if not bool((given.sort(-1).values == ascending).all()):
+        raise ValueError(
+            f"orderings must hold each of the numbers 0 to {n - 1} once in a row. Try "
+            f"torch.randperm({n})."
+        )
+    return given
