@@ -224,4 +224,5 @@ class _Pass:
         return len(rows)
 
     def _run(self, params: Params, statistics: Params, rows: Tensor) -> Tensor:
+        params = self.draws.net.whole(params)
         return functional_call(self.work, {**params, **statistics}, (rows,))

@@ -355,9 +355,7 @@ def _tangent(
             own[name].copy_(value[0])
     elif is_stale(at_mean):
         _warn_stale()
-    with torch.no_grad():
-        for name, value in net.unflatten(mean).items():
-            net.params[name].copy_(value)
+    net.write(net.unflatten(mean))
     covariance = posterior.covariance
     if posterior.variance is None and posterior.root is None:
         covariance = DiagLinearOperator(torch.zeros_like(mean))  # keeps its tensors

@@ -6,6 +6,7 @@ from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import TangentMean
 from gpbridge.linearized.paths import TangentPath
 from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank
+from gpbridge.linearized.subnetworks import largest_variance
 
 __all__ = [
     "Calibration",
@@ -18,4 +19,5 @@ __all__ = [
     "TangentMean",
     "TangentPath",
     "TrainGap",
+    "largest_variance",
 ]
