@@ -239,6 +239,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.calibration: Calibration | None = None
         self.output_indices: list[int] | None = None
         self._new: NewData | None = None
+        self._saved: dict[str, Tensor] | None = None
         self._forget()
         self.to(train_X.device)
         self.eval()

@@ -40,17 +40,24 @@ class TangentPosterior:
         problem: The linear model and its data.
         prior_variance: One variance per group.
         mean: ``"linear_model"`` or ``"network"``.
+        weights: Those of the mean, if they are known.
     """
 
     def __init__(
-        self, problem: TangentProblem, prior_variance: Tensor, mean: str
+        self,
+        problem: TangentProblem,
+        prior_variance: Tensor,
+        mean: str,
+        weights: Tensor | None = None,
     ) -> None:
         self.problem = problem
         self.adds_network = problem.offset or mean == "network"
         with torch.no_grad():
             self.std = problem.feature_std(prior_variance)
             self.strategy = problem.strategy(prior_variance)
-            self.weights = self._mean_weights(prior_variance.double(), mean)
+            if weights is None:
+                weights = self._mean_weights(prior_variance.double(), mean)
+            self.weights = weights
 
     def _mean_weights(self, prior_variance: Tensor, mean: str) -> Tensor | None:
         """Scaled weights whose product with the features corrects the mean."""

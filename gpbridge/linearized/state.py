@@ -7,6 +7,8 @@ changes. Next: ``persistence`` copies and loads it, ``gp`` answers from it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.means import Mean
@@ -24,6 +26,11 @@ from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
+from gpbridge.linearized.curvature_state import (
+    pack_results,
+    saved_weights,
+    unpack_curvature,
+)
 from gpbridge.linearized.inference import Inference
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import (
@@ -45,6 +52,7 @@ BUILT_WITH = (
 FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
 SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
 MOVED = ("_new",)  # and saved, as tensors
+KEPT = ("_saved",)  # tensors that save computing anew what they fit
 CACHES = ("_problem", "_built_from", "_posterior", "_update", "_mode", "_gap")
 
 
@@ -81,6 +89,9 @@ class TangentState:
 
     # MOVED: tensors outside of torch's own lists.
     _new: NewData | None  # conditioned on since
+
+    # KEPT: of the state that was loaded, or of the model that this is a copy of.
+    _saved: dict[str, Tensor] | None  # by name, what a structure computed
 
     # CACHES: computed anew where they are missing or out of date.
     _problem: TangentProblem | None
@@ -210,6 +221,15 @@ class TangentState:
 
     # -- what is kept ----------------------------------------------------------------
 
+    def _results(self) -> dict[str, Tensor] | None:
+        """What a structure computed, to be saved; what was loaded if nothing since."""
+        problem = self._problem
+        if problem is None or problem._curvature is None:
+            return self._saved
+        if self._built_from != self._ingredients():  # of another network by now
+            return None
+        return pack_results(problem, self._posterior)
+
     def _forget(self) -> None:
         for cache in CACHES:
             setattr(self, cache, None)
@@ -250,6 +270,10 @@ class TangentState:
                 self.inference,
             )
             self._built_from = ingredients
+            if self._saved is not None:
+                self._problem.recall = partial(
+                    unpack_curvature, self._problem, self._saved
+                )
         return self._problem
 
     def _key(self) -> tuple:
@@ -267,7 +291,10 @@ class TangentState:
         """
         problem, key = self.problem, self._key()  # in this order: it may forget
         if self._posterior is None or self._posterior[0] != key:
-            made = TangentPosterior(problem, self.prior_variance.detach(), self.mean)
+            weights = saved_weights(problem, self._saved, key)
+            made = TangentPosterior(
+                problem, self.prior_variance.detach(), self.mean, weights
+            )
             self._posterior, self._update = (key, made), None
         return self._posterior[1]
 

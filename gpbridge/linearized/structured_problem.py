@@ -10,7 +10,7 @@ Out: the curvature, its prediction strategy. Next: ``problem``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
@@ -59,6 +59,8 @@ class StructuredProblem:
     inference: Structure
 
     _curvature: tuple[Tensor, Curvature] | None = None
+    _curvature_key: str | None = None  # filled by curvature_state
+    recall: Callable[[Tensor], Curvature | None] | None = None  # one that was saved
 
     @property
     def curvature(self) -> Curvature:
@@ -66,7 +68,8 @@ class StructuredProblem:
         with torch.no_grad():
             root = self._base_root()
             if self._curvature is None or not torch.equal(self._curvature[0], root):
-                self._curvature = root, self._make(root)
+                found = None if self.recall is None else self.recall(root)
+                self._curvature = root, self._make(root) if found is None else found
         return self._curvature[1]
 
     @property
