@@ -1,6 +1,7 @@
 """Linearised networks: a trained network conditioned as the Gaussian process it is."""
 
 from gpbridge.linearized.calibration import Calibration, TrainGap
+from gpbridge.linearized.continual import weight_posterior
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact, Sampled
 from gpbridge.linearized.mean import TangentMean
@@ -20,4 +21,5 @@ __all__ = [
     "TangentPath",
     "TrainGap",
     "largest_variance",
+    "weight_posterior",
 ]

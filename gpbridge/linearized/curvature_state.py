@@ -68,7 +68,7 @@ def pack_results(
     packed = pack_curvature(problem)
     if posterior is not None and posterior[1].weights is not None:
         packed["mean"] = posterior[1].weights
-        packed["mean_at"] = _text([*posterior[0], problem.offset, _targets(problem)])
+        packed["mean_at"] = _text([*posterior[0], *_beside_curvature(problem)])
     return packed
 
 
@@ -80,7 +80,7 @@ def saved_weights(
         return None
     if json.loads(bytes(packed["meta"].tolist()))["key"] != curvature_key(problem):
         return None
-    wanted = _text([*at, problem.offset, _targets(problem)])
+    wanted = _text([*at, *_beside_curvature(problem)])
     if not torch.equal(wanted, packed["mean_at"].cpu()):
         return None
     return packed["mean"].to(problem.X.device)
@@ -148,10 +148,15 @@ def curvature_key(problem: TangentProblem) -> str:
     return problem._curvature_key
 
 
-def _targets(problem: TangentProblem) -> str:
+def _beside_curvature(problem: TangentProblem) -> list:
+    """What a posterior mean depends on beyond curvature and hyperparameters."""
     digest = hashlib.sha256()
     _add(digest, problem.Y)
-    return digest.hexdigest()
+    before = problem.previous
+    if before is not None:
+        for value in (before.mean, before.variance, before.curvature.trace):
+            _add(digest, value)
+    return [problem.offset, digest.hexdigest()]
 
 
 def _add(digest: Any, value: Tensor) -> None:

@@ -56,6 +56,7 @@ from gpbridge.linearized.conditioning import (
 )
 from gpbridge.linearized.construction import (
     check_data,
+    check_previous,
     fixed_inputs,
     freeze_network,
     outputs_at,
@@ -71,6 +72,7 @@ from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.linearized.training_run import (
     check_training_run,
     data_after_training,
@@ -138,6 +140,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         input_shape: Shape of one input, as (c, h, w), for networks on images.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform, for Gaussian noise.
+        previous: The posterior of earlier data, which is the prior here; see
+            :func:`~gpbridge.linearized.continual.weight_posterior`. Needs the same
+            structure, weights and groups.
 
     Raises:
         ShapeError: If shapes of data, network and likelihood disagree.
@@ -178,6 +183,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         outcome_transform: OutcomeTransform | None = None,
         fit_result: FitResult | None = None,
         select: str | None = None,
+        previous: StructuredWeights | None = None,
     ) -> None:
         super().__init__()
         check_choice("mean", mean, ("auto", "linear_model", "network"))
@@ -227,6 +233,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.covar_module.register_constraint(
             "raw_prior_variance", bounds, replace=True
         )
+        self.previous = previous
+        if previous is not None:
+            check_previous(previous, self, self.covar_module.groups)
+            self.prior_variance = previous.prior_variance
         self.noise, self.parameters_option = noise, parameters
         self._froze_noise = False
         if gaussian:
@@ -316,6 +326,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         return latent_distribution(*self._joint(X), X.dtype)
 
     def _prior(self, Z: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+        self.check_prior_of_its_own("The prior covariance")
         Z = Z.to(self.functional.dtype)
         # By the kernel, so that gpytorch's own objectives can learn its variances.
         covariance = self.covar_module(Z).to_dense()
@@ -635,6 +646,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
     @ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
+        self.check_prior_of_its_own("The evidence")
         problem = self.problem
         problem.check_size("The exact evidence")
         result, self._mode = evidence(

@@ -137,6 +137,8 @@ class Persistence:
             if kept is not None:
                 setattr(self, name, type(kept)(*map(fn, kept)))
         # The precision of Jacobians is an option, not that of the data.
+        if self.previous is not None:
+            self.previous = self.previous.to(self._train_X.device)
         dtype = working_dtype(self.inference, self._train_X)
         if self.functional.dtype != dtype:
             self.covar_module.to(dtype)

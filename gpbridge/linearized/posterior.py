@@ -65,6 +65,9 @@ class TangentPosterior:
         if mean == "network":
             return None
         if isinstance(problem.inference, Structure):
+            if problem.previous is not None:
+                weights = problem.continued_mean(prior_variance)
+                return self._offset(weights / problem.flat_prior_std(prior_variance))
             mode = find_mode(problem, prior_variance)
             weights = mode.weights / problem.expand(prior_variance.sqrt())
             return self._offset(weights)

@@ -41,13 +41,14 @@ from gpbridge.linearized.noise import (
 )
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import FitResult
 
 # Every attribute that is no module, parameter or buffer, by what becomes of it.
 BUILT_WITH = (
     *("inference", "select", "offset", "g_prior", "parameters_option"),
-    *("fit_result", "_num_outputs"),
+    *("fit_result", "_num_outputs", "previous"),
 )
 FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
 SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
@@ -74,6 +75,7 @@ class TangentState:
     parameters_option: Parameters
     fit_result: FitResult | None
     _num_outputs: int  # of the network
+    previous: StructuredWeights | None
 
     # FOUND: there once fit_evidence has run.
     diagnostics: tuple
@@ -196,6 +198,14 @@ class TangentState:
                 "Build a LinearizedGP on all data."
             )
 
+    def check_prior_of_its_own(self, what: str) -> None:
+        """Refuse what is not there for a prior that came from other data."""
+        if self.previous is not None:
+            raise NotImplementedError(
+                f"{what} is not there for a model whose prior is a previous posterior: "
+                "the prior variances are part of it. Choose them on the first data."
+            )
+
     @ordinary_tensors()
     def use_mean(self, mean: str, noise: str | float) -> None:
         """Change mean and noise together, as in the constructor (Gaussian noise)."""
@@ -243,7 +253,10 @@ class TangentState:
             if isinstance(w, Tensor)
         ]
         groups = self.covar_module.groups
-        return (self.likelihood, self.offset, self.inference, groups, versions)
+        return (
+            *(self.likelihood, self.offset, self.inference, self.previous),
+            *(groups, versions),
+        )
 
     @property
     @ordinary_tensors()
@@ -269,6 +282,7 @@ class TangentState:
                 self.offset,
                 self.inference,
             )
+            self._problem.previous = self.previous
             self._built_from = ingredients
             if self._saved is not None:
                 self._problem.recall = partial(
