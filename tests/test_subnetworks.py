@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
-from gpbridge.dnn import MeanFieldVI
+from gpbridge.dnn import SWAG, MeanFieldVI
 from gpbridge.draws import TangentDraws, WeightDraws
 from gpbridge.function_space import FunctionSpace
 from gpbridge.functional import FunctionalNet, functionalize
@@ -214,6 +215,27 @@ def test_variational_inference_takes_a_subnetwork():
     vi = MeanFieldVI(network, LogisticLikelihood(), **options)
     vi.loss(X, Y, generator=generator()).backward()
     assert vi.mean.grad.shape == (vi.net.num_params,) and vi.mean.grad.abs().sum() > 0
+
+
+def test_trackers_and_batch_norm_take_a_subnetwork():
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    masks = some(network, seed=2)
+    swag = SWAG(network, parameters=masks, rank=2)
+    values = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+    for step in (1.0, 3.0):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(step)
+        swag.update(network)
+    posterior = swag.posterior()
+    torch.testing.assert_close(posterior.mean, values[flat(masks)] + 2.5)
+    held = posterior.net.network[0].weight  # the other entries are the last ones
+    mask = masks["0.weight"]
+    torch.testing.assert_close(held[~mask], network[0].weight.detach()[~mask])
+    draws = posterior.draw(2, generator())
+    X = torch.randn(8, 3, generator=generator())
+    refresh_batch_norm(draws, [X])
+    assert draws(X).shape == (2, 8, 1)
 
 
 # --- which entries

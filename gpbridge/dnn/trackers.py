@@ -106,7 +106,7 @@ class WeightTracker(nn.Module):
         network = _module_or_weights(network)
         # What is not tracked, buffers among it, is that of the last snapshot.
         state = network.state_dict() if isinstance(network, nn.Module) else network
-        random = set(self.net.names)
+        random = set(self.net.names) - set(self.net.entries)
         for name, value in self.net.network.state_dict().items():
             if name not in random and name in state:
                 value.copy_(state[name])
