@@ -60,7 +60,6 @@ class TestKronecker(Contract, unittest.TestCase):
 @pytest.mark.slow
 class TestLowRank(Contract, unittest.TestCase):
     structure = LowRank(rank=1000)  # all of it
-    outputs = (1,)  # with several, their noises share the eigenvectors
     conditioning_equals_refit = True
 
 
