@@ -251,7 +251,7 @@ def chain_draws(
         theta = start.clone().requires_grad_()
         generator = torch.Generator().manual_seed(0)
         sampler = SGHMC(
-            [theta], rate, n, alpha=0.1, temperature=temperature, generator=generator
+            [theta], rate, n, friction=0.1, temperature=temperature, generator=generator
         )
         steps = max(setting.choices) // 2 * -(-n // setting.batch_size)
         kept, every = [], max(steps * 4 // 5 // DRAWS, 1)

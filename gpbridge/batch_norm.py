@@ -26,20 +26,22 @@ from torch.func import functional_call, vmap
 
 from gpbridge.checks import ShapeError
 from gpbridge.draws import JoinedDraws, WeightDraws
-from gpbridge.probe import check_input_shape, explain_failure
+from gpbridge.probe import check_input_shape, explain_failure, warn_looped
 from gpbridge.types import Params
 
-NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, also across processes
+_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, also across processes
 
 Draws = TypeVar("Draws", WeightDraws, JoinedDraws)
 
 
+def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers, by name, that normalise by batches."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, _NORMS)}
+
+
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether a layer keeps statistics of activations."""
-    return any(
-        isinstance(module, NORMS) and module.track_running_stats
-        for module in network.modules()
-    )
+    return any(m.track_running_stats for m in norm_layers(network).values())
 
 
 @torch.no_grad()
@@ -143,8 +145,9 @@ def is_stale(draws: nn.Module) -> bool:
         return False
     net, before = draws.net, set()
     seen: set[str] = set()
+    layers = norm_layers(net.network)
     for name, module in net.network.named_modules():
-        if isinstance(module, NORMS) and module.track_running_stats:
+        if name in layers and module.track_running_stats:
             before |= seen
         kinds = dict(module.named_parameters(recurse=False))
         seen |= {f"{name}.{kind}".lstrip(".") for kind in kinds}
@@ -191,8 +194,8 @@ class _Pass:
         self.work = copy.deepcopy(net.network).eval()
         self.layers = {
             name: module
-            for name, module in self.work.named_modules()
-            if isinstance(module, NORMS) and module.track_running_stats
+            for name, module in norm_layers(self.work).items()
+            if module.track_running_stats
         }
         s = len(draws.weights)
         self.statistics: Params = {}
@@ -206,6 +209,7 @@ class _Pass:
         for name, value in draws.statistics.items():
             if name not in self.statistics:  # frozen weights and the like
                 self.params[name] = value
+        self.vectorized = net.vectorized
 
     def take(self, X: Tensor, seen: int) -> int:
         """Move the statistics by a batch after ``seen`` rows; returns its rows."""
@@ -216,12 +220,30 @@ class _Pass:
         rows = rows.to(self.draws.weights.device, net.dtype)
         for module in self.layers.values():
             module.momentum = len(rows) / (seen + len(rows))
+        before = {name: value.clone() for name, value in self.statistics.items()}
         try:
-            vmap(self._run, in_dims=(0, 0, None))(self.params, self.statistics, rows)
-        except Exception:
+            self._move(rows)
+        except Exception as error:
             explain_failure(net, X.flatten(1))
-            raise
+            if not self.vectorized or type(error) is not RuntimeError:
+                raise
+            warn_looped(error)
+            self.vectorized, self.statistics = False, before
+            self._move(rows)
         return len(rows)
 
+    def _move(self, rows: Tensor) -> None:
+        if self.vectorized:
+            together = vmap(self._run, in_dims=(0, 0, None))
+            together(self.params, self.statistics, rows)
+            return
+        for draw in range(len(self.draws.weights)):
+            params, own = (
+                {name: value[draw] for name, value in each.items()}
+                for each in (self.params, self.statistics)
+            )
+            self._run(params, own, rows)  # moves rows of the statistics
+
     def _run(self, params: Params, statistics: Params, rows: Tensor) -> Tensor:
+        params = self.draws.net.whole(params)
         return functional_call(self.work, {**params, **statistics}, (rows,))

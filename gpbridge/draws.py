@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpbridge.checks import check_count
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
-from gpbridge.probe import explain_failure
+from gpbridge.probe import explain_failure, warn_looped
 from gpbridge.stacked_layers import stack_chain
 from gpbridge.types import Params
 
@@ -135,9 +135,14 @@ class WeightDraws(nn.Module):
                 self._evaluate({k: v[i : i + size] for k, v in params.items()}, Z)
                 for i in range(0, s, size)
             ]
-        except Exception:
+        except Exception as error:
             explain_failure(net, Z)
-            raise
+            # Nobody may have asked the probe yet.
+            if not net.vectorized or type(error) is not RuntimeError:
+                raise
+            warn_looped(error)
+            net.vectorized = False
+            return self(X)
         return torch.cat(parts).to(X.dtype)
 
     def extra_repr(self) -> str:

@@ -23,22 +23,26 @@ from linear_operator.operators import (
 )
 from torch import Generator, Tensor, nn
 
-from gpbridge.batch_norm import is_stale, refresh_batch_norm
 from gpbridge.checks import (
     ReliabilityWarning,
-    ShapeError,
     check_choice,
     check_count,
     check_inputs,
     warn_user,
 )
 from gpbridge.draws import JoinedDraws, TangentDraws, WeightDraws
+from gpbridge.function_draws import (
+    evaluate,
+    freeze,
+    refreshed,
+    refuse_what_holds_one,
+)
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.outcomes import latent_distribution
 from gpbridge.probe import explain_failure
-from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
+from gpbridge.types import FunctionDraws, WeightPosterior
 from gpbridge.weights import GaussianWeights
 
 MODES = ("sample", "linearized")
@@ -132,11 +136,7 @@ class FunctionSpace(nn.Module):
                 posterior, num_samples, generator, batches
             )
             return
-        self.draws = freeze(posterior, num_samples, generator)
-        if batches is not None:
-            refresh_batch_norm(self.draws, batches)
-        elif is_stale(self.draws):
-            _warn_stale()
+        self.draws = refreshed(freeze(posterior, num_samples, generator), batches)
         _check_spread(self.draws)
 
     def extra_repr(self) -> str:
@@ -201,61 +201,6 @@ class FunctionSpace(nn.Module):
         return mean, to_linear_operator(covariance)
 
 
-def freeze(
-    posterior: WeightPosterior | FunctionDraws,
-    num_samples: int,
-    generator: Generator | None = None,
-) -> FunctionDraws:
-    """Frozen functions of a posterior, as copies that nobody else moves or changes.
-
-    Args:
-        posterior: What has a ``draw``, or frozen functions as they are.
-        num_samples: How many; a finite posterior of at most as many gives each member
-            once.
-        generator: Source of the draws.
-
-    Returns:
-        The functions.
-
-    Raises:
-        TypeError: If nothing can be drawn or evaluated.
-    """
-    if not hasattr(posterior, "draw"):
-        _refuse_what_holds_one(posterior)
-        if not callable(posterior) or isinstance(posterior, type):
-            raise TypeError(
-                "posterior must have draw(num_samples, generator), or be functions "
-                f"that it returned, but is {type(posterior).__name__}. For a network "
-                "or its snapshots try gpbridge.weights.EmpiricalWeights."
-            )
-        return copy.deepcopy(posterior)
-    members = getattr(posterior, "num_members", None)
-    if members is not None and members <= num_samples:
-        return copy.deepcopy(posterior.draw())
-    return copy.deepcopy(posterior.draw(num_samples, generator))
-
-
-def _refuse_what_holds_one(value: object) -> None:
-    """Say what to pass in place of what leads to a posterior."""
-    name = type(value).__name__
-    if hasattr(value, "update") and callable(getattr(value, "posterior", None)):
-        raise TypeError(
-            f"posterior is a {name}, which observes a run. Pass its posterior(): "
-            "tracker.posterior()."
-        )
-    if isinstance(value, tuple) and hasattr(value, "posterior"):
-        raise TypeError(
-            f"posterior is a {name}, the result of a search. Pass its .posterior."
-        )
-    is_layer = isinstance(value, nn.Module) and type(value).__module__[:8] == "torch.nn"
-    if isinstance(value, FitResult) or is_layer:
-        raise TypeError(
-            f"posterior is a {name}, one network, which has no spread. Train several "
-            "and pass gpbridge.dnn.DeepEnsemble of them, or find a posterior of its "
-            "weights, such as gpbridge.dnn.SWAG or gpbridge.weights.EmpiricalWeights."
-        )
-
-
 def _check_spread(draws: object) -> None:
     """Refuse one draw, and warn of draws that are all the same."""
     parts = list(draws.parts) if isinstance(draws, JoinedDraws) else [draws]
@@ -270,32 +215,6 @@ def _check_spread(draws: object) -> None:
             "everywhere. Pass a posterior with spread, or snapshots of several epochs.",
             ReliabilityWarning,
         )
-
-
-def _warn_stale() -> None:
-    warn_user(
-        "The network has batch normalisation, and the draws have the statistics of "
-        "other weights than their own. Pass batches=[X], the training inputs, or "
-        "call gpbridge.batch_norm.refresh_batch_norm on the draws and pass these.",
-        ReliabilityWarning,
-    )
-
-
-def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
-    """Values of frozen functions, ``s x ... x n x m`` at inputs ``... x n x d``.
-
-    Raises:
-        ShapeError: If they have another shape: a network is callable too.
-    """
-    values = draws(X)
-    if values.shape[1:-1] != X.shape[:-1] or values.dim() != X.dim() + 1:
-        raise ShapeError(
-            f"{type(draws).__name__} must map ``... x n x d`` inputs to the values "
-            f"``s x ... x n x m`` of s functions, but maps shape {tuple(X.shape)} to "
-            f"{tuple(values.shape)}. For a network or its snapshots try "
-            "gpbridge.weights.EmpiricalWeights."
-        )
-    return values
 
 
 def draw_moments(values: Tensor) -> tuple[Tensor, LinearOperator]:
@@ -339,7 +258,7 @@ def _tangent(
     """Draws and covariance of the tangent model at the mean of the weights."""
     if not isinstance(posterior, GaussianWeights):
         if not hasattr(posterior, "draw"):
-            _refuse_what_holds_one(posterior)
+            refuse_what_holds_one(posterior)
         raise TypeError(
             "mode='linearized' needs GaussianWeights, as SWAG or variational inference "
             f"give them, but the posterior is {type(posterior).__name__}. Try "
@@ -347,17 +266,11 @@ def _tangent(
         )
     net: FunctionalNet = copy.deepcopy(posterior.net)
     mean = posterior.mean
-    at_mean = WeightDraws(net, mean[None])
-    if batches is not None:
-        refresh_batch_norm(at_mean, batches)
-        own = dict(net.network.named_buffers())
-        for name, value in at_mean.statistics.items():
-            own[name].copy_(value[0])
-    elif is_stale(at_mean):
-        _warn_stale()
-    with torch.no_grad():
-        for name, value in net.unflatten(mean).items():
-            net.params[name].copy_(value)
+    at_mean = refreshed(WeightDraws(net, mean[None]), batches)
+    own = dict(net.network.named_buffers())
+    for name, value in at_mean.statistics.items():
+        own[name].copy_(value[0])
+    net.write(net.unflatten(mean))
     covariance = posterior.covariance
     if posterior.variance is None and posterior.root is None:
         covariance = DiagLinearOperator(torch.zeros_like(mean))  # keeps its tensors

@@ -153,6 +153,15 @@ def explain_failure(net: FrozenNet, X: Tensor) -> None:
     check_outputs(run_or_explain(net.network, rows, net.input_shape), rows)
 
 
+def warn_looped(error: Exception) -> None:
+    """Say that draws are evaluated one by one since ``vmap`` raised this."""
+    warn_user(
+        "torch.func.vmap cannot evaluate the draws side by side: "
+        f"{first_line(error)} They are evaluated one by one, which is slower. Replace "
+        "what depends on values, as an if or .item(), by torch.where."
+    )
+
+
 def check_outputs(outputs: object, inputs: Tensor) -> int:
     """Require one row of outputs per row of inputs.
 

@@ -62,6 +62,11 @@ class WeightSpaceModel(SurrogatePredictions, Model):
     how it was found. Train again on all data, or use
     :class:`gpbridge.LinearizedGP` or :class:`gpbridge.SampledGP`, which condition.
 
+    In a botorch ``ModelList`` beside a GP the samplers that an acquisition function
+    finds by itself disagree about the number of samples. Hand it a
+    ``botorch.sampling.list_sampler.ListSampler`` with one for each model:
+    ``EnumeratingSampler(Size([s]))`` and ``SobolQMCNormalSampler(Size([s]))``.
+
     Args:
         posterior: What has a ``draw``, or frozen functions.
         train_X: Inputs ``n x d``, in the caller's units: tell the number of outputs,

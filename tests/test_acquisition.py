@@ -16,6 +16,7 @@ from botorch.acquisition.objective import (
     ScalarizedPosteriorTransform,
 )
 from botorch.models.ensemble import EnsembleModel
+from botorch.models.transforms import Normalize, Standardize
 from botorch.optim import optimize_acqf
 from botorch.posteriors.ensemble import EnsemblePosterior
 from botorch.sampling.get_sampler import get_sampler
@@ -24,7 +25,10 @@ from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.acquisition import DrawsPosterior, EnumeratingSampler, ThompsonDraw
+from gpbridge.batch_norm import refresh_batch_norm
+from gpbridge.checks import ReliabilityWarning
 from gpbridge.functional import FunctionalNet
+from gpbridge.surrogates import WeightSpaceModel
 from gpbridge.weights import GaussianWeights
 
 
@@ -191,6 +195,62 @@ def test_thompson_draws_come_from_a_gp_too():
     X = normal(6, 2)
     model = LinearizedGP(nn.Linear(2, 1).double(), X, X[:, :1])
     assert ThompsonDraw(model).posterior(X[:3]).mean.shape == (3, 1)
+
+
+def test_a_thompson_draw_is_in_the_callers_units():
+    X, Y = 5 + 3 * normal(12, 2), 100 + 10 * normal(12, 1)
+    before, after = Normalize(2), Standardize(1)
+    before(X), after(Y)
+    draw = ThompsonDraw(
+        weights(),
+        generator=torch.Generator().manual_seed(4),
+        input_transform=before,
+        outcome_transform=after,
+    )
+    low, high = X.min(0).values, X.max(0).values
+    inner = weights().draw(1, torch.Generator().manual_seed(4))
+    expected = Y.mean() + Y.std() * inner((X - low) / (high - low))[0]
+    torch.testing.assert_close(draw(X), expected)
+    torch.testing.assert_close(draw.posterior(X).mean, expected)  # and not twice
+    torch.testing.assert_close(copy.deepcopy(draw)(X), expected)
+    model = WeightSpaceModel(
+        weights(), X, Y, input_transform=Normalize(2), outcome_transform=Standardize(1),
+        num_samples=1000,
+    )  # fmt: skip
+    z = (expected - model.posterior(X).mean) / model.posterior(X).variance.sqrt()
+    assert bool((z.abs() < 4).all())
+    # A GP of this library has them in its draws.
+    gp = LinearizedGP(
+        nn.Linear(2, 1).double(), X, Y, input_transform=Normalize(2),
+        outcome_transform=Standardize(1),
+    )  # fmt: skip
+    z = (ThompsonDraw(gp)(X) - gp.posterior(X).mean) / gp.posterior(X).variance.sqrt()
+    assert bool((z.abs() < 5).all())
+    with pytest.raises(ValueError, match="LinearizedGP, whose draws are in the caller"):
+        ThompsonDraw(gp, outcome_transform=after)
+    with pytest.raises(TypeError, match="WeightSpaceModel, which has no draw.*built"):
+        ThompsonDraw(model)
+
+
+def test_a_thompson_draw_has_batch_norm_statistics_of_its_own_or_warns():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net, X = FunctionalNet(network.double()), 3 + 2 * normal(30, 2)
+    posterior = GaussianWeights(
+        net, normal(net.num_params), variance=torch.ones(net.num_params).double()
+    )
+    with pytest.warns(ReliabilityWarning, match=r"statistics of.*Pass batches=\[X\]"):
+        ThompsonDraw(posterior)
+    before = Normalize(2)
+    before(X)
+    draw = ThompsonDraw(
+        posterior, generator=torch.Generator().manual_seed(1),
+        input_transform=before, batches=[X[:20], X[20:]],
+    )  # fmt: skip
+    inner = posterior.draw(1, torch.Generator().manual_seed(1))
+    before.eval()
+    refresh_batch_norm(inner, [before(X[:20]), before(X[20:])])
+    torch.testing.assert_close(draw(X), inner(before(X))[0])
 
 
 def test_bad_input_says_what_to_try():

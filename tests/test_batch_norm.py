@@ -110,3 +110,41 @@ def test_statistics_are_stale_where_other_weights_come_before_them():
     assert is_stale(draws) and is_stale(JoinedDraws([draws_of(module), draws]))
     assert not is_stale(refresh_batch_norm(draws, [X]))
     assert not is_stale(module) and not is_stale(DeepEnsemble([module] * 2).draw())
+
+
+class Branches(nn.Module):
+    """A branch on values, which ``vmap`` cannot take."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(h if h.sum() > -1e6 else -h)
+
+
+def test_a_network_without_vectorisation_is_passed_draw_by_draw_and_says_so():
+    module, X = Branches().double(), random(9, 2)
+    net = FunctionalNet(module)
+    weights = net.flatten(net.params) + random(3, net.num_params, seed=1)
+    draws = EmpiricalWeights(net, weights).draw()
+    with pytest.warns(UserWarning, match="cannot evaluate the draws side by side"):
+        refresh_batch_norm(draws, X.split(5))
+    plain = nn.Sequential(*module.body, module.head)  # the same, without the branch
+    names = dict(zip(plain.state_dict(), module.state_dict(), strict=True))
+    same = FunctionalNet(plain)
+    assert same.num_params == net.num_params
+    expected = EmpiricalWeights(same, weights).draw()
+    refresh_batch_norm(expected, X.split(5))
+    for name, values in expected.statistics.items():
+        torch.testing.assert_close(draws.statistics[names[name]], values)
+    with pytest.warns(UserWarning, match="cannot evaluate the draws side by side"):
+        values = draws(X)
+    torch.testing.assert_close(values, expected(X))
+    torch.testing.assert_close(draws(X), expected(X))  # and it is said once
+    message = "fails on an X of 3 columns"
+    for fails in (draws, lambda X: refresh_batch_norm(draws, [X])):
+        with pytest.raises(ShapeError, match=message):
+            fails(random(4, 3))

@@ -17,7 +17,8 @@ from gpbridge.dnn.ensembles import DeepEnsemble
 from gpbridge.dnn.scale_tuning import ScaleTuning
 from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.swag import SWA, SWAG
-from gpbridge.function_space import FunctionSpace, freeze
+from gpbridge.function_draws import freeze
+from gpbridge.function_space import FunctionSpace
 from gpbridge.functional import FunctionalNet
 from gpbridge.heteroscedastic import HeteroscedasticGaussianLikelihood
 from gpbridge.testing import (

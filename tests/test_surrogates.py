@@ -8,11 +8,15 @@ import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
-from botorch.exceptions.errors import InputDataError
+from botorch.acquisition.objective import GenericMCObjective
+from botorch.exceptions.errors import InputDataError, UnsupportedError
 from botorch.models import SingleTaskGP
+from botorch.models.model import ModelList
 from botorch.models.transforms import Normalize, Standardize
 from botorch.models.transforms.outcome import Log, StratifiedStandardize
 from botorch.optim import optimize_acqf
+from botorch.sampling.list_sampler import ListSampler
+from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
@@ -542,3 +546,20 @@ def test_one_draw_is_refused_and_reprs_say_mode_and_number_of_draws():
     shown = repr(WeightSpaceModel(weights, num_outputs=1, num_samples=5))
     assert "mode='ensemble', num_outputs=1" in shown and "num_draws=5" in shown
     assert "mode='sample', jitter=1e-06" in shown
+
+
+def test_beside_a_gp_in_a_list_a_sampler_for_each_is_passed():
+    net = FunctionalNet(nn.Linear(2, 1).double())
+    spread = torch.ones(3, dtype=torch.float64)
+    weights = GaussianWeights(net, 0 * spread, variance=spread)
+    X = torch.rand(6, 2, generator=torch.Generator().manual_seed(0)).double()
+    ours = WeightSpaceModel(weights, num_outputs=1, num_samples=32)
+    both = ModelList(ours, SingleTaskGP(X, X[:, :1]))
+    total = GenericMCObjective(lambda Y, X=None: Y.sum(-1))
+    options = {"best_f": 0.0, "objective": total}
+    with pytest.raises(UnsupportedError, match="same sample shape"):
+        qLogExpectedImprovement(both, **options)(X[:2, None])
+    s = torch.Size([32])
+    sampler = ListSampler(EnumeratingSampler(s), SobolQMCNormalSampler(s, seed=0))
+    values = qLogExpectedImprovement(both, sampler=sampler, **options)(X[:2, None])
+    assert values.shape == (2,) and bool(values.isfinite().all())

@@ -13,54 +13,36 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
-from torch.func import vmap
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gpbridge.checks import (
-    ReliabilityWarning,
     ShapeError,
     check_count,
     check_finite,
-    check_inputs,
-    check_not_empty,
     check_positive,
-    check_same_length,
     check_tensor,
-    warn_user,
 )
+from gpbridge.dnn.chain_losses import ChainLosses
+from gpbridge.dnn.chain_state import ChainState
 from gpbridge.dnn.cyclical import first_sampling_step, kept_steps
 from gpbridge.dnn.divergence import DivergedError, rate_advice
-from gpbridge.dnn.log_posterior import LogPosterior
-from gpbridge.dnn.run_key import checksum, difference, structure
 from gpbridge.dnn.schedules import cyclical_factor
 from gpbridge.dnn.sgmcmc import SGHMC
 from gpbridge.functional import FunctionalNet, Parameters
-from gpbridge.likelihoods import is_gaussian
-from gpbridge.targets import check_targets, default_likelihood
 from gpbridge.weights import EmpiricalWeights
 
 _CHECK_EVERY = 50  # steps between looks at the losses, which wait for the device
 
 
-class Spread(NamedTuple):
-    """Root mean square over weights of standard deviations of samples.
-
-    ``within`` the samples of one chain in one cycle, and ``between`` the means of
-    those; None where there is only one.
-    """
-
-    within: float | None
-    between: float | None
-
-
-class SGMCMC(nn.Module):
+class SGMCMC(ChainState):
     r"""Markov chains over the weights of a network that stochastic gradients drive.
 
     Their law for small rates is :math:`p(D \mid w)^{1/T} p(w)`, with the noise of a
@@ -75,6 +57,9 @@ class SGMCMC(nn.Module):
 
     Memory is that of ``(num_cycles samples_per_cycle + 3) num_chains`` weight vectors.
 
+    ``.to`` moves data, weights, samples and momenta. Batches and noise are drawn where
+    the generator is and moved from there: the run goes on with the same numbers.
+
     Args:
         network: Its weights are the first state of every chain. Copied, never changed.
         train_X: Inputs, ``n x d``, or images in the layout of the network.
@@ -83,7 +68,7 @@ class SGMCMC(nn.Module):
             Set its noise; it is not sampled.
         sampler: Builds the optimizer from (parameters, lr=, num_data=, temperature=,
             generator=): :class:`~gpbridge.dnn.SGHMC`, :class:`~gpbridge.dnn.SGLD`, or
-            one of them with options, ``functools.partial(SGHMC, alpha=0.05)``.
+            one of them with options, ``functools.partial(SGHMC, friction=0.05)``.
         learning_rate: The first rate of a cycle, on the loss per datum; it must be
             below about one over the largest curvature, which for Gaussian noise grows
             as one over its variance. None is 0.01, for Gaussian noise of a variance
@@ -124,7 +109,7 @@ class SGMCMC(nn.Module):
         train_Y: Tensor,
         likelihood: Likelihood | None = None,
         *,
-        sampler: Callable[..., torch.optim.Optimizer] = SGHMC,
+        sampler: Callable[..., Optimizer] = SGHMC,
         learning_rate: float | None = None,
         num_cycles: int = 4,
         steps_per_cycle: int = 1000,
@@ -140,88 +125,48 @@ class SGMCMC(nn.Module):
         input_shape: Sequence[int] | None = None,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
         check_count(
             num_cycles=num_cycles,
             steps_per_cycle=steps_per_cycle,
             samples_per_cycle=samples_per_cycle,
             num_chains=num_chains,
-            batch_size=batch_size,
         )
         if learning_rate is not None:
             check_positive(learning_rate=learning_rate)
-        self.kept_steps = kept_steps(
-            steps_per_cycle, samples_per_cycle, sampling_fraction
+        kept = kept_steps(steps_per_cycle, samples_per_cycle, sampling_fraction)
+        loss = ChainLosses(
+            network,
+            train_X,
+            train_Y,
+            likelihood,
+            batch_size=batch_size,
+            prior=prior,
+            likelihood_temperature=likelihood_temperature,
+            parameters=parameters,
+            input_shape=input_shape,
         )
+        rate = loss.usual_rate() if learning_rate is None else learning_rate
+        first = _first_weights(loss.net, num_chains, initial_weights).to(train_X)
+        if generator is None:
+            generator = Generator(device=train_X.device).manual_seed(0)
+        options = {
+            "lr": rate,
+            "num_data": len(train_X),
+            "temperature": likelihood_temperature,
+            "generator": generator,
+        }
+        build = partial(_build, sampler, options)
+        super().__init__(first, build, num_cycles, steps_per_cycle, kept)
+        self.loss, self.learning_rate, self.cyclical = loss, rate, cyclical
         self.first_sampling_step = first_sampling_step(
             steps_per_cycle, sampling_fraction
         )
-        check_inputs(train_X)
-        check_tensor(train_Y=train_Y)
-        check_not_empty(train_X=train_X)
-        check_same_length(train_X=train_X, train_Y=train_Y)
-        check_finite(train_Y=train_Y)
-        if train_X.dim() > 2:
-            input_shape = train_X.shape[1:] if input_shape is None else input_shape
-            train_X = train_X.flatten(1)
-        self.net = net = FunctionalNet(network, parameters, input_shape)
-        num_outputs, n = net.probe(train_X), len(train_X)
-        if likelihood is None:
-            likelihood = default_likelihood(train_Y, num_outputs, train_X.dtype)
-        Y = check_targets(likelihood, train_Y, num_outputs, n, train_X.dtype)
-        self.log_posterior = LogPosterior(
-            net, likelihood, n, prior, likelihood_temperature, "mean"
-        )
-        self.data = [train_X.detach(), Y.detach()]
-        if isinstance(likelihood, FixedNoiseGaussianLikelihood):
-            self.data.append(likelihood.noise_covar.noise.detach())
-        self._usual = _usual_rate(likelihood)
-        learning_rate = self._usual if learning_rate is None else learning_rate
-        self.learning_rate, self.cyclical = learning_rate, cyclical
-        self.num_cycles, self.steps_per_cycle = num_cycles, steps_per_cycle
-        self.batch_size, self.step = min(batch_size, n), 0
-        first = _first_weights(net, num_chains, initial_weights).to(train_X)
-        self.weights = nn.Parameter(first)
-        kept = num_cycles * samples_per_cycle
-        self.register_buffer("samples", first.new_zeros(kept, *first.shape))
-        self.register_buffer("losses", first.new_zeros(self.num_steps, num_chains))
-        if generator is None:
-            generator = Generator(device=train_X.device).manual_seed(0)
         self.generator = generator
-        try:
-            self.optimizer = sampler(
-                [self.weights],
-                lr=learning_rate,
-                num_data=n,
-                temperature=likelihood_temperature,
-                generator=generator,
-            )
-        except TypeError as error:
-            raise TypeError(
-                "sampler must build an optimizer from (parameters, lr=, num_data=, "
-                f"temperature=, generator=), but {sampler!r} does not ({error}). Pass "
-                "SGHMC, SGLD, or functools.partial(SGHMC, alpha=0.05)."
-            ) from error
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.num_cycles * self.steps_per_cycle
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that each chain has kept so far."""
-        cycles, position = divmod(self.step, self.steps_per_cycle)
-        done = sum(step < position for step in self.kept_steps)
-        return cycles * len(self.kept_steps) + done
-
-    @property
-    def history(self) -> Tensor:
-        """The loss per datum of every step so far, ``steps x chains``, prior included.
-
-        Each is that of a batch, before the step.
-        """
-        return self.losses[: self.step]
+    def net(self) -> FunctionalNet:
+        """The network as a function of its random weights."""
+        return self.loss.net
 
     def run(self, num_steps: int | None = None, progress: bool = True) -> SGMCMC:
         """Make steps.
@@ -255,7 +200,7 @@ class SGMCMC(nn.Module):
         with bar:
             while left:
                 steps = min(left, _CHECK_EVERY)
-                good = self.weights.detach().clone(), self._progress()
+                good = self.weights.detach().clone(), self.progress()
                 for _ in range(steps):
                     self._make_step()
                 self._check(steps, good)
@@ -271,7 +216,7 @@ class SGMCMC(nn.Module):
                 factor = cyclical_factor(self.steps_per_cycle)(position)
                 noise = position >= self.first_sampling_step
             group["lr"], group["noise"] = factor * self.learning_rate, noise
-        losses = self._batch_losses()
+        losses = self.loss(self.weights, self.generator)
         (self.weights.grad,) = torch.autograd.grad(losses.sum(), self.weights)
         self.optimizer.step()
         self.losses[self.step] = losses.detach()
@@ -279,119 +224,31 @@ class SGMCMC(nn.Module):
             self.samples[self.num_samples] = self.weights.detach()
         self.step += 1
 
-    def _batch_losses(self) -> Tensor:
-        """The loss of each chain on a batch of its own, ``chains``."""
-        n, batch, dim = len(self.data[0]), self.data, None
-        if self.batch_size < n:
-            shape = len(self.weights), self.batch_size
-            rows = torch.randint(
-                n, shape, generator=self.generator, device=self.generator.device
-            ).to(batch[0].device)
-            batch, dim = [tensor[rows] for tensor in batch], 0
-        if self.net.vectorized:
-            dims = (0, *[dim] * len(batch))
-            return vmap(self._loss, dims)(self.weights, *batch)
-        each = [
-            self._loss(own, *(t if dim is None else t[chain] for t in batch))
-            for chain, own in enumerate(self.weights)
-        ]
-        return torch.stack(each)
-
-    def _loss(self, weights: Tensor, *batch: Tensor) -> Tensor:
-        value = self.log_posterior(self.net.unflatten(weights), *batch)
-        return -self.log_posterior.likelihood_temperature * value
-
     def _check(self, steps: int, good: tuple[Tensor, dict[str, Any]]) -> None:
         seen = self.losses[self.step - steps : self.step]
         if bool(seen.isfinite().all() & self.weights.isfinite().all()):
             return
-        end = self.step
+        end, usual = self.step, self.loss.usual_rate()
         with torch.no_grad():
             self.weights.copy_(good[0])
-        self._go_to(good[1])
+        self.go_to(good[1])
         raise DivergedError(
             f"A loss or a weight became NaN or infinite between steps {self.step} and "
             f"{end}. The chains are back at step {self.step}, with {self.num_samples} "
             "samples each; they are .last_good of this error. Try "
-            f"{rate_advice(self.learning_rate, self._usual)}: set it on them and call "
+            f"{rate_advice(self.learning_rate, usual)}: set it on them and call "
             "run(), or begin anew. It scales as the noise variance of a Gaussian "
             "likelihood; standardise inputs and targets.",
             self,
         )
 
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """The step, and the state of the optimizer with its generator."""
-        return self._progress() | {"run": self._key()}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Put step and optimizer where they were."""
-        self._go_to(state)
-
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What a continued run must have in common with the one before."""
-        learnt = set(self.net.names)
-        return {
-            "network": structure(self.net.network, learnt),
-            "data": [checksum(part) for part in self.data],
-            "batch size": self.batch_size,
-            "number of chains": len(self.weights),
-            "steps of a cycle": self.steps_per_cycle,
-            "kept steps": sorted(self.kept_steps),
+        own = {
             "first sampling step": self.first_sampling_step,
             "change of the rate": self.cyclical,
-            "likelihood": type(self.log_posterior.likelihood).__name__,
-            "temperature": self.log_posterior.likelihood_temperature,
-            "sampler": type(self.optimizer).__name__,
         }
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        state = state_dict.get(f"{prefix}_extra_state")
-        if state is not None:
-            for name, now in self._key().items():
-                before = state["run"].get(name)
-                if before != now:
-                    raise ValueError(
-                        f"The state is of another run: {difference(name, before, now)}."
-                        " Build the chains with the same arguments."
-                    )
-            if state["step"] > self.num_steps:
-                raise ValueError(
-                    f"The state has {state['step']} steps, but these chains make "
-                    f"{self.num_steps}. Build them with num_cycles="
-                    f"{-(-state['step'] // self.steps_per_cycle)} or more."
-                )
-            state_dict = dict(state_dict)
-            for name in ("samples", "losses"):  # of more cycles, or fewer
-                own, given = getattr(self, name), state_dict.get(prefix + name)
-                if given is not None and len(given) != len(own):
-                    value, count = torch.zeros_like(own), min(len(own), len(given))
-                    value[:count] = given[:count]
-                    state_dict[prefix + name] = value
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _go_to(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-
-    @property
-    def spread(self) -> Spread:
-        """How far the samples so far lie from each other."""
-        per_cycle = len(self.kept_steps)
-        cycles = self.samples[: self.num_samples].double().split(per_cycle)
-        means = torch.cat([own.mean(0) for own in cycles]) if cycles else []
-        within = [own.var(0).mean() for own in cycles if len(own) > 1]
-        return Spread(
-            float(torch.stack(within).mean().sqrt()) if within else None,
-            float(means.var(0).mean().sqrt()) if len(means) > 1 else None,
-        )
+        return super().key() | self.loss.key() | own
 
     def posterior(self) -> EmpiricalWeights:
         """The samples so far, of all chains, in the order of the steps.
@@ -404,25 +261,8 @@ class SGMCMC(nn.Module):
 
         Warns:
             ReliabilityWarning: If they differ by no more than rounding.
-        """
-        if not self.num_samples:
-            raise RuntimeError(
-                f"The chains have kept no sample after {self.step} of "
-                f"{self.num_steps} steps: the first comes after "
-                f"{self.kept_steps[0] + 1}. Call run()."
-            )
-        weights = self.samples[: self.num_samples].flatten(0, 1)
-        found = self.spread
-        size = found.between if found.within is None else found.within
-        rounding = 4 * torch.finfo(weights.dtype).eps * weights.square().mean().sqrt()
-        if size is not None and size <= rounding:
-            warn_user(
-                f"The samples differ by {size:.2g}, which is rounding: they are one "
-                "point. Raise the temperature or learning_rate, sample for longer, or "
-                "use float64.",
-                ReliabilityWarning,
-            )
-        return EmpiricalWeights(self.net, weights)
+        """  # noqa: DOC502
+        return self.members(self.net)
 
 
 def sample_sgmcmc(
@@ -461,10 +301,19 @@ def sample_sgmcmc(
     return chains.run(progress=progress).posterior()
 
 
-def _usual_rate(likelihood: Likelihood) -> float:
-    """In units of the noise, to which curvatures are inverse, where it is small."""
-    noise = getattr(likelihood, "noise", None) if is_gaussian(likelihood) else None
-    return 0.01 if noise is None else 0.01 * min(1.0, float(noise.detach().min()))
+def _build(
+    sampler: Callable[..., Optimizer],
+    options: dict[str, Any],
+    parameters: list[nn.Parameter],
+) -> Optimizer:
+    try:
+        return sampler(parameters, **options)
+    except TypeError as error:
+        raise TypeError(
+            "sampler must build an optimizer from (parameters, lr=, num_data=, "
+            f"temperature=, generator=), but {sampler!r} does not ({error}). Pass "
+            "SGHMC, SGLD, or functools.partial(SGHMC, friction=0.05)."
+        ) from error
 
 
 def _first_weights(

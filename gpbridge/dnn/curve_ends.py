@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 
 
 def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> None:
@@ -44,7 +44,7 @@ def check_same_network(start: nn.Module, end: nn.Module, moving: set[str]) -> No
                     f"in the {kind} {name or 'at the top'!r}: start_network has "
                     f"{found[0]}, end_network has {found[1]}."
                 )
-    norms = {n for n, m in start.named_modules() if isinstance(m, NORMS)}
+    norms = norm_layers(start)
     own, other = (
         {**dict(side.named_parameters()), **dict(side.named_buffers())}
         for side in (start, end)

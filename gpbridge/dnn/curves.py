@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import ShapeError, check_count, check_tensor
 from gpbridge.dnn.curve_ends import check_same_network
 from gpbridge.draws import WeightDraws
@@ -309,7 +309,7 @@ def batch_statistics(network: nn.Module) -> Iterator[Params]:
         Buffers for it to move. Pass them to ``functional_call``: then the network's own
         stay as they are.
     """
-    norms = {n: m for n, m in network.named_modules() if isinstance(m, NORMS)}
+    norms = norm_layers(network)
     modes = {name: module.training for name, module in norms.items()}
     try:
         for module in norms.values():

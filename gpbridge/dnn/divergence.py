@@ -13,8 +13,10 @@ class DivergedError(RuntimeError):
     """A loss or a weight became NaN or infinite; ``last_good`` is the run before that.
 
     Of ``fit_map`` it is the network, of ``fit_ensemble`` an ``EnsembleFit``, of
-    ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`; of ``fit_mean_field``,
-    ``fit_variational``, ``fit_curve`` and of chains the object itself.
+    ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`, of ``fit_vae`` and
+    ``fit_gp_vae`` what they return, of ``fit_iterative`` its record; of
+    ``fit_mean_field``, ``fit_variational``, ``fit_curve`` and of chains the object
+    itself.
     """
 
     def __init__(self, message: str, last_good: Any) -> None:

@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,8 @@ from torch import Generator, Tensor, nn
 from torch.func import vmap
 
 from gpbridge.checks import check_count, check_inputs
-from gpbridge.frozen import copy_without_hooks
+from gpbridge.frozen import copy_without_hooks, first_line
+from gpbridge.probe import check_input_shape, check_outputs, run_or_explain
 from gpbridge.randomness import fresh
 from gpbridge.tracing import traceable
 from gpbridge.weights import Drawable
@@ -75,15 +77,27 @@ class MCDropout(Drawable):
         return self
 
     def draw(
-        self, num_samples: int, generator: Generator | None = None
+        self,
+        num_samples: int,
+        generator: Generator | None = None,
+        chunk_size: int | None = None,
     ) -> DropoutDraws:
-        """Freeze functions, one set of masks each."""
+        """Freeze functions, one set of masks each.
+
+        Args:
+            num_samples: How many.
+            generator: Source of the masks.
+            chunk_size: Bounds memory, see :class:`DropoutDraws`.
+
+        Returns:
+            The functions.
+        """
         check_count(num_samples=num_samples)
         generator = fresh(generator)
         seed = torch.randint(
             2**62, (), generator=generator, device=generator.device
         ).cpu()
-        return DropoutDraws(self, num_samples, seed)
+        return DropoutDraws(self, num_samples, seed, chunk_size)
 
 
 class DropoutDraws(nn.Module):
@@ -93,38 +107,86 @@ class DropoutDraws(nn.Module):
         posterior: The network with active dropout.
         num_samples: The number s of functions.
         seed: Of all masks, a whole number.
+        chunk_size: Draws whose activations at all rows are held at once; default all.
+            It bounds memory alone: rows and not draws are split, so that the masks,
+            and with them the functions, stay what they are. May be set later.
     """
 
-    def __init__(self, posterior: MCDropout, num_samples: int, seed: Tensor) -> None:
+    def __init__(
+        self,
+        posterior: MCDropout,
+        num_samples: int,
+        seed: Tensor,
+        chunk_size: int | None = None,
+    ) -> None:
         super().__init__()
+        if chunk_size is not None:
+            check_count(chunk_size=chunk_size)
         self.posterior, self.num_samples = posterior, num_samples
+        self.chunk_size = chunk_size
         self.register_buffer("seed", seed)
 
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``.
 
-        The masks do not depend on the number of rows; memory is that of s n rows.
-        """
+        The masks do not depend on the number of rows; memory is that of s n rows, or of
+        ``chunk_size`` n.
+
+        Raises:
+            TypeError: If X is no tensor, or the network does not return one.
+            ShapeError: If the inputs do not fit the network.
+            ValueError: If the network cannot be vectorised.
+        """  # noqa: DOC502
         check_inputs(X, "X")
-        network, shape = self.posterior.network, self.posterior.input_shape
-        rows = X.reshape(-1, 1, *(shape or X.shape[-1:]))
-        first = next(network.parameters(), rows)
+        posterior, s = self.posterior, self.num_samples
+        if posterior.input_shape is not None:
+            check_input_shape(posterior.input_shape, X)
+        Z = X.to(next(posterior.network.parameters(), X).dtype)
+        rows = Z.reshape(-1, 1, *(posterior.input_shape or X.shape[-1:]))
+        size = len(rows)
+        if self.chunk_size is not None:
+            size = math.ceil(size * min(self.chunk_size, s) / s)
+        values = torch.cat(
+            [self._evaluate(part) for part in rows.split(max(1, size))], 1
+        )
+        return values.reshape(s, *X.shape[:-1], -1).to(X.dtype)
+
+    def extra_repr(self) -> str:
+        """How many draws."""
+        return f"num_draws={self.num_samples}"
+
+    def _evaluate(self, rows: Tensor) -> Tensor:
+        """Values at rows ``n x 1 x ...``, ``s x n x ...``."""
+        network, device = self.posterior.network, rows.device
 
         def each(_: Tensor) -> Tensor:
             # "same": every row meets the masks of this draw.
-            return vmap(lambda row: network(row)[0], randomness="same")(
-                rows.to(first.dtype)
-            )
+            return vmap(lambda row: network(row)[0], randomness="same")(rows)
 
-        devices = [X.device] if X.device.type == "cuda" else []
+        devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), traceable():
             torch.random.default_generator.manual_seed(int(self.seed))
-            for device in devices:
-                with torch.cuda.device(device):  # it seeds the present one alone
+            for one in devices:
+                with torch.cuda.device(one):  # it seeds the present one alone
                     torch.cuda.manual_seed(int(self.seed))
-            start = torch.zeros(self.num_samples, device=X.device)
-            values = vmap(each, randomness="different")(start)
-        return values.reshape(self.num_samples, *X.shape[:-1], -1).to(X.dtype)
+            start = torch.zeros(self.num_samples, device=device)
+            try:
+                return vmap(each, randomness="different")(start)
+            except Exception as error:
+                self._explain(rows, error)
+                raise
+
+    @torch.no_grad()
+    def _explain(self, rows: Tensor, error: Exception) -> None:
+        network, shape = self.posterior.network, self.posterior.input_shape
+        some = rows[:2].flatten(0, 1).detach()
+        check_outputs(run_or_explain(network, some, shape), some)
+        if type(error) is RuntimeError:
+            raise ValueError(
+                "torch.func.vmap cannot evaluate the draws side by side: "
+                f"{first_line(error)} Replace what depends on values, as an if or "
+                ".item(), by torch.where."
+            ) from error
 
 
 def _rate(module: nn.Module) -> float:

@@ -2,8 +2,8 @@
 
 In: a model and its bound on some rows. Out: an :class:`ELBOFit`, the trained model, the
 bounds of the epochs, and a plain state from which the same run goes on. Where the bound
-becomes NaN the last good state is kept. Next: ``vae`` and ``gp_vae`` say what the rows
-are.
+becomes NaN the error has the last good one. Next: ``vae`` and ``gp_vae`` say what the
+rows are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.training import isolated_randomness, split_rows
 from gpbridge.frozen import first_line
 
 _DIVERGED = (FloatingPointError, torch.linalg.LinAlgError, NanError, NotPSDError)
+_USUAL_RATE = 1e-3
 _KEYS = {"model", "optimizer", "generator", "history"}
 
 Callback = Callable[[int, nn.Module, dict[str, float]], object]
@@ -82,8 +84,9 @@ def ascend_elbo(
         The model with its history and state.
 
     Raises:
+        DivergedError: If the bound or a weight is not finite; its ``last_good`` is the
+            :class:`ELBOFit` of the last good epoch, or of none.
         KeyboardInterrupt: If it comes before one epoch is done.
-        RuntimeError: If the bound is not finite in the first epoch.
         ValueError: If an option is out of range, or nothing can be trained.
     """
     check_count(epochs=epochs, batch_size=batch_size)
@@ -124,7 +127,7 @@ def ascend_elbo(
         return copy.deepcopy(state)
 
     good, first = snapshot(), len(history["elbo"])
-    trouble = None
+    trouble, interrupted = None, False
     bar = tqdm(
         range(epochs), desc=name, leave=False, disable=None if progress else True
     )
@@ -157,27 +160,31 @@ def ascend_elbo(
             if callback is not None and callback(first + epoch, model, entry) is True:
                 break
     except KeyboardInterrupt:
-        trouble = "it was interrupted"
+        interrupted = True
         if len(good["history"]["elbo"]) == first:
             raise
     finally:
         bar.close()
         model.eval()
         model.zero_grad()
+    done, rate = len(good["history"]["elbo"]) - first, groups[0][1]
+    if trouble is not None or interrupted:
+        model.load_state_dict(good["model"])
+    fit = ELBOFit(model, copy.deepcopy(good["history"]), good)
     if trouble is not None:
-        done = len(good["history"]["elbo"])
-        if done == first:
-            raise RuntimeError(
-                f"Training stopped before one epoch was done: {trouble}. Standardise "
-                f"the data, or lower the learning rate (it is {groups[0][1]})."
-            )
+        raise DivergedError(
+            f"Training diverged after {done} of {epochs} epochs: {trouble}. The last "
+            "good state is .last_good of this error. Standardise the data, or go on by "
+            f"resume=error.last_good.state with {rate_advice(rate, _USUAL_RATE)}.",
+            fit,
+        )
+    if interrupted:
         warn_user(
-            f"Training stopped after {done - first} of {epochs} epochs: {trouble}. The "
-            "last good state is returned; lower the learning rate to go on from it.",
+            f"Training was interrupted after {done} of {epochs} epochs; the last good "
+            "state is returned.",
             RuntimeWarning,
         )
-        model.load_state_dict(good["model"])
-    return ELBOFit(model, copy.deepcopy(good["history"]), good)
+    return fit
 
 
 def _adam(groups: list[tuple[list[nn.Parameter], float]]) -> torch.optim.Adam:

@@ -47,6 +47,7 @@ from gpbridge.dnn.objective import objective_for, residual_variance
 from gpbridge.dnn.replica_fit import ReplicaFit
 from gpbridge.dnn.replica_input import drawn_seed
 from gpbridge.dnn.replicas import Callback, train_replicas
+from gpbridge.dnn.schedules import cyclical_factor
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.types import FitResult, Params
 
@@ -229,7 +230,7 @@ def fit_ensemble(
     if callable(schedule):
         factor = schedule
     elif schedule == "cosine":
-        factor = _cosine(epochs)
+        factor = cyclical_factor(epochs)  # one cycle
     else:
         factor = None
     decay = weight_decay
@@ -301,10 +302,6 @@ def _named(members: list[nn.Module]) -> Iterator[tuple[str, list[Tensor]]]:
     tensors = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in members]
     for name in tensors[0]:
         yield name, [each[name].detach() for each in tensors]
-
-
-def _cosine(epochs: int) -> Callable[[int], float]:
-    return lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def _decays(

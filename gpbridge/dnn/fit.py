@@ -9,6 +9,10 @@ Next: ``linearized`` turns the result into a Gaussian process.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from os import PathLike
+from types import FunctionType
+from typing import Any
 
 import torch
 from gpytorch.likelihoods import Likelihood
@@ -22,6 +26,7 @@ from gpbridge.checks import (
     check_same_length,
     check_tensor,
 )
+from gpbridge.dnn.checkpoints import Checkpoint
 from gpbridge.dnn.fit_input import (
     WeightDecay,
     check_decay,
@@ -32,6 +37,7 @@ from gpbridge.dnn.fit_input import (
     split_rows,
 )
 from gpbridge.dnn.objective import objective_for, residual_variance
+from gpbridge.dnn.run_key import checksum, described, structure
 from gpbridge.dnn.training import Callback, Part, descend, isolated_randomness
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.types import FitResult
@@ -52,6 +58,8 @@ def fit_map(
     early_stopping: bool = True,
     schedule: str = "constant",
     input_shape: Sequence[int] | None = None,
+    checkpoint: str | PathLike | None = None,
+    checkpoint_every: int = 10,
     generator: torch.Generator | None = None,
     progress: bool = True,
     callback: Callback | None = None,
@@ -94,6 +102,11 @@ def fit_map(
             ``validation_rows`` are held out, and they are merely recorded.
         schedule: ``"constant"`` or ``"cosine"``, to zero over the epochs.
         input_shape: Shape of one input, to unflatten the ``d`` columns, as (c, h, w).
+        checkpoint: A file, written every ``checkpoint_every`` epochs and at the end. If
+            it exists, training continues from it, to the same bits; the other arguments
+            must be those of before, and ``epochs`` may be larger, except with
+            ``"cosine"``. A ``weight_decay`` must be a number or a plain function then.
+        checkpoint_every: Epochs.
         generator: Source of all randomness: split, batches, dropout. None is a fresh
             one with seed 0.
         progress: Whether to show a bar, if there is a terminal.
@@ -109,8 +122,10 @@ def fit_map(
         DivergedError: If a loss or a weight becomes NaN or infinite; its ``last_good``
             is the network at its best epoch so far, or, without early stopping, as it
             was when the last epoch of finite loss began.
-        ValueError: If an option is out of range, nothing can be trained, or the network
-            cannot be copied.
+        FileNotFoundError: If the folder of the checkpoint does not exist.
+        TypeError: If ``weight_decay`` has a state that a checkpoint cannot keep.
+        ValueError: If an option is out of range, nothing can be trained, the network
+            cannot be copied, or the checkpoint is of another run.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard after its first
@@ -133,6 +148,9 @@ def fit_map(
             "validation_fraction must lie in [0, 1), but is "
             f"{validation_fraction}. For a tenth of the rows pass 0.1, for none 0."
         )
+    file = Checkpoint(checkpoint, checkpoint_every)
+    if checkpoint is not None:
+        _check_decay_state(weight_decay)
     check_inputs(train_X)
     check_tensor(train_Y=train_Y)
     check_not_empty(train_X=train_X)
@@ -143,6 +161,18 @@ def fit_map(
     train_X, train_Y = train_X.detach(), train_Y.detach()
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    key = partial(
+        _key,
+        {
+            "likelihood": type(likelihood).__name__,
+            "learning rate": learning_rate,
+            "batch size": batch_size,
+            "weight decay": described(weight_decay),
+            "schedule": (schedule, epochs) if schedule == "cosine" else schedule,
+            "keeping of the best epoch": early_stopping,
+            "seed": checksum(generator.get_state()),
+        },
+    )
     fraction = validation_fraction if early_stopping else 0.0
     fit_rows, held_out = split_rows(train_X, fraction, validation_rows, generator)
 
@@ -167,6 +197,8 @@ def fit_map(
             generator=generator,
             progress=progress,
             callback=callback,
+            checkpoint=file,
+            key={} if checkpoint is None else key(X, objective.targets, held_out, own),
         )
         variances = [
             residual_variance(own, X[rows], train_Y[rows], num_outputs)
@@ -183,6 +215,35 @@ def fit_map(
         weight_decay=history["weight_decay"][-1],
         history=history,
     )
+
+
+def _key(
+    options: dict[str, Any],
+    X: Tensor,
+    targets: Tensor,
+    held_out: Tensor,
+    network: nn.Module,
+) -> dict[str, Any]:
+    """What a continued run must have in common with the one before."""
+    return options | {
+        "network": structure(network),
+        "first weights": [checksum(p) for p in network.parameters()],
+        "inputs": checksum(X),
+        "targets": checksum(targets),
+        "validation rows": checksum(held_out),
+    }
+
+
+def _check_decay_state(weight_decay: float | WeightDecay) -> None:
+    function = weight_decay
+    while isinstance(function, partial):
+        function = function.func
+    if callable(function) and not isinstance(function, FunctionType):
+        raise TypeError(
+            "weight_decay must be a number or a plain function where a checkpoint is "
+            f"written, but is a {type(function).__name__}, whose own state the file "
+            "does not hold. Train without checkpoint, or pass its number."
+        )
 
 
 def _decay_at(

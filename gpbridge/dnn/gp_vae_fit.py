@@ -12,6 +12,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
 from gpbridge.dnn.gp_vae import GPPriorVAE
 
@@ -57,13 +58,13 @@ def fit_gp_vae(
         The trained model, conditioned on these data, and the state to resume from.
 
     Raises:
+        DivergedError: If the bound or a weight becomes NaN or infinite; its
+            ``last_good`` is the fit at the last good epoch.
         InputDataError: If there are no data, or NaN among them.
-        RuntimeError: If the bound is not finite in the first epoch.
 
     Warns:
-        RuntimeWarning: If the bound becomes NaN later, or the keyboard interrupts: the
-            last good epoch is returned.
-    """
+        RuntimeWarning: If the keyboard interrupts: the last good epoch is returned.
+    """  # noqa: DOC502
     model._check(X_aux, Y)
     check_choice("support", support, ("data", "batch"))
     check_count(num_samples=num_samples)
@@ -86,19 +87,24 @@ def fit_gp_vae(
     networks = [*own.encoder.parameters(), *own.decoder.parameters()]
     shared = {id(p) for p in networks}
     others = [p for p in own.parameters() if id(p) not in shared]
-    fit = ascend_elbo(
-        own,
-        elbo,
-        n,
-        Y.device,
-        groups=[(networks, learning_rate), (others, prior_learning_rate)],
-        epochs=epochs,
-        batch_size=n if batch_size is None else batch_size,
-        generator=generator,
-        resume=resume,
-        progress=progress,
-        callback=callback,
-        name="fit_gp_vae",
-    )
+    try:
+        fit = ascend_elbo(
+            own,
+            elbo,
+            n,
+            Y.device,
+            groups=[(networks, learning_rate), (others, prior_learning_rate)],
+            epochs=epochs,
+            batch_size=n if batch_size is None else batch_size,
+            generator=generator,
+            resume=resume,
+            progress=progress,
+            callback=callback,
+            name="fit_gp_vae",
+        )
+    except DivergedError as error:
+        if error.last_good.history["elbo"]:
+            own.condition(X_aux, Y)
+        raise
     own.condition(X_aux, Y)
     return fit

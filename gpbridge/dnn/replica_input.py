@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import (
     ShapeError,
     check_finite,
@@ -155,7 +155,7 @@ def check_rows(rows: Tensor, n: int, k: int) -> Tensor:
 
 def check_normalisation(network: nn.Module, num_rows: int) -> bool:
     """Whether layers mix the rows of a batch; then two are needed, and a momentum."""
-    layers = [module for module in network.modules() if isinstance(module, NORMS)]
+    layers = norm_layers(network).values()
     if layers and num_rows == 1:
         raise ValueError(
             "The network has batch normalisation, which needs batches of two rows or "

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import check_count, warn_user
+from gpbridge.dnn.checkpoints import Checkpoint
 from gpbridge.dnn.replica_fit import ReplicaFit
+from gpbridge.dnn.replica_options import Decay, ReplicaOptions
 from gpbridge.dnn.stacked_loss import Loss
-from gpbridge.dnn.stacked_training import Decay, StackedTraining
-from gpbridge.storage import load_state, save_state
+from gpbridge.dnn.stacked_training import StackedTraining
 from gpbridge.types import Params
 
 Callback = Callable[[int, Params, Params], object]
@@ -121,31 +121,24 @@ def train_replicas(
         >>> bool((fit.weights[:, 0] - 3).abs().max() < 1e-2)
         True
     """
-    check_count(epochs=epochs, checkpoint_every=checkpoint_every)
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
-        )
+    check_count(epochs=epochs)
+    file = Checkpoint(checkpoint, checkpoint_every)
     training = StackedTraining(
         network,
         weights,
         X,
         Y,
         loss,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        schedule=schedule,
+        ReplicaOptions(
+            batch_size, optimizer, learning_rate, momentum, weight_decay, schedule
+        ),
         rows=rows,
         validation=validation,
         keep_best=keep_best,
         input_shape=input_shape,
         generator=generator,
     )
-    if checkpoint is not None and Path(checkpoint).exists():
-        _continue(training, checkpoint, epochs, X)
+    file.resume(training.load_state_dict, epochs, X.device)
     bar = tqdm(
         range(training.epoch, epochs),
         desc="train_replicas",
@@ -160,8 +153,7 @@ def train_replicas(
                 bar.set_postfix_str(f"loss {float(shown):.3g}", refresh=False)
             stop = callback is not None and callback(epoch, training.current(), entry)
             last = stop is True or epoch + 1 == epochs
-            if checkpoint is not None and (last or (epoch + 1) % checkpoint_every == 0):
-                save_state(training.state_dict(), checkpoint)
+            file.keep(epoch + 1, last, training.state_dict)
             if stop is True:
                 break
     except KeyboardInterrupt:
@@ -175,22 +167,3 @@ def train_replicas(
     finally:
         bar.close()
     return training.result()
-
-
-def _continue(
-    training: StackedTraining, checkpoint: str | PathLike, epochs: int, X: Tensor
-) -> None:
-    state = load_state(checkpoint, X.device)
-    try:
-        training.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} cannot be continued. {error} For a new "
-            "run pass another file."
-        ) from error
-    if training.epoch > epochs:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} has {training.epoch} epochs already, and "
-            f"epochs is {epochs}. Pass epochs={training.epoch} or more, or another "
-            "file."
-        )

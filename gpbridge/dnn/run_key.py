@@ -1,7 +1,7 @@
 """What a run has in common with the one that it continues, in plain values.
 
 In: a module, a function or a tensor. Out: strings that compare equal for equal content.
-Next: ``stacked_training`` and ``chains`` keep them in their states and compare them.
+Next: states of long runs keep them, and compare them before they go on.
 """
 
 from __future__ import annotations
@@ -111,3 +111,22 @@ def difference(name: str, before: object, now: object) -> str:
             [entry for entry in now if entry not in before],
         )
     return f"its {name} is {before}, and now it is {now}"
+
+
+def check_same_run(
+    before: Mapping[str, object], now: Mapping[str, object], remedy: str
+) -> None:
+    """Require that a state is of the run that goes on from it.
+
+    Args:
+        before: What the state says of its run.
+        now: The same of the run that goes on.
+        remedy: What to do.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    for name, value in now.items():
+        if before.get(name) != value:
+            which = difference(name, before.get(name), value)
+            raise ValueError(f"The state is of another run: {which}. {remedy}")

@@ -73,8 +73,11 @@ def cyclical_factor(cycle: int) -> Factor:
 def triangular_factor(cycle: int, low: float) -> Factor:
     """Linear from one down to ``low`` and up again; members are taken at the bottom.
 
+    Steps count from 0, which has the full rate; step k is iteration k of the paper,
+    which begins with 1, and the bottom is at step ``cycle / 2``.
+
     Args:
-        cycle: Steps of a cycle, an even number; the bottom is after half of them.
+        cycle: Steps of a cycle, an even number.
         low: The smallest rate in units of the first.
 
     Returns:

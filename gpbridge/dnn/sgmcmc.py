@@ -209,7 +209,7 @@ class SGHMC(_NoisyOptimizer):
         lr: The step size :math:`\eta` on the loss per datum, below
             :math:`(4 - 2 \alpha) / h` for a curvature h.
         num_data: N, the number of data.
-        alpha: The friction, one minus the momentum, in (0, 1].
+        friction: :math:`\alpha`, one minus the momentum, in (0, 1].
         temperature: T, as for :class:`SGLD`.
         prior_precision: As for :class:`SGLD`.
         noise: As for :class:`SGLD`.
@@ -226,7 +226,7 @@ class SGHMC(_NoisyOptimizer):
         lr: float,
         num_data: int,
         *,
-        alpha: float = 0.1,
+        friction: float = 0.1,
         temperature: float = 1.0,
         prior_precision: float = 0.0,
         noise: bool = True,
@@ -235,7 +235,7 @@ class SGHMC(_NoisyOptimizer):
         defaults = {
             "lr": lr,
             "num_data": num_data,
-            "alpha": alpha,
+            "friction": friction,
             "temperature": temperature,
             "prior_precision": prior_precision,
             "noise": noise,
@@ -244,10 +244,10 @@ class SGHMC(_NoisyOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not 0 < group["alpha"] <= 1:
+        if not 0 < group["friction"] <= 1:
             raise ValueError(
-                f"alpha must lie in (0, 1], but is {group['alpha']}. It is one minus "
-                "the momentum: for a momentum of 0.9 pass 0.1."
+                f"friction must lie in (0, 1], but is {group['friction']}. It is one "
+                "minus the momentum: for a momentum of 0.9 pass 0.1."
             )
 
     def _move(
@@ -257,7 +257,7 @@ class SGHMC(_NoisyOptimizer):
             if "velocity" not in self.state[p]:
                 self.state[p]["velocity"] = torch.zeros_like(p)
         velocities = [self.state[p]["velocity"] for p in params]
-        torch._foreach_mul_(velocities, 1 - group["alpha"])
+        torch._foreach_mul_(velocities, 1 - group["friction"])
         torch._foreach_add_(velocities, gradients, alpha=-group["lr"])
-        self._add_noise(velocities, group, 2 * group["lr"] * group["alpha"])
+        self._add_noise(velocities, group, 2 * group["lr"] * group["friction"])
         torch._foreach_add_(params, velocities)

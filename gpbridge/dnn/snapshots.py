@@ -116,7 +116,42 @@ class Snapshots(WeightTracker):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        taken = state_dict.get(f"{prefix}num_snapshots")
         kept = state_dict.get(f"{prefix}kept")
-        if kept is not None:
-            self._resize(len(kept))  # as much room as the other had
+        if taken is not None and kept is not None:
+            rows, room = self._rows_from(int(taken), len(kept))
+            state_dict = dict(state_dict)
+            for name in ("kept", *self._held.values()):
+                given = state_dict.get(prefix + name)
+                if given is not None:
+                    value = given.new_zeros(room, *given.shape[1:])
+                    value[list(rows)] = given[list(rows.values())]
+                    state_dict[prefix + name] = value
+            self._resize(room)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _rows_from(self, taken: int, length: int) -> tuple[dict[int, int], int]:
+        """Where rows of another tracker belong here, and the room that they need.
+
+        Args:
+            taken: Snapshots that the other has taken.
+            length: Its rows, overwritten in turn if it has taken more.
+
+        Returns:
+            The number there of each row here, and how many rows there are.
+
+        Raises:
+            ValueError: If it has overwritten snapshots that would be here.
+        """
+        there, here = min(taken, length), self.max_snapshots
+        count = taken if here is None else min(taken, here)
+        if count > there:
+            raise ValueError(
+                f"The state holds the last {there} of {taken} snapshots, but the "
+                f"tracker would keep {count} of them (max_snapshots={here}). Build it "
+                f"with max_snapshots={there} or less."
+            )
+        period = taken if here is None else here
+        numbers = range(taken - count, taken)
+        rows = {i % max(period, 1): i % max(length, 1) for i in numbers}
+        return rows, length if here is None else min(length, here)

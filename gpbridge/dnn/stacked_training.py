@@ -13,19 +13,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import (
-    ShapeError,
-    check_choice,
-    check_count,
-    check_positive,
-    check_same_device,
-)
+from gpbridge.checks import check_same_device
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import EVALUATION_ROWS
 from gpbridge.dnn.replica_fit import ReplicaFit
@@ -37,14 +31,13 @@ from gpbridge.dnn.replica_input import (
     stacked_data,
     stacked_state,
 )
-from gpbridge.dnn.run_key import checksum, described, difference, structure
+from gpbridge.dnn.replica_options import ReplicaOptions
+from gpbridge.dnn.run_key import check_same_run, checksum, described, structure
 from gpbridge.dnn.stacked_loss import Loss, stack_loss
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.functional import FunctionalNet
 from gpbridge.stacked_layers import stack_layers
 from gpbridge.types import Params
-
-Decay = float | Tensor | Callable[[int, Params], float | Tensor]
 
 _GATHERED = 2**24  # numbers of a minibatch sequence that are gathered at once
 
@@ -63,24 +56,14 @@ class StackedTraining:
         X: Tensor,
         Y: Tensor,
         loss: Loss,
+        options: ReplicaOptions,
         *,
-        batch_size: int = 100,
-        optimizer: str = "adam",
-        learning_rate: float = 5e-3,
-        momentum: float = 0.9,
-        weight_decay: Decay = 1e-4,
-        schedule: Callable[[int], float] | None = None,
-        rows: Tensor | None = None,
-        validation: tuple[Tensor, Tensor] | None = None,
-        keep_best: bool = True,
-        input_shape: Sequence[int] | None = None,
-        generator: Generator | Sequence[Generator] | None = None,
+        rows: Tensor | None,
+        validation: tuple[Tensor, Tensor] | None,
+        keep_best: bool,
+        input_shape: Sequence[int] | None,
+        generator: Generator | Sequence[Generator] | None,
     ) -> None:
-        check_count(batch_size=batch_size)
-        check_choice("optimizer", optimizer, ("adam", "sgd"))
-        check_positive(learning_rate=learning_rate)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), but is {momentum}.")
         if isinstance(network, FunctionalNet):
             self.net = copy.deepcopy(network)
         else:
@@ -96,13 +79,10 @@ class StackedTraining:
             )
         self.rows = None if rows is None else check_rows(rows, self.X.shape[1], k)
         self.num_rows = self.X.shape[1] if rows is None else rows.shape[1]
-        self.batch_size = batch_size
+        self.options, self.loss = options, loss
         self._mixes_rows = check_normalisation(
-            self.net.network, min(self.num_rows, batch_size)
+            self.net.network, min(self.num_rows, options.batch_size)
         )
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.schedule = (lambda epoch: 1.0) if schedule is None else schedule
-        self.momentum, self.loss = momentum, loss
         self.generators = one_generator_each(generator, k)
         # As many numbers are taken of each as fit_map takes, so that batches agree.
         seeds = [drawn_seed(g) for g in self.generators]
@@ -116,7 +96,7 @@ class StackedTraining:
         self._loss = stack_loss(
             loss, self.net, lambda X: self._forward(self.state, X), self.X, self.Y
         )
-        self.optimizer = _optimizer(optimizer, self._leaves, learning_rate, momentum)
+        self.optimizer = options.optimizer_of(self._leaves)
         self.epoch = 0
         self.entries: list[Params] = []
         self.keeps_best = keep_best and validation is not None
@@ -133,7 +113,7 @@ class StackedTraining:
                 copies then are as they were before the epoch.
         """
         group = self.optimizer.param_groups[0]
-        group["lr"] = rate = self.learning_rate * float(self.schedule(self.epoch))
+        group["lr"] = rate = self.options.rate(self.epoch)
         decay = self._decay()
         total, seen = torch.zeros_like(self._ones), 0
         self.net.network.train()
@@ -199,14 +179,10 @@ class StackedTraining:
 
         Raises:
             ValueError: If the state is of another run.
-        """
-        for name, now in self._key().items():
-            before = state["run"].get(name)
-            if before != now:
-                raise ValueError(
-                    f"The state is of another run: {difference(name, before, now)}. "
-                    "Pass the same arguments, or start anew."
-                )
+        """  # noqa: DOC502
+        check_same_run(
+            state["run"], self._key(), "Pass the same arguments, or start anew."
+        )
         for name, value in state["state"].items():
             self.state[name].copy_(value)
             self._good[name].copy_(value)
@@ -229,13 +205,8 @@ class StackedTraining:
             "number of rows": self.num_rows,
             "network": structure(self.net.network, set(self.net.names)),
             "input shape": described(self.net.input_shape),
-            "batch size": self.batch_size,
+            **self.options.key(),
             "keeping of the best epoch": self.keeps_best,
-            "optimizer": type(self.optimizer).__name__,
-            "learning rate": self.learning_rate,
-            "momentum": self.momentum,
-            "weight decay": described(self.weight_decay),
-            "schedule": described(self.schedule),
             "loss": described(self.loss),
             "inputs": checksum(self.X),
             "targets": checksum(self.Y),
@@ -251,7 +222,7 @@ class StackedTraining:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Minibatches ``k x b x d`` of an epoch, each copy in an order of its own."""
-        n, b = self.num_rows, self.batch_size
+        n, b = self.num_rows, self.options.batch_size
         orders = [
             torch.randperm(n, generator=g, device=g.device) for g in self.generators
         ]
@@ -275,22 +246,7 @@ class StackedTraining:
 
     def _decay(self) -> Tensor | None:
         """Hand one decay to the optimiser, or return those of the copies, ``k``."""
-        value = self.weight_decay
-        where = "weight_decay"
-        if callable(value):
-            value, where = value(self.epoch, self.current()), f"{where} in epoch "
-            where += str(self.epoch)
-        value = torch.as_tensor(value, dtype=torch.float64)
-        if not bool(((value >= 0) & torch.isfinite(value)).all()):
-            raise ValueError(
-                f"{where} must be finite and not negative, but is {value.tolist()}. "
-                "For none pass 0."
-            )
-        if value.shape not in ((), (self.num_replicas,)):
-            raise ShapeError(
-                f"{where} must be one number or one for each of the "
-                f"{self.num_replicas} copies, but has shape {tuple(value.shape)}."
-            )
+        value = self.options.decay(self.epoch, self.current())
         single = value.dim() == 0
         self.optimizer.param_groups[0]["weight_decay"] = float(value) if single else 0.0
         return None if single else value.to(self._ones)
@@ -317,7 +273,7 @@ class StackedTraining:
             f"Training diverged in epoch {self.epoch} in copies {bad} of "
             f"{self.num_replicas} (train loss {', '.join(losses)}). All copies are "
             "kept as they were before, as .last_good of this error. Standardise data, "
-            f"or try {rate_advice(self.learning_rate, 5e-3)}.",
+            f"or try {rate_advice(self.options.learning_rate, 5e-3)}.",
             self.result(),
         )
 
@@ -336,16 +292,6 @@ class StackedTraining:
 
     def _copies(self) -> Params:
         return {name: value.detach().clone() for name, value in self.state.items()}
-
-
-def _optimizer(
-    name: str, leaves: list[Tensor], learning_rate: float, momentum: float
-) -> torch.optim.Optimizer:
-    # One fused kernel per step.
-    fused = all(p.device.type in ("cpu", "cuda") for p in leaves)
-    if name == "adam":
-        return torch.optim.Adam(leaves, lr=learning_rate, fused=fused)
-    return torch.optim.SGD(leaves, lr=learning_rate, momentum=momentum, fused=fused)
 
 
 def _beside(values: Tensor, like: Tensor) -> Tensor:

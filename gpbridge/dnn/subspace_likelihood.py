@@ -17,7 +17,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor, nn
 
-from gpbridge.batch_norm import NORMS, has_batch_norm
+from gpbridge.batch_norm import has_batch_norm, norm_layers
 from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.dnn.point_likelihood import (
     PointLikelihood,
@@ -151,9 +151,8 @@ def _by_batches(net: FunctionalNet) -> FunctionalNet:
     In train mode they would also write to their buffers, which no draw shares.
     """
     own = copy.deepcopy(net)
-    for module in own.network.modules():
-        if isinstance(module, NORMS):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = None
-            module.num_batches_tracked = None
+    for module in norm_layers(own.network).values():
+        module.track_running_stats = False
+        module.running_mean = module.running_var = None
+        module.num_batches_tracked = None
     return own

@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,3 +192,28 @@ class SWAG(SWA):
         if diagonal:
             variance = scale * (self.squares / self.num_snapshots).clamp_min(_FLOOR)
         return GaussianWeights(self.own_net(), self.mean, variance, root)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the rows that are kept are weights, to be centred at the end."""
+        return torch.tensor(self.centering == "final")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the centering is an option, which was compared before."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        final = state_dict.get(f"{prefix}_extra_state")
+        kept = state_dict.get(f"{prefix}kept")
+        if final is not None and bool(final) != (self.centering == "final"):
+            before = "final" if bool(final) else "running"
+            raise ValueError(
+                f"The state has deviations for centering={before!r}, but this tracker "
+                f"has {self.centering!r}. Build it with centering={before!r}."
+            )
+        if kept is not None and len(kept) != self.rank:
+            raise ValueError(
+                f"The state keeps {len(kept)} deviations, but this tracker has rank="
+                f"{self.rank}. Build it with rank={len(kept)}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import warn_user
+from gpbridge.dnn.checkpoints import Checkpoint
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.objective import Objective, evaluate
+from gpbridge.dnn.schedules import cyclical_factor
+from gpbridge.dnn.training_state import TrainingState
 
 _USUAL_RATE = 5e-3
 
@@ -48,30 +51,30 @@ def descend(
     generator: torch.Generator,
     progress: bool,
     callback: Callback | None,
+    checkpoint: Checkpoint,
+    key: dict[str, Any],
 ) -> dict[str, list[float]]:
     """Run the epochs on ``network`` in place, leave it at the best, in eval mode."""
     n, loss, num_outputs = len(fit.X), objective.loss, objective.num_outputs
     validates = len(validation.X) > 0
     optimizer = _adam(network, learning_rate)
-    group = optimizer.param_groups[0]
-    history: dict[str, list[float]] = {"train_loss": [], "weight_decay": []}
-    if validates:
-        history["validation_loss"] = []
-    best_loss, best_state = math.inf, None
-    good = [t.detach().clone() for t in _state(network)]
+    state = TrainingState(network, optimizer, generator, key)
+    checkpoint.resume(state.load_state_dict, epochs, fit.X.device)
+    group = optimizer.param_groups[0]  # a loaded state brings its own
 
     # No bar without a terminal: disable=None.
     bar = tqdm(
-        range(epochs), desc="fit_map", leave=False, disable=None if progress else True
+        range(state.epoch, epochs),
+        desc="fit_map",
+        leave=False,
+        disable=None if progress else True,
     )
     try:
         for epoch in bar:
             group["weight_decay"] = decay = decay_at(epoch)
             if cosine:
-                group["lr"] = (
-                    learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-                )
-            before = [t.detach().clone() for t in _state(network)]
+                group["lr"] = learning_rate * cyclical_factor(epochs)(epoch)
+            before = state.copies()
             order = torch.randperm(n, generator=generator, device=generator.device)
             batches = split_rows(order.to(fit.X.device), batch_size, network)
             network.train()
@@ -91,7 +94,7 @@ def descend(
                 outputs = evaluate(network, validation.X, num_outputs)
                 entry["validation_loss"] = float(loss(outputs, validation.targets))
             if not (all(map(math.isfinite, entry.values())) and _is_finite(network)):
-                _restore(network, good if best_state is None else best_state)
+                state.restore(state.good if state.best is None else state.best)
                 raise DivergedError(
                     f"Training diverged in epoch {epoch}: {entry}. The network as "
                     "it was before is .last_good of this error. Standardise inputs and "
@@ -99,42 +102,30 @@ def descend(
                     network,
                 )
             # Without validation the last step may have made the weights absurd.
-            good = before
-            if validates:
-                good = [t.detach().clone() for t in _state(network)]
-            if validates and keep_best and entry["validation_loss"] < best_loss:
-                best_loss = entry["validation_loss"]
-                best_state = [t.detach().clone() for t in _state(network)]
-            for key, value in entry.items():
-                history[key].append(value)
+            state.record(entry, state.copies() if validates else before, keep_best)
             if not bar.disable:
                 shown = entry.get("validation_loss", entry["train_loss"])
                 bar.set_postfix_str(f"loss {shown:.3g}", refresh=False)
-            if callback is not None and callback(epoch, network, entry) is True:
+            stop = callback is not None and callback(epoch, network, entry) is True
+            checkpoint.keep(epoch + 1, stop or epoch + 1 == epochs, state.state_dict)
+            if stop:
                 break
     except KeyboardInterrupt:
-        if not history["train_loss"]:
+        if not state.epoch:
             raise
-        done = len(history["train_loss"])
-        which = "best" if best_state is not None else "last"
+        which = "best" if state.best is not None else "last"
         warn_user(
-            f"Training was interrupted after {done} of {epochs} epochs; the {which} "
-            "weights so far are returned.",
+            f"Training was interrupted after {state.epoch} of {epochs} epochs; the "
+            f"{which} weights so far are returned.",
             RuntimeWarning,
         )
     finally:
         bar.close()
         network.eval()
         network.zero_grad()
-    if best_state is not None:
-        _restore(network, best_state)
-    return history
-
-
-@torch.no_grad()
-def _restore(network: nn.Module, state: list[Tensor]) -> None:
-    for tensor, kept in zip(_state(network), state, strict=True):
-        tensor.copy_(kept)
+    if state.best is not None:
+        state.restore(state.best)
+    return state.history
 
 
 def _is_finite(network: nn.Module) -> bool:
@@ -152,9 +143,7 @@ def split_rows(
         ValueError: If then there is no batch left.
     """
     batches = order.split(batch_size)
-    if len(batches[-1]) > 1 or not any(
-        isinstance(module, NORMS) for module in network.modules()
-    ):
+    if len(batches[-1]) > 1 or not norm_layers(network):
         return batches
     if min(len(order), batch_size) == 1:
         raise ValueError(
@@ -162,11 +151,6 @@ def split_rows(
             f"more, but batch_size is {batch_size} and {len(order)} rows are fitted."
         )
     return batches[:-1]
-
-
-def _state(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()
 
 
 def _adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:

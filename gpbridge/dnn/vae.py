@@ -186,13 +186,13 @@ def fit_vae(
         The trained model, the bounds of the epochs, and the state to resume from.
 
     Raises:
+        DivergedError: If the bound or a weight becomes NaN or infinite; its
+            ``last_good`` is the fit at the last good epoch.
         InputDataError: If there are no data, or NaN among them.
-        RuntimeError: If the bound is not finite in the first epoch.
 
     Warns:
-        RuntimeWarning: If the bound becomes NaN later, or the keyboard interrupts: the
-            last good epoch is returned.
-    """
+        RuntimeWarning: If the keyboard interrupts: the last good epoch is returned.
+    """  # noqa: DOC502
     vae.check_data(Y, "Y")
     check_count(num_samples=num_samples)
     check_positive(likelihood_learning_rate=likelihood_learning_rate)

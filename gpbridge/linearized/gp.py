@@ -8,7 +8,7 @@ conditioned without retraining. Hyperparameters are learnt by ``selection``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from gpbridge.linearized.calibration import (
     find_calibration,
     link_and_temperature,
     still_valid,
+    temper_refinement,
     training_gap,
     warn_about_gap,
 )
@@ -56,6 +57,7 @@ from gpbridge.linearized.conditioning import (
 )
 from gpbridge.linearized.construction import (
     check_data,
+    check_previous,
     fixed_inputs,
     freeze_network,
     outputs_at,
@@ -66,14 +68,22 @@ from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.g_prior import check_g_prior, feature_scale
 from gpbridge.linearized.inference import Exact, Inference
 from gpbridge.linearized.labels import label_distribution
+from gpbridge.linearized.loading import load_data
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.linearized.training_run import (
     check_training_run,
     data_after_training,
     defaults_after_training,
+)
+from gpbridge.linearized.variational import (
+    Refinement,
+    check_refinable,
+    refine,
+    warn_about_refinement,
 )
 from gpbridge.outcomes import (
     latent_distribution,
@@ -103,7 +113,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
 
     Which mean: the linear model's posterior mean for Gaussian noise, the network's
     output for classification; measured to be the safe choices. Probabilities are the
-    network's own softmax until held-out data calibrate the posterior.
+    network's own softmax until ``calibrate`` or ``refine`` adopts an average.
 
     Costs min(p, n m)^3 / 3 once and t m min(p, n m)^2 per call on t points; beyond the
     memory budget conjugate gradients take over and hold neither matrix.
@@ -111,14 +121,16 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
     Args:
         network: The trained module; a frozen copy is kept, yours is never changed. It
             maps transformed inputs to transformed targets.
-        train_X: Inputs ``n x d``.
+        train_X: Inputs ``n x d``, or a loader of pairs (inputs, targets), which is read
+            twice, as images if its batches are.
         train_Y: Targets: ``n x m`` floats; ``n`` integer labels for softmax; ``n`` or
-            ``n x 1`` of 0 and 1 for one logit.
+            ``n x 1`` of 0 and 1 for one logit. None beside a loader.
         likelihood: A gpytorch likelihood, shared, not copied. Default by the targets:
             Gaussian, multitask Gaussian, logistic or softmax.
         parameters: Which weights are random, see :class:`FunctionalNet`; also
-            ``"without_normalization"``, which fixes those of normalisation layers. The
-            last layer alone needs a noise from validation data.
+            ``"without_normalization"``, which fixes those of normalisation layers, and
+            :mod:`gpbridge.subnetworks`, which chooses single entries. The last layer
+            alone needs a noise from validation data.
         groups: Weights that share a prior variance. Several groups prune layers on a
             trained network; ask for them explicitly.
         g_prior: Scale each weight by the size of its feature on the data, for networks
@@ -135,11 +147,15 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         input_shape: Shape of one input, as (c, h, w), for networks on images.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform, for Gaussian noise.
+        previous: The posterior of earlier data, which is the prior here; see
+            :func:`~gpbridge.linearized.continual.weight_posterior`. Needs the same
+            structure, weights and groups.
 
     Raises:
         ShapeError: If shapes of data, network and likelihood disagree.
-        TypeError: If a tensor has the wrong kind.
-        ValueError: If an option or a combination is not supported.
+        TypeError: If a tensor has the wrong kind, or a loader gives no pairs.
+        ValueError: If an option or a combination is not supported, or a loader gives no
+            rows or another number of them in its second pass.
 
     Example:
         >>> X = torch.linspace(0, 1, 20).unsqueeze(-1).double()
@@ -158,8 +174,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
     def __init__(
         self,
         network: nn.Module,
-        train_X: Tensor,
-        train_Y: Tensor,
+        train_X: Tensor | Iterable,
+        train_Y: Tensor | None = None,
         likelihood: Likelihood | None = None,
         *,
         parameters: Parameters = "all",
@@ -174,9 +190,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         outcome_transform: OutcomeTransform | None = None,
         fit_result: FitResult | None = None,
         select: str | None = None,
+        previous: StructuredWeights | None = None,
     ) -> None:
         super().__init__()
-        check_data(network, train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
         check_g_prior(g_prior)
@@ -187,6 +203,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 f"{type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
+        train_X, train_Y, input_shape = load_data(
+            train_X, train_Y, input_shape, inference.memory_budget
+        )
+        check_data(network, train_X, train_Y)
         train_X, train_Y = train_X.detach(), train_Y.detach()
         net = freeze_network(network, parameters, input_shape, train_X, inference)
         Z = fixed_inputs(input_transform, train_X)
@@ -220,6 +240,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.covar_module.register_constraint(
             "raw_prior_variance", bounds, replace=True
         )
+        self.previous = previous
+        if previous is not None:
+            check_previous(previous, self, self.covar_module.groups)
+            self.prior_variance = previous.prior_variance
         self.noise, self.parameters_option = noise, parameters
         self._froze_noise = False
         if gaussian:
@@ -230,8 +254,10 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             warn_if_logits(likelihood, outputs.to(Z), targets)
         self.fitted: str | None = None
         self.calibration: Calibration | None = None
+        self.refinement: Refinement | None = None
         self.output_indices: list[int] | None = None
         self._new: NewData | None = None
+        self._saved: dict[str, Tensor] | None = None
         self._forget()
         self.to(train_X.device)
         self.eval()
@@ -308,6 +334,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         return latent_distribution(*self._joint(X), X.dtype)
 
     def _prior(self, Z: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+        self.check_prior_of_its_own("The prior covariance")
         Z = Z.to(self.functional.dtype)
         # By the kernel, so that gpytorch's own objectives can learn its variances.
         covariance = self.covar_module(Z).to_dense()
@@ -417,6 +444,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 "Conditioning a classifier takes one data set, ``n' x d``, but X has "
                 f"shape {tuple(X.shape)}."
             )
+        if self._refined() is not None:
+            raise NotImplementedError(
+                "A refined classifier is not conditioned further. Condition first and "
+                "call refine() after, or set model.refinement = None."
+            )
         Y = check_targets(
             self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
         )
@@ -506,9 +538,9 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         Args:
             X: Inputs ``... x n x d``.
             link: For classification, how latent uncertainty becomes probabilities:
-                ``"plugin"`` (the network's own, the default until calibrated),
-                ``"pairwise"`` (the default after), ``"probit_centred"``, ``"probit"``,
-                ``"laplace_bridge"``, ``"monte_carlo"``.
+                ``"plugin"`` (the network's own, the default until calibrated or
+                refined), ``"pairwise"`` (the default after), ``"probit_centred"``,
+                ``"probit"``, ``"laplace_bridge"``, ``"monte_carlo"``.
 
         Returns:
             Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
@@ -539,10 +571,11 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
                 "subset, or posterior(X) for latent values."
             )
         bounds = self.covar_module.raw_prior_variance_constraint
+        refined = self._refined() is not None  # first: it may drop the calibration
         calibration = still_valid(self.calibration, self.prior_variance, bounds)
         if calibration is None and link not in (None, "plugin"):
             warn_about_gap(link, self.train_gap)
-        link, temperature = link_and_temperature(link, calibration)
+        link, temperature = link_and_temperature(link, calibration, refined)
         if link == "plugin" and self.mean == "network":
             mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
             blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
@@ -561,6 +594,8 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         NLL, adopted if better than the network's own probabilities by one standard
         error. Afterwards ``predict`` uses the pairwise link; else the model is
         unchanged, an earlier calibration included, and a warning gives the numbers.
+        After ``refine`` the temperature of the refined prediction alone is chosen; if
+        that is not better, the refinement is dropped.
 
         Args:
             X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
@@ -585,12 +620,86 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         self.eval()
         with torch.no_grad():
             Z = self.transform_inputs(X_val)
-        found = find_calibration(self.problem, Z, labels, self.prior_variance.detach())
+        problem = self.problem  # first: it may drop the refinement
+        if self._refined() is not None:
+            return self._temper(Z, X_val, labels)
+        found = find_calibration(problem, Z, labels, self.prior_variance.detach())
         if found is not None:
             self.calibration, self.fitted = found, "calibrate"
             if found.prior_variance > 0:
                 bounds = self.covar_module.raw_prior_variance_constraint
                 self.prior_variance = calibrated_variance(found, bounds)
+        return found
+
+    def _temper(self, Z: Tensor, X: Tensor, labels: Tensor) -> Calibration | None:
+        found = temper_refinement(
+            self.problem, Z, labels, *self.marginals(X), self.prior_variance.detach()
+        )
+        if found is None:
+            self.refinement = None
+        self.calibration = found
+        return found
+
+    @ordinary_tensors()
+    def refine(
+        self,
+        *,
+        max_steps: int = 6,
+        tolerance: float = 1e-3,
+        num_pairs: int = 40,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Refinement | None:
+        r"""Refine a classifier's posterior by the variational bound; no held-out data.
+
+        Laplace's posterior of a confident network contradicts the labels it was
+        conditioned on. This one has the expected gradient and curvature of its own
+        logits: mean and covariance both change, ``posterior``, ``predict`` (link
+        ``"pairwise"``) and ``draw`` use them together, and a further call goes on from
+        there. Changing a prior variance drops it, with a warning.
+
+        It repairs strongly overconfident networks and makes calibrated ones somewhat
+        underconfident: a risk that ``calibrate`` on held-out data removes, before or
+        after. Use the prior variance of the training, ``1 / (n weight_decay)``, or 1: a
+        small one cannot reach the labels, and is given up.
+
+        Each step costs one pass over the data and one factorisation of the smaller
+        matrix. See :func:`gpbridge.linearized.variational.refine` for the formulas.
+
+        Args:
+            max_steps: Steps at most.
+            tolerance: Stop once a step raises the bound by less, in nats per point.
+            num_pairs: Antithetic pairs of draws that average over the logits.
+            seed: Of these draws, below 2^31.
+            progress: Whether to show a bar.
+
+        Returns:
+            The refinement with its bounds and losses, also as ``refinement``; None if
+            it was given up, which leaves the model as it is and warns.
+
+        Raises:
+            TypeError: If the model is a regression.
+            ValueError: If the mean is not the network's output.
+            NotImplementedError: If ``inference`` is not dense and exact.
+            MemoryError: If the factor needs more than the memory budget.
+        """
+        check_refinable(self.likelihood, self.mean, self.inference)
+        problem, kept = self.problem, self.refinement
+        if kept is not None and not kept.fits(self.prior_variance, self.mean):
+            self.refinement = self.calibration = kept = None
+        found = refine(
+            problem,
+            self.prior_variance.detach(),
+            kept,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            num_pairs=num_pairs,
+            seed=seed,
+            progress=progress,
+        )
+        warn_about_refinement(found)
+        if found is not None:
+            self.refinement, self.calibration = found, None
         return found
 
     @property
@@ -627,6 +736,7 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
     @ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
+        self.check_prior_of_its_own("The evidence")
         problem = self.problem
         problem.check_size("The exact evidence")
         result, self._mode = evidence(

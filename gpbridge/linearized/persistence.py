@@ -20,6 +20,7 @@ from gpbridge.linearized.conditioning import NewData
 from gpbridge.linearized.construction import working_dtype
 from gpbridge.linearized.state import CACHES, MOVED, SAVED
 from gpbridge.linearized.training_run import restricted, row_numbers
+from gpbridge.linearized.variational import Refinement
 
 
 class Persistence:
@@ -40,7 +41,7 @@ class Persistence:
         keep_transforms: bool = True,
         assign: bool = False,
     ):
-        """Load network, data and hyperparameters.
+        """Load network, data and hyperparameters, and a curvature that was saved.
 
         Args:
             state_dict: The state of a model with data and network of these shapes.
@@ -58,6 +59,8 @@ class Persistence:
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in (self._results() or {}).items():
+            destination[f"{prefix}_saved.{name}"] = value
         for name in MOVED:
             kept = getattr(self, name)
             for field, value in () if kept is None else kept._asdict().items():
@@ -92,6 +95,23 @@ class Persistence:
             self._new = new._replace(X=new.X.to(like), Y=new.Y.to(like))
         elif f"{prefix}_train_X" in state_dict:  # of a model without further data
             self._new = None
+        names = [f"{prefix}refinement.{field}" for field in Refinement._fields]
+        unexpected_keys[:] = [k for k in unexpected_keys if k not in names]
+        if all(name in state_dict for name in names):
+            device = self._train_X.device
+            self.refinement = Refinement(
+                *(state_dict[name].detach().clone().to(device) for name in names)
+            )
+        elif f"{prefix}_train_X" in state_dict:
+            self.refinement = None
+        start = f"{prefix}_saved."
+        unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(start)]
+        saved = {k: v for k, v in state_dict.items() if k.startswith(start)}
+        if saved or f"{prefix}_train_X" in state_dict:
+            self._saved = {
+                name.removeprefix(start): value.detach().clone()
+                for name, value in saved.items()
+            } or None
         self._forget()
 
     def get_extra_state(self) -> Tensor:
@@ -120,12 +140,15 @@ class Persistence:
             parameter.requires_grad_(name not in fixed)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        self._saved = self._results()  # a move does not change what it is made of
         super()._apply(fn, *args, **kwargs)
         for name in MOVED:
             kept = getattr(self, name)
             if kept is not None:
                 setattr(self, name, type(kept)(*map(fn, kept)))
         # The precision of Jacobians is an option, not that of the data.
+        if self.previous is not None:
+            self.previous = self.previous.to(self._train_X.device)
         dtype = working_dtype(self.inference, self._train_X)
         if self.functional.dtype != dtype:
             self.covar_module.to(dtype)
@@ -133,8 +156,9 @@ class Persistence:
         return self
 
     def __getstate__(self) -> dict:
-        """Copies and pickles carry the state, not what can be computed from it."""
-        return {**self.__dict__, **dict.fromkeys(CACHES)}
+        """Copies and pickles carry the state, not what is cheap to compute from it."""
+        kept = {"_saved": self._results()}
+        return {**self.__dict__, **dict.fromkeys(CACHES), **kept}
 
     def _share(self) -> Self:
         """A shallow copy: modules and caches are shared, further data are not."""
@@ -169,7 +193,7 @@ class Persistence:
         twin = copy.deepcopy(self)
         for name in ("_train_X", "_targets"):
             setattr(twin, name, getattr(self, name)[rows])
-        twin.select = twin.fitted = twin.calibration = None
+        twin.select = twin.fitted = twin.calibration = twin.refinement = None
         if self.fit_result is not None:
             twin.fit_result = restricted(self.fit_result, rows, len(self._train_X))
         return twin

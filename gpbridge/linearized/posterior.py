@@ -25,6 +25,7 @@ from gpbridge.linearized.inference import Sampled
 from gpbridge.linearized.mode import find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.linearized.structures import Structure
+from gpbridge.linearized.variational import Refinement, refined_strategy
 from gpbridge.prediction import Projection
 from gpbridge.randomness import standard_normal
 
@@ -40,17 +41,32 @@ class TangentPosterior:
         problem: The linear model and its data.
         prior_variance: One variance per group.
         mean: ``"linear_model"`` or ``"network"``.
+        refinement: Mean and covariance around the network's output, found by the
+            variational bound; they replace both.
+        weights: Those of the mean, if they are known.
     """
 
     def __init__(
-        self, problem: TangentProblem, prior_variance: Tensor, mean: str
+        self,
+        problem: TangentProblem,
+        prior_variance: Tensor,
+        mean: str,
+        refinement: Refinement | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.problem = problem
         self.adds_network = problem.offset or mean == "network"
         with torch.no_grad():
             self.std = problem.feature_std(prior_variance)
+            if refinement is not None:
+                self.strategy = refined_strategy(problem, prior_variance, refinement)
+                self.weights = refinement.shift.double()
+                self.refinement = refinement  # kept alive: caches go by its identity
+                return
             self.strategy = problem.strategy(prior_variance)
-            self.weights = self._mean_weights(prior_variance.double(), mean)
+            if weights is None:
+                weights = self._mean_weights(prior_variance.double(), mean)
+            self.weights = weights
 
     def _mean_weights(self, prior_variance: Tensor, mean: str) -> Tensor | None:
         """Scaled weights whose product with the features corrects the mean."""
@@ -58,6 +74,9 @@ class TangentPosterior:
         if mean == "network":
             return None
         if isinstance(problem.inference, Structure):
+            if problem.previous is not None:
+                weights = problem.continued_mean(prior_variance)
+                return self._offset(weights / problem.flat_prior_std(prior_variance))
             mode = find_mode(problem, prior_variance)
             weights = mode.weights / problem.expand(prior_variance.sqrt())
             return self._offset(weights)

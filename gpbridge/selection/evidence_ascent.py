@@ -27,11 +27,13 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Generator, Tensor
 
 from gpbridge.checks import NotConvergedWarning
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.kernel_gradients import quadratic_form
 from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
@@ -39,6 +41,8 @@ from gpbridge.representers import Data, right_hand_sides
 from gpbridge.sampled import SampledGP
 from gpbridge.selection.subset_start import SubsetStart, fit_subsets, log_priors
 from gpbridge.types import Solution, Solver
+
+_TINY = 1e-12  # beyond what data in any units ask for
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class EvidenceAscent:
         self.value = model.warm_start() if self.own and warm_start else None
         self.probes: Tensor | None = None  # of the standard estimator
         self.solution: Solution | None = None  # of the last step
+        self.good = [p.detach().clone() for p in params]  # of the last solve
 
     def start(self, subsets: SubsetStart | None, generator: Generator) -> None:
         """Do what a resumed run does not repeat."""
@@ -132,11 +137,8 @@ class EvidenceAscent:
             if self.probes is not None:
                 rhs = torch.cat([rhs[:, :m], self.probes], -1)
         if not bool(torch.isfinite(rhs).all()):
-            raise ValueError(
-                f"After {len(fit.passes)} steps the hyperparameters are extreme, and "
-                f"draws from the prior overflow: {self.extremes()}. Lower "
-                f"learning_rate, which is {self.learning_rate:g}; 0.1 is usual."
-            )
+            self._stop("draws from the prior overflow")
+        self.good = [p.detach().clone() for _, p in self.named]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             self.solution = solution = solve_columns(
@@ -154,10 +156,24 @@ class EvidenceAscent:
         fit.converged.append(solution.converged)
         return solution
 
-    def extremes(self) -> str:
-        """Each hyperparameter's largest value."""
-        values = _values(self.work)
-        return ", ".join(f"{name} = {value.max():.3g}" for name, value in values)
+    def _stop(self, why: str) -> NoReturn:
+        """Go back to where the last solve was, and say what went wrong."""
+        shown = ", ".join(f"{name} = {_shown(v)}" for name, v in _values(self.work))
+        with torch.no_grad():
+            for (_, p), value in zip(self.named, self.good, strict=True):
+                p.copy_(value)
+        raise DivergedError(
+            f"After {len(self.fit.passes)} steps the hyperparameters are extreme, and "
+            f"{why}: {shown}. The model has those of the last solve, and .last_good of "
+            "this error is the record. Lower learning_rate, which is "
+            f"{self.learning_rate:g}; 0.1 is usual.",
+            self.fit,
+        )
+
+    def tiny(self) -> str:
+        """Hyperparameters that are all but zero, with their values; empty if none."""
+        values = [(name, v.abs().min().item()) for name, v in _positive(self.work)]
+        return ", ".join(f"{name} = {v:.2g}" for name, v in values if v < _TINY)
 
     def move(self) -> None:
         """One step of Adam along the gradient that the solution gives."""
@@ -169,6 +185,10 @@ class EvidenceAscent:
         loss.backward()
         _record(self.fit.gradients, ((name, -p.grad) for name, p in self.named))
         self.optimizer.step()
+        if any(bool((v == 0).any()) for _, v in _positive(self.work)):
+            self._stop("one is zero, where no gradient leads back")
+        if not all(bool(torch.isfinite(v).all()) for _, v in _values(self.work)):
+            self._stop("one is not finite")
         _record(self.fit.hyperparameters, _values(self.work))
 
     def key(self) -> dict[str, object]:
@@ -279,6 +299,14 @@ def _values(work: SampledGP) -> Iterator[tuple[str, Tensor]]:
         if p.requires_grad:
             value = p if constraint is None else constraint.transform(p)
             yield name.replace("raw_", ""), value
+
+
+def _positive(work: SampledGP) -> Iterator[tuple[str, Tensor]]:
+    """Those that are bounded by zero."""
+    for name, p, constraint in work.named_parameters_and_constraints():
+        if p.requires_grad and constraint is not None:
+            if bool((constraint.lower_bound == 0).all()):
+                yield name.replace("raw_", ""), constraint.transform(p)
 
 
 def _record(lists: dict[str, list[Tensor]], values: object) -> None:

@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 from gpbridge.checks import (
     NotConvergedWarning,
+    ReliabilityWarning,
     check_choice,
     check_count,
     check_positive,
     warn_user,
 )
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.sampled import SampledGP
 from gpbridge.selection.evidence_ascent import EvidenceAscent, IterativeFit
 from gpbridge.selection.subset_start import SubsetStart
@@ -91,8 +93,12 @@ def fit_iterative(
         ValueError: If an option is not one of its choices, nothing is to be learnt, or
             the checkpoint is of other data or options.
         FileNotFoundError: If the folder of the checkpoint does not exist.
+        DivergedError: If hyperparameters become zero, infinite, or so large that draws
+            overflow. The model then has those of the last solve, and ``last_good`` is
+            the record.
 
     Warns:
+        ReliabilityWarning: If a hyperparameter ends all but zero.
         NotConvergedWarning: If the last solve ended above the solver's tolerance.
 
     Example:
@@ -144,15 +150,27 @@ def fit_iterative(
         disable=None if progress else True,
     )
     for step in bar:
-        solution = ascent.solve()
-        bar.set_postfix(residual=solution.residual_norm, refresh=False)
-        if callback is not None:
-            callback(step, solution)
-        ascent.move()
+        try:
+            solution = ascent.solve()
+            bar.set_postfix(residual=solution.residual_norm, refresh=False)
+            if callback is not None:
+                callback(step, solution)
+            ascent.move()
+        except DivergedError:
+            bar.close()
+            _copy_parameters(ascent.work, model)
+            raise
         if checkpoint is not None:
             save_state(ascent.state_dict(), checkpoint)
     _copy_parameters(ascent.work, model)
     model.start_from(ascent.value if ascent.own else None)
+    if ascent.tiny():
+        warn_user(
+            f"The fit ended at {ascent.tiny()}, where a kernel is all but zero or the "
+            f"identity. Lower learning_rate, which is {learning_rate:g} (0.1 is "
+            "usual), or put a prior on it.",
+            ReliabilityWarning,
+        )
     if not solution.converged:
         warn_user(
             f"The solve of the last step ended at a relative residual of "

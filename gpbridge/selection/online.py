@@ -149,9 +149,9 @@ def fit_online(
     structure: OnlineStructure = Kronecker(),
     prior_variance: float = 1.0,
     epochs: int = 100,
-    burn_in: int = 10,
-    every: int = 5,
-    hyper_steps: int = 20,
+    burn_in: int = 0,
+    every: int = 4,
+    hyper_steps: int = 10,
     hyper_learning_rate: float = 0.1,
     learning_rate: float = _USUAL_RATE,
     batch_size: int = 100,
@@ -181,7 +181,7 @@ def fit_online(
 
     An update costs one forward and m backward passes per datum (one with
     ``Kronecker(curvature="monte_carlo")`` on labels), an eigendecomposition per layer,
-    and ``hyper_steps`` evaluations of O(p). With the defaults 100 epochs take 18 of
+    and ``hyper_steps`` evaluations of O(p). With the defaults 100 epochs take 25 of
     them. See ``benchmarks/bench_online.py`` for ratios to plain training.
 
     Args:
@@ -242,7 +242,7 @@ def fit_online(
         >>> X = torch.linspace(-1, 1, 40)[:, None]
         >>> fit = fit_online(nn.Linear(1, 1), (X, 3 * X), epochs=60, learning_rate=0.1)
         >>> len(fit.steps), bool(fit.noise_variance < 0.01)
-        (10, True)
+        (15, True)
 
     References:
         Immer, Bauer, Fortuin, Rätsch, Khan, Scalable marginal likelihood estimation for

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.frozen import copy_without_hooks
 
 
@@ -34,9 +34,8 @@ def scale_free_groups(
         Names of one group.
     """
     own = copy_without_hooks(network)
-    for module in own.modules():
-        if isinstance(module, NORMS) and len(X) > 1:
-            module.train()  # it normalises by the batch
+    for layer in norm_layers(own).values():
+        layer.train(len(X) > 1)  # it normalises by the batch
     params = {name: p.detach() for name, p in own.named_parameters()}
     with torch.no_grad():
         before = own(X)

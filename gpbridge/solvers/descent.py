@@ -19,8 +19,9 @@ from gpbridge.solvers.factors import check_entries, raise_indefinite
 from gpbridge.solvers.refinement import Progress, Steps, System, refine
 from gpbridge.types import Solution
 
-_DIVERGED = 10.0  # growth of the residual of a batch at which the step is halved
-_HALVINGS = 60
+_DIVERGED = 10.0  # growth of the residual of a batch at which the step is shortened
+_CHANGES = 60
+_MOST = 2.0**64  # by which a step is divided at once
 
 Push = Callable[[Tensor, Tensor, Tensor, float], None]
 """``push(velocity, rows, residual, step)`` changes the velocity in place."""
@@ -69,7 +70,11 @@ def descend(
     averaging: float,
     visits: int = 1,
 ) -> Steps:
-    """Look ahead, push, move, average; halve a step that makes residuals grow.
+    """Look ahead, push, move, average; shorten a step that makes residuals grow.
+
+    Growth by many orders at once says by how much the step is too long; otherwise it is
+    halved. After each change the descent goes on from the last average whose residual
+    had not grown.
 
     Args:
         system: The equations; ``system.cache["step"]`` is the first step.
@@ -80,7 +85,8 @@ def descend(
         visits: How often a step evaluates the entries of its rows.
 
     Yields:
-        The average, and the norms of the latest residual of each row.
+        The average, and the norms of the latest residual of each row; infinite if no
+        step is short enough.
     """
     operator, rhs = system.operator, system.rhs
     n = len(rhs)
@@ -89,40 +95,56 @@ def descend(
     a, v, average = (torch.zeros_like(rhs) for _ in range(3))
     good = average.clone()  # the last average at the end of a pass
     seen = rhs.clone()
-    start, halvings = rhs.norm(), 0
+    start, changes, fresh = rhs.norm(), 0, 0  # steps since a start from rest
     while True:
-        grown = False
+        growth = 0.0
         for _ in range(-(-n // b)):
             rows = draw_rows(n, b, system.generator, rhs.device)
             ahead = torch.add(a, v, alpha=momentum)
             r = row_products(operator, rows, ahead).double() - rhs[rows]
+            system.passes += visits * b / n
+            system.iterations += 1
+            # Rows may have more than their share of a right-hand side.
+            growth = float(_size(r, n) / torch.maximum(start, _size(rhs[rows], n)))
+            if not growth <= _DIVERGED:  # NaN is growth
+                break
             seen[rows] = r
             v.mul_(momentum)
             push(v, rows, r, system.cache["step"])
             a += v
             average.lerp_(a, weight)
-            system.passes += visits * b / n
-            system.iterations += 1
-            # Written so that NaN counts as growth.
-            grown = not bool(r.norm() * (n / b) ** 0.5 <= _DIVERGED * start)
-            if grown:
-                break
+            fresh += 1
         norms = seen.norm(dim=0)
-        if grown and halvings < _HALVINGS:
-            halvings += 1
-            system.cache["step"] /= 2
+        if growth <= _DIVERGED:
+            good.copy_(average)
+        elif changes == _CHANGES:
+            norms = torch.full_like(norms, torch.inf)
+        else:
+            changes += 1
+            if fresh == 0 and growth <= _DIVERGED**2:
+                start = start * growth  # it can descend from there
+            elif fresh == 0:  # the last step of a pass was far too long, unseen
+                good.zero_()
+            else:  # each step has grown by about its length times an eigenvalue
+                factor = growth ** (1 / fresh) / _DIVERGED
+                system.cache["step"] /= max(2.0, factor) if factor < _MOST else _MOST
             average.copy_(good)
-            a, v = good.clone(), torch.zeros_like(v)
+            a, v, fresh = good.clone(), torch.zeros_like(v), 0
             seen.copy_(rhs)
             norms = rhs.norm(dim=0)
-        else:
-            good.copy_(average)
         keep = yield average, norms
         if keep is not None:
             rhs, a, v, average, good, seen = (
                 t[:, keep] for t in (rhs, a, v, average, good, seen)
             )
             start = rhs.norm()
+
+
+def _size(r: Tensor, n: int) -> Tensor:
+    """Norm of all n rows as those of a batch let expect, without overflow."""
+    top = r.abs().max()
+    scaled = r / torch.where(top > 0, top, 1.0)
+    return top * scaled.norm() * (n / len(r)) ** 0.5
 
 
 def draw_rows(

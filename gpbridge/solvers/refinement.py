@@ -352,11 +352,14 @@ def check_system(
 def warn_not_converged(solver: Any, solution: Solution, diverged: bool = False) -> None:
     """Say how far a solver came, and what to do."""
     how = "diverged" if diverged else "stopped"
+    limit, ended = getattr(solver, "max_passes", float("inf")), ""
+    if not diverged and solution.passes > limit - 1e-6:
+        ended = f"max_passes={limit:g} ended it. "
     warn_user(
         f"{solver.name} {how} after {solution.iterations} iterations "
         f"({solution.passes:.1f} passes over the matrix) at a relative residual of "
         f"{solution.residual_norm:.1e}, and not {solver.tolerance:.1e}. "
-        f"{solver.remedy}",
+        f"{ended}{solver.remedy}",
         NotConvergedWarning,
     )
 

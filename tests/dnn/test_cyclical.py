@@ -107,7 +107,7 @@ SHORT = {"num_cycles": 2, "steps_per_cycle": 20, "samples_per_cycle": 3}
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 @pytest.mark.parametrize(
-    ("sampler", "rate"), [(SGLD, 0.02), (partial(SGHMC, alpha=0.3), 0.006)]
+    ("sampler", "rate"), [(SGLD, 0.02), (partial(SGHMC, friction=0.3), 0.006)]
 )
 def test_a_linear_model_has_the_law_of_bayesian_regression(sampler, rate, temperature):
     X = random(25, 2, seed=3) @ torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()
@@ -415,3 +415,25 @@ def test_no_samples_yet_and_starts_of_their_own():
     with pytest.raises(RuntimeError, match="no sample after 0 of 40.*comes after 17"):
         chains.posterior()
     assert torch.equal(chains.weights, starts)
+
+
+def test_chains_that_are_converted_take_data_and_momenta_along():
+    X, Y = data()
+    chains = SGMCMC(mlp().double(), X, Y, num_chains=2, batch_size=5, **SHORT)
+    chains.run(25, progress=False)
+    twin = copy.deepcopy(chains).float()
+    velocity = twin.optimizer.state[twin.weights]["velocity"]
+    assert {v.dtype for v in (velocity, twin.weights, *twin.loss.data)} == {
+        torch.float32
+    }
+    for each in (chains, twin):
+        each.run(5, progress=False)
+    # These steps are without noise: the same batches, losses equal up to rounding.
+    expected = chains.losses[:30].float()
+    torch.testing.assert_close(twin.losses[:30], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(twin.samples[:3], chains.samples[:3].float())
+    assert twin.posterior().draw(2)(X.float()).dtype == torch.float32
+    names = twin.state_dict()  # data are the caller's, and not part of the state
+    assert not [name for name in names if name in ("loss.X", "loss.Y", "loss.noise")]
+    with pytest.raises(ValueError, match="state is of another run: its"):
+        chains.load_state_dict(names)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpbridge.dnn.dropout import MCDropout
+from gpbridge.checks import ShapeError
+from gpbridge.dnn.dropout import DropoutDraws, MCDropout
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.types import FunctionDraws, WeightPosterior
 
@@ -108,3 +109,52 @@ def test_the_posterior_is_not_called_and_says_what_to_do():
     posterior = MCDropout(nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5)))
     with pytest.raises(TypeError, match=r"Draw functions, .draw\(num_samples\)"):
         posterior(torch.zeros(3, 2))
+
+
+def test_a_chunk_size_bounds_what_is_held_and_not_the_functions(monkeypatch):
+    posterior, X, rows = MCDropout(dense()), points(3, 7, 2), []
+    expected, evaluate = posterior.draw(6, seeded())(X), DropoutDraws._evaluate
+
+    def counted(self, part):
+        rows.append(len(part))
+        return evaluate(self, part)
+
+    monkeypatch.setattr(DropoutDraws, "_evaluate", counted)
+    for chunk_size, most in ((1, 4), (2, 7), (5, 18), (6, 21), (50, 21)):
+        draws = posterior.draw(6, seeded(), chunk_size=chunk_size)
+        rows.clear()
+        torch.testing.assert_close(draws(X), expected)
+        assert max(rows) == most and sum(rows) == 21
+    with pytest.raises(ValueError, match="chunk_size must be a whole number"):
+        posterior.draw(6, chunk_size=0)
+
+
+class Branches(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else self.inner(-x)
+
+
+class Named(Branches):
+    def forward(self, x):
+        return {"mean": self.inner(x)}
+
+
+def test_bad_input_says_what_to_pass():
+    draws = MCDropout(dense()).draw(2)
+    with pytest.raises(
+        ShapeError, match=r"fails on an X of 3 columns.*takes ``... x 2``"
+    ):
+        draws(points(4, 3))
+    with pytest.raises(TypeError, match="X must be a torch.Tensor, but is dict"):
+        draws({"x": points(4, 2)})
+    with pytest.raises(TypeError, match="must return one tensor, but returns dict"):
+        MCDropout(Named(dense())).draw(2)(points(4, 2))
+    with pytest.raises(ValueError, match=r"vmap cannot evaluate the draws.*where"):
+        MCDropout(Branches(dense())).draw(2)(points(4, 2))
+    images = MCDropout(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), (1, 2, 2)).draw(2)
+    with pytest.raises(ShapeError, match=r"\(1, 2, 2\) has 4 entries, but X has 3"):
+        images(points(4, 3))

@@ -21,6 +21,7 @@ from gpbridge.data import holdout_rows, standardize, two_moons
 from gpbridge.dnn import fit_map
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.storage import load_state
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 QUICK = {"epochs": 3, "batch_size": 8, "progress": False}
@@ -639,3 +640,115 @@ class Fails(nn.Module):
 def test_an_error_of_the_network_keeps_its_own_name(error):
     with pytest.raises(type(error)):
         fit_map(Fails(error), *regression(), **QUICK)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_a_run_resumed_from_its_file_is_the_same_bit_for_bit(
+    early_stopping, stop, tmp_path
+):
+    torch.manual_seed(0)
+    network, (X, Y) = Everything().double(), regression()
+    options = {
+        "epochs": 6, "batch_size": 8, "progress": False, "schedule": "cosine",
+        "early_stopping": early_stopping, "validation_fraction": 0.2,
+        "learning_rate": 0.05, "weight_decay": lambda epoch, *rest: 1e-3 * epoch,
+    }  # fmt: skip
+    path, state = tmp_path / "run", torch.get_rng_state()
+    whole = fit_map(network, X, Y, generator=generator(3), **options)
+
+    def resume(**more):
+        return fit_map(
+            network, X, Y, generator=generator(3), checkpoint=path, **options, **more
+        )
+
+    before = snapshot(network)
+    resume(callback=lambda epoch, *rest: epoch == stop - 1)
+    assert load_state(path)["epoch"] == stop
+    for _ in range(2):  # and when nothing is left to do
+        resumed = resume()
+        assert resumed.history == whole.history
+        found = snapshot(resumed.network)[0]
+        for name, (value, *_) in snapshot(whole.network)[0].items():
+            assert name == "calls" or torch.equal(value, found[name][0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_unchanged(network, before)
+
+
+def test_a_file_may_have_more_epochs_to_go_and_is_written_every_few(tmp_path):
+    network, (X, Y) = mlp(), regression()
+    path, seen = tmp_path / "run", []
+
+    def look(epoch, network, entry):
+        seen.append(load_state(path)["epoch"] if path.exists() else 0)
+
+    file = {"checkpoint": path, "checkpoint_every": 2}
+    fit_map(network, X, Y, **QUICK | {"epochs": 5}, callback=look, **file)
+    assert seen == [0, 0, 2, 2, 4] and load_state(path)["epoch"] == 5
+    longer = fit_map(network, X, Y, **QUICK | {"epochs": 8}, **file)
+    whole = fit_map(network, X, Y, **QUICK | {"epochs": 8})
+    assert longer.history == whole.history
+
+
+def test_a_resumed_run_that_diverges_keeps_what_it_would_have_kept(tmp_path):
+    """Also the weights of an epoch before the file was written."""
+    network, (X, Y) = mlp(), regression()
+    options = {**QUICK, "early_stopping": False, "epochs": 4}
+
+    def decay(epoch, network, *rest):
+        if epoch == 2:
+            next(network.parameters()).data[0] = torch.nan
+        return 0.0
+
+    found = []
+    for file in (None, tmp_path / "run"):
+        if file is not None:
+            fit_map(
+                network, X, Y, weight_decay=decay, checkpoint=file, **options,
+                callback=lambda epoch, *rest: epoch == 1,
+            )  # fmt: skip
+        with pytest.raises(DivergedError) as caught:
+            fit_map(network, X, Y, weight_decay=decay, checkpoint=file, **options)
+        found.append(caught.value.last_good.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+class StatefulDecay:
+    def __call__(self, epoch, network, X, Y):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"network": nn.Linear(2, 1).double()}, "its network is"),
+        ({"train_X": regression()[0].flip(0)}, "its inputs is"),
+        ({"train_Y": regression()[1].flip(0)}, "its targets is"),
+        ({"learning_rate": 0.1}, "its learning rate is 0.005, and now it is 0.1"),
+        ({"weight_decay": lambda *rest: 0.0}, "its weight decay is"),
+        ({"schedule": "cosine"}, "its schedule is"),
+        ({"early_stopping": False}, "its validation rows|its keeping of the best"),
+        ({"generator": generator(4)}, "its seed is"),
+        ({"validation_rows": torch.arange(3)}, "its seed|its validation rows is"),
+        ({"epochs": 2}, "has 3 epochs already, and epochs is 2"),
+    ],
+)
+def test_a_file_of_another_run_is_refused_by_name(change, message, tmp_path):
+    torch.manual_seed(0)
+    X, Y = regression()
+    given = {"network": mlp(), "train_X": X, "train_Y": Y, **QUICK}
+    given["checkpoint"] = tmp_path / "kept"
+    fit_map(**given)
+    with pytest.raises(ValueError, match=f"kept.*({message})"):
+        fit_map(**given | change)
+
+
+def test_files_that_cannot_be_are_refused_at_the_door(tmp_path):
+    X, Y = regression()
+    with pytest.raises(FileNotFoundError, match="folder of checkpoint=.*absent"):
+        fit_map(mlp(), X, Y, checkpoint=tmp_path / "absent" / "run", **QUICK)
+    with pytest.raises(ValueError, match="checkpoint_every must be a whole number"):
+        fit_map(mlp(), X, Y, checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
+    decay = StatefulDecay()
+    with pytest.raises(TypeError, match="plain function.* but is a StatefulDecay"):
+        fit_map(mlp(), X, Y, checkpoint=tmp_path / "run", weight_decay=decay, **QUICK)

@@ -17,7 +17,7 @@ from gpytorch.likelihoods import GaussianLikelihood
 from torch import nn
 
 from gpbridge.checks import ReliabilityWarning
-from gpbridge.dnn import GPPriorVAE, fit_gp_vae
+from gpbridge.dnn import DivergedError, GPPriorVAE, fit_gp_vae
 from gpbridge.dnn.inducing_posterior import refine
 from gpbridge.storage import load_state, save_state
 from gpbridge.testing import assert_module_unchanged
@@ -409,6 +409,33 @@ def build(width=4, points=(5, 3), kernel=None):
     encoder, decoder = nn.Linear(3, width), nn.Linear(2, 3)
     kernel = MaternKernel() if kernel is None else kernel
     return GPPriorVAE(encoder, decoder, 2, kernel, torch.rand(points))
+
+
+class Overflowing(nn.Linear):
+    """NaN from the third pass in training mode on."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return super().forward(x) * (
+            torch.nan if self.training and self.passes > 2 else 1
+        )
+
+
+def test_a_fit_that_diverges_keeps_the_last_good_state_conditioned():
+    torch.manual_seed(0)
+    encoder, X, Y = Overflowing(3, 4), torch.rand(7, 3), torch.rand(7, 3)
+    model = GPPriorVAE(encoder, nn.Linear(2, 3), 2, MaternKernel(), torch.rand(5, 3))
+    with pytest.raises(DivergedError, match=r"after 2 of 9 epochs.*\.last_good") as e:
+        fit_gp_vae(model, X, Y, epochs=9, progress=False)
+    good = fit_gp_vae(model, X, Y, epochs=2, progress=False).model
+    found = e.value.last_good.model
+    assert torch.equal(found.predict(X).mean, good.predict(X).mean)
+    assert bool(found.predict(X).mean.isfinite().all())
+    model.encoder.passes = 2
+    with pytest.raises(DivergedError, match="after 0 of 9 epochs"):
+        fit_gp_vae(model, X, Y, epochs=9, progress=False)
 
 
 @pytest.mark.parametrize(

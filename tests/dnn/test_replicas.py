@@ -269,7 +269,7 @@ def another_activation():
         (lambda X: {"Y": X[:, :1]}, "its targets is"),
         (lambda X: {"loss": stacked_mse}, "its loss is"),
         (lambda X: {"weights": torch.zeros(3, 25).double()}, "its first weights is"),
-        (lambda X: {"optimizer": "sgd"}, "its optimizer is Adam, and now it is SGD"),
+        (lambda X: {"optimizer": "sgd"}, "its optimizer is adam, and now it is sgd"),
         (lambda X: {"epochs": 1}, "has 2 epochs already, and epochs is 1"),
     ],
 )

@@ -35,9 +35,9 @@ def start(copies=1, dtype=torch.float64):
     [
         (SGLD, 0.02, {}, 400),
         (SGLD, 0.4, {}, 40),
-        (SGHMC, 0.002, {"alpha": 0.1}, 400),
-        (SGHMC, 0.002, {"alpha": 0.02}, 600),
-        (SGHMC, 0.4, {"alpha": 0.5}, 60),
+        (SGHMC, 0.002, {"friction": 0.1}, 400),
+        (SGHMC, 0.002, {"friction": 0.02}, 600),
+        (SGHMC, 0.4, {"friction": 0.5}, 60),
     ],
 )
 def test_the_stationary_variance_is_that_of_the_target(
@@ -56,7 +56,7 @@ def test_the_stationary_variance_is_that_of_the_target(
     run(sampler, theta, steps)
     found = theta.detach().square().mean(-1)
     tau = temperature / NUM_DATA
-    alpha = options.get("alpha", 1.0)
+    alpha = options.get("friction", 1.0)
     exact = torch.stack(
         [
             oracles.sghmc_stationary_covariance(h, lr, alpha, tau)[1, 1]
@@ -83,7 +83,7 @@ def test_hamiltonian_dynamics_with_full_friction_is_langevin_draw_for_draw():
     options = {"temperature": 0.7, "prior_precision": 3.0}
     run(SGLD([first], 0.1, NUM_DATA, generator=seeded(1), **options), first, 9)
     run(
-        SGHMC([second], 0.1, NUM_DATA, alpha=1.0, generator=seeded(1), **options),
+        SGHMC([second], 0.1, NUM_DATA, friction=1.0, generator=seeded(1), **options),
         second,
         9,
     )
@@ -233,8 +233,13 @@ def test_only_the_generator_is_a_source_of_randomness():
         (SGLD, {"num_data": 0.5}, ValueError, "num_data must be a whole number"),
         (SGLD, {"temperature": -1.0}, ValueError, "temperature must be finite"),
         (SGHMC, {"prior_precision": -1.0}, ValueError, "prior_precision must be"),
-        (SGHMC, {"alpha": 0.0}, ValueError, r"alpha must lie in \(0, 1\], but is 0"),
-        (SGHMC, {"alpha": 9.0}, ValueError, "for a momentum of 0.9 pass 0.1"),
+        (
+            SGHMC,
+            {"friction": 0.0},
+            ValueError,
+            r"friction must lie in \(0, 1\], but is 0",
+        ),
+        (SGHMC, {"friction": 9.0}, ValueError, "for a momentum of 0.9 pass 0.1"),
     ],
 )
 def test_bad_options(kind, options, error, message):

@@ -71,6 +71,36 @@ def test_a_run_resumed_from_its_state_is_the_same_bit_for_bit(before, room, most
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(
+    "before, there, here",
+    [(3, None, 4), (10, None, 4), (10, 6, 4), (5, 6, 4), (5, 6, None), (5, 6, 9)]
+    + [(2, 6, 4), (6, 6, None), (0, None, 4), (0, 4, None), (9, None, 20)],
+)
+def test_a_state_of_another_maximum_has_the_snapshots_that_fit(before, there, here):
+    """It goes on as a tracker that had this maximum from the beginning."""
+    network = Nested().double()
+    given, whole = Snapshots(network, there), Snapshots(network, here)
+    for tracker in (given, whole):
+        run(tracker, Nested().double(), before, seed=5)
+    found = Snapshots(network, here)
+    found.load_state_dict(copy.deepcopy(given.state_dict()))
+    for more in (0, 1, 3, 4):
+        for tracker in (found, whole):
+            run(tracker, Nested().double(), more, seed=6)
+        if before + more:
+            a, b = found.posterior().state_dict(), whole.posterior().state_dict()
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("here, wanted", [(None, 9), (6, 6)])
+def test_a_state_that_has_too_few_snapshots_is_refused(here, wanted):
+    given = Snapshots(Nested(), 4)
+    run(given, Nested(), 9)
+    message = rf"last 4 of 9 .* would keep {wanted} .* max_snapshots=4 or less"
+    with pytest.raises(ValueError, match=message):
+        Snapshots(Nested(), here).load_state_dict(given.state_dict())
+
+
 def test_the_network_is_read_and_not_changed():
     network = Nested().train()
     tracker = Snapshots(network, parameters=["head"])

@@ -109,6 +109,21 @@ def test_a_run_resumed_from_its_state_is_the_same_bit_for_bit():
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
+def test_a_state_of_other_options_is_refused():
+    """Rows that are kept are weights or deviations, which look alike."""
+    network = small()
+    tracker = SWAG(network, rank=3, centering="final")
+    W = run(tracker, network, 5)
+    state = tracker.state_dict()
+    with pytest.raises(ValueError, match=r"Build it with centering='final'"):
+        SWAG(network, rank=3).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"keeps 3 deviations.*Build it with rank=3"):
+        SWAG(network, rank=4, centering="final").load_state_dict(state)
+    twin = SWAG(network, rank=3, centering="final")
+    twin.load_state_dict(state)
+    torch.testing.assert_close(twin.deviations, W[[3, 4, 2]] - W.mean(0))
+
+
 def test_the_network_is_read_and_not_changed():
     network = small().train()
     before = copy.deepcopy(network.state_dict())

@@ -15,7 +15,7 @@ from gpytorch.likelihoods import (
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from gpbridge.dnn import VAE, fit_vae
+from gpbridge.dnn import VAE, DivergedError, fit_vae
 from gpbridge.dnn.vae import divergence
 from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.storage import load_state, save_state
@@ -290,8 +290,10 @@ def test_a_bound_that_becomes_nan_stops_with_the_last_good_state():
     torch.manual_seed(0)
     vae = VAE(Overflowing(16, 4, steps=5), nn.Linear(2, 16), 2)
     options = {"batch_size": 4, "generator": seeded(), "progress": False}
-    with pytest.warns(RuntimeWarning, match="after 2 of 9 epochs: The decoder"):
-        fit = fit_vae(vae, Y, epochs=9, **options)
+    message = r"after 2 of 9 epochs: The decoder.*\.last_good.*learning_rate=0.0001"
+    with pytest.raises(DivergedError, match=message) as caught:
+        fit_vae(vae, Y, epochs=9, **options)
+    fit = caught.value.last_good
     assert len(fit.history["elbo"]) == 2
     vae.encoder.steps = 100
     options["generator"] = seeded()
@@ -299,8 +301,14 @@ def test_a_bound_that_becomes_nan_stops_with_the_last_good_state():
     for name, value in good.state_dict().items():
         assert torch.equal(value, fit.model.state_dict()[name])
     vae.encoder.steps = 1
-    with pytest.raises(RuntimeError, match=r"before one epoch.*learning rate"):
+    with pytest.raises(DivergedError, match=r"after 0 of 9 epochs") as caught:
         fit_vae(vae, Y, epochs=9, **options)
+    untrained = caught.value.last_good.model
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, untrained.state_dict()[name])
+    vae.encoder.steps = 100  # and the fit goes on from what is kept
+    longer = fit_vae(vae, Y, epochs=1, progress=False, resume=fit.state)
+    assert len(longer.history["elbo"]) == 3
 
 
 def test_frozen_weights_stay_and_nothing_to_train_is_an_error():

@@ -12,7 +12,8 @@ from gpytorch.priors import GammaPrior
 from torch import nn
 
 from gpbridge import SampledGP
-from gpbridge.checks import NotConvergedWarning
+from gpbridge.checks import NotConvergedWarning, ReliabilityWarning
+from gpbridge.dnn import DivergedError
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.models import NetworkKernelGP
 from gpbridge.selection import SubsetStart, fit_iterative
@@ -366,9 +367,32 @@ def test_gradients_are_those_of_float64_where_the_noise_is_low():
         torch.testing.assert_close(value, found[1][name][0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_learning_rate_that_is_far_too_large_is_named():
-    with pytest.raises(ValueError, match="Lower learning_rate, which is 1e"):
-        fit_iterative(build(20), steps=5, learning_rate=1e306)
+@pytest.mark.parametrize("rate", [1e3, 1e306])
+def test_a_learning_rate_that_is_far_too_large_stops_at_the_last_good_state(rate):
+    model = build(20)
+    before = [p.detach().clone() for p in model.parameters()]
+    message = r"extreme, and (one is|draws).*\.last_good.*Lower learning_rate, which is"
+    with pytest.raises(DivergedError, match=message) as caught:
+        fit_iterative(model, steps=5, learning_rate=rate)
+    record = caught.value.last_good
+    assert len(record.passes) >= 1 and all(
+        bool(v.isfinite().all())
+        for values in record.hyperparameters.values()
+        for v in values
+    )
+    parameters = list(model.parameters())
+    assert all(bool(p.isfinite().all()) for p in parameters)
+    if len(record.passes) == 1:  # nothing better than the start
+        assert all(map(torch.equal, parameters, before))
+    assert bool(model.posterior(model.train_inputs[0][:2]).mean.isfinite().all())
+
+
+def test_a_hyperparameter_that_ends_all_but_zero_is_named():
+    model = build(20)
+    with torch.no_grad():
+        model.covar_module.base_kernel.raw_lengthscale.fill_(-60.0)
+    with pytest.warns(ReliabilityWarning, match=r"ended at .*lengthscale = .*e-27, "):
+        fit_iterative(model, steps=1, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,36 @@ def test_momentum_of_one_is_refused(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kind(momentum=0.0)
+
+
+@pytest.mark.parametrize("b", [100, 200])
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e30, 1e200])
+def test_a_step_that_is_far_too_long_is_found_out_within_a_few_passes(b, factor):
+    """Also where a pass has one or two steps, and ends before the growth is seen."""
+    H = covariance(random(200, 3), 1.0, 0.25)
+    rhs, step = random(200, 2, seed=1), 1 / torch.linalg.eigvalsh(H)[-1].item()
+    found = []
+    for size in (None, factor * 200 * step):
+        solver = StochasticDualDescent(batch_size=b, step_size=size)
+        found.append(descend(solver, H, rhs, passes=80))
+    (usual, _), (residual, left) = found
+    assert usual < 0.02 and residual < 0.6 and left < 2 * 200 * step
+
+
+def test_a_right_hand_side_of_few_rows_is_no_growth():
+    H = covariance(random(600, 3), 1.0, 0.25)
+    rhs = torch.zeros(600, 1, dtype=torch.float64)
+    rhs[7] = 1.0
+    step = automatic_step_size(H, 4, 0.9, torch.Generator().manual_seed(0))
+    solver = StochasticDualDescent(batch_size=4, max_passes=30)
+    residual, left = descend(solver, H, rhs)
+    assert left == step and residual < 0.5
+
+
+def test_no_step_that_is_short_enough_ends_the_run_and_says_so(monkeypatch):
+    monkeypatch.setattr("gpbridge.solvers.descent._CHANGES", 0)
+    H = covariance(random(100, 2), 1.0, 0.25)
+    solver = StochasticDualDescent(batch_size=50, step_size=1e6)
+    with pytest.warns(NotConvergedWarning, match=r"diverged after .* residual of 1.0e"):
+        solution = solver(H, random(100, 2, seed=1))
+    assert solution.passes < 10 and not solution.converged

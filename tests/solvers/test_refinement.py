@@ -9,6 +9,7 @@ from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
 from gpbridge.checks import NotConvergedWarning
 from gpbridge.kernel_operator import KernelMatrixOperator
 from gpbridge.solvers import (
+    AlternatingProjections,
     Cholesky,
     ConjugateGradients,
     SketchAndProject,
@@ -136,3 +137,14 @@ def test_a_factor_is_in_full_precision():
     low = ill_conditioned(torch.float32)
     b = random(150, 1)
     assert Cholesky(1e-6)(low, b).converged
+
+
+def test_the_limit_that_ended_a_solve_is_named():
+    X = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None]
+    H = (-50 * (X - X.mT).square()).exp() + 1e-4 * torch.eye(60, dtype=torch.float64)
+    rhs = random(60, 1)
+    solver = AlternatingProjections(tolerance=1e-8, block_size=10, max_passes=3)
+    with pytest.warns(
+        NotConvergedWarning, match="max_passes=3 ended it. Raise max_pas"
+    ):
+        solver(DenseLinearOperator(H), rhs)

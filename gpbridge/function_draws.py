@@ -1,0 +1,121 @@
+"""Functions of a posterior, frozen: what every view of a posterior evaluates.
+
+In: a posterior over weights, a GP of this library, or functions that were drawn. Out:
+copies of s functions, with batch-norm statistics of their own or a warning, and their
+values in one shape. Next: ``function_space`` and ``acquisition``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+from torch import Generator, Tensor, nn
+
+from gpbridge.batch_norm import is_stale, refresh_batch_norm
+from gpbridge.checks import ReliabilityWarning, ShapeError, warn_user
+from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
+
+
+def freeze(
+    posterior: WeightPosterior | FunctionDraws,
+    num_samples: int,
+    generator: Generator | None = None,
+) -> FunctionDraws:
+    """Frozen functions of a posterior, as copies that nobody else moves or changes.
+
+    Args:
+        posterior: What has a ``draw``, or frozen functions as they are.
+        num_samples: How many; a finite posterior of at most as many gives each member
+            once.
+        generator: Source of the draws.
+
+    Returns:
+        The functions.
+
+    Raises:
+        TypeError: If nothing can be drawn or evaluated.
+    """
+    if not hasattr(posterior, "draw"):
+        refuse_what_holds_one(posterior)
+        if not callable(posterior) or isinstance(posterior, type):
+            raise TypeError(
+                "posterior must have draw(num_samples, generator), or be functions "
+                f"that it returned, but is {type(posterior).__name__}. For a network "
+                "or its snapshots try gpbridge.weights.EmpiricalWeights."
+            )
+        return copy.deepcopy(posterior)
+    members = getattr(posterior, "num_members", None)
+    if members is not None and members <= num_samples:
+        return copy.deepcopy(posterior.draw())
+    return copy.deepcopy(posterior.draw(num_samples, generator))
+
+
+def refuse_what_holds_one(value: object) -> None:
+    """Say what to pass in place of what leads to a posterior.
+
+    Raises:
+        TypeError: If it does, or is one network.
+    """
+    name = type(value).__name__
+    if hasattr(value, "update") and callable(getattr(value, "posterior", None)):
+        raise TypeError(
+            f"posterior is a {name}, which observes a run. Pass its posterior(): "
+            "tracker.posterior()."
+        )
+    if isinstance(value, tuple) and hasattr(value, "posterior"):
+        raise TypeError(
+            f"posterior is a {name}, the result of a search. Pass its .posterior."
+        )
+    is_layer = isinstance(value, nn.Module) and type(value).__module__[:8] == "torch.nn"
+    if isinstance(value, FitResult) or is_layer:
+        raise TypeError(
+            f"posterior is a {name}, one network, which has no spread. Train several "
+            "and pass gpbridge.dnn.DeepEnsemble of them, or find a posterior of its "
+            "weights, such as gpbridge.dnn.SWAG or gpbridge.weights.EmpiricalWeights."
+        )
+
+
+def refreshed(
+    draws: FunctionDraws, batches: Iterable[Tensor | Sequence[Tensor]] | None
+) -> FunctionDraws:
+    """Draws with batch-norm statistics of their own, or a warning that they lack them.
+
+    Args:
+        draws: Changed in place.
+        batches: Training inputs, or None.
+
+    Returns:
+        The draws.
+
+    Warns:
+        ReliabilityWarning: If there are no batches, and the statistics are those of
+            other weights.
+    """
+    if batches is not None:
+        refresh_batch_norm(draws, batches)
+    elif is_stale(draws):
+        warn_user(
+            "The network has batch normalisation, and the draws have the statistics of "
+            "other weights than their own. Pass batches=[X], the training inputs, or "
+            "call gpbridge.batch_norm.refresh_batch_norm on the draws and pass these.",
+            ReliabilityWarning,
+        )
+    return draws
+
+
+def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
+    """Values of frozen functions, ``s x ... x n x m`` at inputs ``... x n x d``.
+
+    Raises:
+        ShapeError: If they have another shape: a network is callable too.
+    """
+    values = draws(X)
+    if values.shape[1:-1] != X.shape[:-1] or values.dim() != X.dim() + 1:
+        raise ShapeError(
+            f"{type(draws).__name__} must map ``... x n x d`` inputs to the values "
+            f"``s x ... x n x m`` of s functions, but maps shape {tuple(X.shape)} to "
+            f"{tuple(values.shape)}. For a network or its snapshots try "
+            "gpbridge.weights.EmpiricalWeights."
+        )
+    return values
