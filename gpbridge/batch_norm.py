@@ -245,4 +245,5 @@ class _Pass:
             self._run(params, own, rows)  # moves rows of the statistics
 
     def _run(self, params: Params, statistics: Params, rows: Tensor) -> Tensor:
+        params = self.draws.net.whole(params)
         return functional_call(self.work, {**params, **statistics}, (rows,))

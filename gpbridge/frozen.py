@@ -1,8 +1,9 @@
 """A frozen copy of a network as a function of (weights, inputs).
 
-In: a trained ``nn.Module`` and the names of its random weights. Out: a
-:class:`FrozenNet` that evaluates the copy at any values of these weights, and turns
-them into one vector and back. The caller's module is never changed.
+In: a trained ``nn.Module``, the names of its random weights, and for tensors of which
+only some entries are random their places. Out: a :class:`FrozenNet` that evaluates the
+copy at any values of these weights, and turns them into one vector and back. The
+caller's module is never changed.
 Next: ``jacobians`` differentiates it, ``functional`` chooses the names.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class FrozenNet(nn.Module):
         names: The random weights, in the order of ``named_parameters``.
         input_shape: Shape of one input, to unflatten the ``d`` columns.
         freeze: Whether the weights of the copy are constants.
+        entries: Of the tensors that are random in part, the places of the random
+            entries in the flattened tensor. Such a tensor stands in ``params`` as the
+            vector of these entries.
     """
 
     def __init__(
@@ -36,9 +40,13 @@ class FrozenNet(nn.Module):
         names: list[str],
         input_shape: Sequence[int] | None = None,
         freeze: bool = True,
+        entries: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.names = names
+        self._entries = {n: f"entries_{n.replace('.', '__')}" for n in entries or {}}
+        for name, held in self._entries.items():
+            self.register_buffer(held, entries[name].clone())
         self.network = _frozen_copy(network, freeze, names)
         self.freeze = freeze
         self.input_shape = None if input_shape is None else tuple(input_shape)
@@ -50,10 +58,55 @@ class FrozenNet(nn.Module):
         self.register_buffer("weight_scale", None)
 
     @property
+    def entries(self) -> dict[str, Tensor]:
+        """Places of the random entries of the tensors that are random in part."""
+        return {name: getattr(self, held) for name, held in self._entries.items()}
+
+    @property
     def params(self) -> Params:
-        """The random weights by name."""
+        """The random weights by name, of a tensor that is random in part a vector."""
+        return self.read(dict(self.network.named_parameters()))
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Params:
+        """Take the random weights out of whole tensors by name."""
+        entries = self.entries
+        return {
+            name: tensors[name].reshape(-1)[entries[name]]
+            if name in entries
+            else tensors[name]
+            for name in self.names
+        }
+
+    @torch.no_grad()
+    def write(self, params: Params) -> None:
+        """Put other values of the random weights into the copy, in place."""
         own = dict(self.network.named_parameters())
-        return {name: own[name] for name in self.names}
+        for name, value in self.whole(params).items():
+            own[name].copy_(value)
+
+    def whole(self, params: Params) -> Params:
+        """Weights with the constant entries in their places, tensors of full shape.
+
+        Args:
+            params: Weights by name, in the form of :attr:`params`.
+
+        Returns:
+            The same names; tensors that are random as a whole are passed through.
+        """
+        if not self._entries:
+            return params
+        own, entries = dict(self.network.named_parameters()), self.entries
+        return {
+            name: _scattered(own[name], entries[name], value)
+            if name in entries
+            else value
+            for name, value in params.items()
+        }
+
+    def whole_size(self, names: Iterable[str]) -> int:
+        """Entries of the tensors of these names, whether random or not."""
+        own = dict(self.network.named_parameters())
+        return sum(own[name].numel() for name in names)
 
     @property
     def num_params(self) -> int:
@@ -93,6 +146,7 @@ class FrozenNet(nn.Module):
             The outputs.
         """
         rows = X.reshape(-1, *(self.input_shape or X.shape[-1:]))
+        params = self.whole(params)
         if X.dtype != self.dtype:
             params = {**self._state_in(X.dtype), **params}
         with traceable():
@@ -105,7 +159,9 @@ class FrozenNet(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """The network at its own weights, ``... x n x m``."""
-        return self.apply_network({}, X)
+        if self.freeze or not self._entries:
+            return self.apply_network({}, X)
+        return self.apply_network(self.params, X)  # the other entries are constants
 
     def train(self, mode: bool = True) -> FrozenNet:
         """Set the mode of everything but the network, which stays in eval mode."""
@@ -142,6 +198,11 @@ class FrozenNet(nn.Module):
         """How many of the weights are random."""
         total = sum(p.numel() for p in self.network.parameters())
         return f"random weights: {self.num_params} of {total}"
+
+
+def _scattered(tensor: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    base = tensor.detach().to(values.dtype).reshape(-1)
+    return torch.scatter(base, 0, places, values).reshape(tensor.shape)
 
 
 def copy_without_hooks(network: nn.Module) -> nn.Module:

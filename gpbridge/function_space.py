@@ -270,9 +270,7 @@ def _tangent(
     own = dict(net.network.named_buffers())
     for name, value in at_mean.statistics.items():
         own[name].copy_(value[0])
-    with torch.no_grad():
-        for name, value in net.unflatten(mean).items():
-            net.params[name].copy_(value)
+    net.write(net.unflatten(mean))
     covariance = posterior.covariance
     if posterior.variance is None and posterior.root is None:
         covariance = DiagLinearOperator(torch.zeros_like(mean))  # keeps its tensors

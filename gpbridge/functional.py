@@ -7,15 +7,17 @@ Next: ``operators``, ``features`` and everything behind them take such a net.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from gpbridge.checks import ShapeError, check_tensor
 from gpbridge.frozen import FrozenNet
 from gpbridge.probe import probe_network
 from gpbridge.types import Apply, Params
 
-Parameters = str | Sequence[str] | Callable[[str], bool]
+Parameters = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Tensor]
 
 # With weights of their own. By type: what another module does, its name does not tell.
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (
@@ -39,8 +41,11 @@ class FunctionalNet(FrozenNet):
         parameters: Which weights are random: ``"all"``, ``"last_layer"``,
             ``"without_normalization"`` (all but those of batch, layer, group, instance
             and RMS normalisation), names of parameters or of submodules, or a predicate
-            on parameter names. Weights with ``requires_grad=False`` never are; tied
-            weights count once.
+            on parameter names. For single entries, a mapping from names to masks of the
+            tensors' shapes, or to places in the flattened tensors, as
+            :mod:`gpbridge.subnetworks` makes them; p is the number of these entries.
+            Weights with ``requires_grad=False`` never are random; tied weights count
+            once.
         input_shape: Shape of one input, to unflatten the ``d`` columns, as (c, h, w).
         freeze: False leaves the weights of the copy trainable, for kernels learned
             through their network.
@@ -49,6 +54,7 @@ class FunctionalNet(FrozenNet):
         TypeError: If ``network`` is not a module.
         ValueError: If no random weight is left, a name is unknown, or normalisation is
             excluded and layers may be a normalisation of another kind.
+        ShapeError: If a mask does not have the shape of its tensor.
     """
 
     def __init__(
@@ -62,8 +68,12 @@ class FunctionalNet(FrozenNet):
             raise TypeError(
                 f"network must be a torch.nn.Module, but is {type(network).__name__}."
             )
-        names = _random_names(network, parameters)
-        super().__init__(network, names, input_shape, freeze)
+        entries = {}
+        if isinstance(parameters, Mapping):
+            parameters, entries = random_entries(network, parameters)
+        names = random_names(network, parameters)
+        entries = {name: entries[name] for name in names if name in entries}
+        super().__init__(network, names, input_shape, freeze, entries)
 
     def probe(self, X: Tensor) -> int:
         """Check on up to three points that the network is a function we can linearise.
@@ -92,7 +102,19 @@ def functionalize(
     return net.apply_network, {name: p.clone() for name, p in net.params.items()}
 
 
-def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
+def random_names(network: nn.Module, parameters: Parameters = "all") -> list[str]:
+    """Names of the tensors that a choice of random weights takes, in their order.
+
+    Args:
+        network: The module.
+        parameters: As for :class:`FunctionalNet`, no mapping.
+
+    Returns:
+        The names, at least one.
+
+    Raises:
+        ValueError: As for :class:`FunctionalNet`.
+    """  # noqa: DOC502
     every = [name for name, _ in network.named_parameters()]
     free = [name for name, p in network.named_parameters() if p.requires_grad]
     if parameters == "all":
@@ -128,6 +150,78 @@ def _random_names(network: nn.Module, parameters: Parameters) -> list[str]:
             "be random, or select others."
         )
     return names
+
+
+def random_entries(
+    network: nn.Module, choice: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Read a choice of single entries.
+
+    Args:
+        network: The module.
+        choice: A mask of the tensor's shape, or places in the flattened tensor, by
+            name.
+
+    Returns:
+        The names of the tensors with at least one entry, and the increasing places of
+        those that are not taken as a whole.
+
+    Raises:
+        ValueError: If a name is unknown, a place is not there or named twice, or no
+            entry is chosen.
+        ShapeError: If a mask has another shape.
+        TypeError: If a value is neither a mask nor places.
+    """
+    own = dict(network.named_parameters())
+    unknown = [name for name in choice if name not in own]
+    if unknown:
+        raise ValueError(
+            f"parameters masks {unknown}, which the network does not have. It has "
+            f"{list(own)}."
+        )
+    names, entries = [], {}
+    for name, chosen in choice.items():
+        places = _places(name, chosen, own[name])
+        if len(places):
+            names.append(name)
+        if len(places) < own[name].numel():
+            entries[name] = places.to(own[name].device)
+    if not names:
+        raise ValueError(
+            f"parameters chooses no entry of {list(choice)}: every mask is empty. "
+            "Choose at least one."
+        )
+    return names, entries
+
+
+def _places(name: str, chosen: Tensor, own: Tensor) -> Tensor:
+    check_tensor(**{f"parameters[{name!r}]": chosen})
+    if chosen.dtype == torch.bool:
+        if chosen.shape != own.shape:
+            raise ShapeError(
+                f"The mask of {name} must have its shape {tuple(own.shape)}, but has "
+                f"shape {tuple(chosen.shape)}."
+            )
+        return chosen.reshape(-1).nonzero().flatten()
+    if chosen.is_floating_point() or chosen.is_complex():
+        raise TypeError(
+            f"parameters[{name!r}] must be a mask or integer places, but is "
+            f"{chosen.dtype}. Try a comparison, or .bool()."
+        )
+    if chosen.dim() != 1:
+        raise ShapeError(
+            f"Places of the entries of {name} must be a vector of integers, but have "
+            f"shape {tuple(chosen.shape)}. A mask is of dtype torch.bool."
+        )
+    places = chosen.long().unique()
+    if len(places) < len(chosen):
+        raise ValueError(f"parameters[{name!r}] names a place twice. Try .unique().")
+    if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < own.numel():
+        raise ValueError(
+            f"Places of the entries of {name} must lie in 0 .. {own.numel() - 1}, but "
+            f"are between {int(places[0])} and {int(places[-1])}."
+        )
+    return places
 
 
 def _normalization_weights(network: nn.Module) -> set[str]:

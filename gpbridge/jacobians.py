@@ -55,7 +55,8 @@ def jacobian(
         return net.apply_network(values, x[None])[0]
 
     if chunk_size is None:
-        numbers = 3 * sum(sizes) + 2 * net.num_activations
+        # Of a tensor that is random in part the whole gradient passes by.
+        numbers = 3 * net.whole_size(params) + 2 * net.num_activations
         per_row = (net._num_outputs or 1) * numbers * rows.element_size()
         chunk_size = max(1, JACOBIAN_BYTES // per_row)
     blocks = vmap(

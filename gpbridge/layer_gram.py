@@ -77,6 +77,13 @@ def _layer_features(
     width = 0
     for layer_name, (inputs, signal) in raw.items():
         own = _weights_of(layer_name, std)
+        for kind in [kind for kind in own if _full(layer_name, kind) in net.entries]:
+            name = _full(layer_name, kind)
+            part = _entry_columns(inputs, signal, kind, net.entries[name])
+            dense.append((part * own.pop(kind)).reshape(*batch, *part.shape[1:]))
+            size = part.shape[-1]
+            sources[name] = Columns(None, width, 1, size, 0, size)
+            width += size
         if not own:
             continue
         layer = _scaled(inputs, signal, own)
@@ -91,10 +98,10 @@ def _layer_features(
             layers[layer_name] = layer
         if "weight" in own:
             stop = i - 1 if "bias" in own else i
-            name = f"{layer_name}.weight".lstrip(".")
+            name = _full(layer_name, "weight")
             sources[name] = Columns(key, start, o, i, 0, stop)
         if "bias" in own:
-            name = f"{layer_name}.bias".lstrip(".")
+            name = _full(layer_name, "bias")
             sources[name] = Columns(key, start, o, i, i - 1, i)
     rest = {name: s for name, s in std.items() if name not in sources}
     if rest:
@@ -114,10 +121,23 @@ def _layer_features(
 def _weights_of(layer_name: str, std: PriorStd) -> dict[str, Tensor]:
     own = {}
     for kind in ("weight", "bias"):
-        name = f"{layer_name}.{kind}".lstrip(".")
+        name = _full(layer_name, kind)
         if name in std:
             own[kind] = std[name]
     return own
+
+
+def _full(layer_name: str, kind: str) -> str:
+    return f"{layer_name}.{kind}".lstrip(".")
+
+
+def _entry_columns(inputs: Tensor, signal: Tensor, kind: str, places: Tensor) -> Tensor:
+    """Derivatives by single entries of a layer's weight or bias, ``n x m x k``."""
+    if kind == "bias":
+        return signal[..., places].sum(-2)
+    width = inputs.shape[-1]
+    seen = inputs[:, None, :, places % width]  # n x 1 x T x k
+    return (signal[..., places // width] * seen).sum(-2)
 
 
 def _scaled(inputs: Tensor, signal: Tensor, own: dict[str, Tensor]) -> LayerSignal:

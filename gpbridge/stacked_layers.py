@@ -53,7 +53,7 @@ def stack_chain(net: FunctionalNet) -> Stacked | None:
         The function.
     """
     chain = _chain(net.network)
-    if chain is None or len(net.input_shape or (0,)) != 1:
+    if chain is None or net.entries or len(net.input_shape or (0,)) != 1:
         return None
     if getattr(chain[0], "inplace", False):  # would write to inputs that copies share
         return None

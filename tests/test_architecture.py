@@ -21,14 +21,14 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks storage randomness metrics data distributed
-tracing frozen jacobians probe functional likelihoods heteroscedastic targets augmentation
+tracing frozen jacobians probe functional subnetworks likelihoods heteroscedastic targets augmentation
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep invariant convolutional
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_draws function_space models representers
 sampled: observations covariance persistence state gp paths
-linearized: curvature kronecker weight_blocks curvature_sums factored low_rank structures sampling sampled_mode links predictive labels inference g_prior construction training_run noise mean conditioning sampled_problem structured_problem problem mode evidence variational posterior calibration state persistence classification derived_models gp paths
+linearized: curvature kronecker weight_blocks curvature_sums factored low_rank structured_weights structures sampling sampled_mode links predictive labels inference g_prior construction loading training_run noise mean conditioning sampled_problem structured_problem problem mode evidence variational posterior calibration curvature_state state persistence classification derived_models gp paths subnetworks continual
 dnn: divergence run_key objective checkpoints training_state training initial_weights fit_input fit replica_fit replica_input replica_options stacked_loss stacked_training replicas ensemble_fit priors log_posterior schedules trackers snapshots swag multi_swag point_likelihood scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_methods subspace_inference subspace_tuning dropout sgmcmc cyclical chain_losses chain_state chains local_reparameterization variational variational_fit planes deep_gp autoencoder elbo_training inducing_posterior latent_processes vae gp_vae gp_vae_fit
 selection: mll diagnostics gaussian_marginal variational_bound marginal_likelihood held_out evidence weight_decay elbo multi_start deep_kernel em subset_start evidence_ascent iterative_mll curvature_gradient online invariance loss_curvature neumann hypergradient inner_training hypergradient_descent held_out_problem prefix_posteriors prefix_draws speed_bound training_speed ascent scan comparable compare
 plots: style bands traces calibration landscape scan

@@ -77,7 +77,9 @@ class WeightTracker(nn.Module):
                 f"The network has no {', '.join(missing)}, which the tracker was built "
                 "for. Pass the module that is trained, or a copy of it."
             )
-        for name, p in self.net.params.items():
+        tensors = dict(self.net.network.named_parameters())
+        for name in self.net.names:
+            p = tensors[name]
             if own[name].shape != p.shape:
                 raise ShapeError(
                     f"{name} must have shape {tuple(p.shape)} as in the network the "
@@ -89,7 +91,7 @@ class WeightTracker(nn.Module):
                     f"{name} must be {p.dtype} as in the network the tracker was built "
                     f"for, but is {own[name].dtype}. Try network.to({p.dtype})."
                 )
-        weights = self.net.flatten({name: own[name] for name in self.net.names})
+        weights = self.net.flatten(self.net.read(own))
         if not bool(torch.isfinite(weights).all()):
             raise ValueError(
                 "The weights contain NaN or Inf: training has diverged. The tracker "
@@ -104,7 +106,7 @@ class WeightTracker(nn.Module):
         network = _module_or_weights(network)
         # What is not tracked, buffers among it, is that of the last snapshot.
         state = network.state_dict() if isinstance(network, nn.Module) else network
-        random = set(self.net.names)
+        random = set(self.net.names) - set(self.net.entries)
         for name, value in self.net.network.state_dict().items():
             if name not in random and name in state:
                 value.copy_(state[name])

@@ -198,7 +198,7 @@ class MeanFieldVI(nn.Module):
         }
         moments = [{name: part[name] for name in local} for part in (params, variances)]
         with LocalNoise(*moments, generator):
-            outputs = functional_call(net.network, params, (rows,))
+            outputs = functional_call(net.network, net.whole(params), (rows,))
         return outputs.reshape(len(X), -1)
 
     def _local_weights(self, means: dict[str, Tensor], rows: Tensor) -> set[str]:
@@ -206,7 +206,9 @@ class MeanFieldVI(nn.Module):
             self._local = set()
             if self.local_reparameterization != "none":
                 everywhere = self.local_reparameterization == "all"
-                self._local = local_weights(self.net.network, means, rows, everywhere)
+                entries = self.net.entries  # of a part of a tensor each is drawn
+                tensors = {n: mean for n, mean in means.items() if n not in entries}
+                self._local = local_weights(self.net.network, tensors, rows, everywhere)
         return self._local
 
     def posterior(self) -> GaussianWeights:

@@ -18,6 +18,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 
 from gpbridge.checks import warn_user
+from gpbridge.features import TangentFeatures
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.evidence import frozen_spectrum
 from gpbridge.linearized.inference import Sampled
@@ -34,6 +35,7 @@ from gpbridge.metrics import apply_temperature, fit_temperature
 from gpbridge.prediction import apply_root
 from gpbridge.spectral import Spectrum
 
+_CHUNK_BYTES = 64 * 2**20  # features of one chunk of held-out points
 _SEEN_SHARE = 0.5  # of held-out rows that may be among the rows conditioned on
 _FACTORS = tuple(10 ** (k / 2) for k in range(-3, 4))  # of a sampled posterior's prior
 
@@ -290,13 +292,20 @@ def _sampled_covariances(problem: TangentProblem, Z: Tensor):
 
 def _structured_covariances(problem: TangentProblem, Z: Tensor):
     """The same by a structure, which a prior variance shifts."""
-    parts = [problem.features(z, problem.unit_std) for z in Z.split(256)]
+    per_point = Z.element_size() * problem.derivatives_per_point
+    chunks = Z.split(max(1, min(256, _CHUNK_BYTES // per_point)))
+
+    def features_of(z: Tensor) -> TangentFeatures:
+        return problem.features(z, problem.unit_std)
+
+    kept = per_point * len(Z) <= problem.inference.memory_budget / 4
+    held = [features_of(z) for z in chunks] if kept else None
 
     def covariance(prior_variance: float) -> Tensor:
         variance = torch.tensor([prior_variance], device=Z.device).double()
         strategy = problem.structured_strategy(variance)
-        blocks = [strategy.unit_blocks(features, variance) for features in parts]
-        return torch.cat(blocks)
+        parts = map(features_of, chunks) if held is None else held
+        return torch.cat([strategy.unit_blocks(part, variance) for part in parts])
 
     return covariance
 

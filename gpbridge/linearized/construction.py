@@ -7,7 +7,8 @@ variance. Next: ``gp``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from botorch.models.transforms.input import InputTransform
@@ -30,7 +31,9 @@ from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.g_prior import feature_squares
 from gpbridge.linearized.inference import Inference
-from gpbridge.linearized.structures import Structure
+from gpbridge.linearized.low_rank import LowRankCurvature
+from gpbridge.linearized.structured_weights import StructuredWeights
+from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
 
@@ -89,6 +92,59 @@ def freeze_network(
             )
     net = FunctionalNet(network, parameters, input_shape)
     return net.to(working_dtype(inference, X))
+
+
+def check_previous(
+    previous: StructuredWeights, model: Any, groups: list[list[str]]
+) -> None:
+    """Require a posterior of the same weights, groups and structure.
+
+    Raises:
+        TypeError: If it is something else, or the structures differ.
+        ValueError: If weights or groups differ, or options do not go with it.
+    """
+    if not isinstance(previous, StructuredWeights):
+        raise TypeError(
+            "previous must be what gpbridge.linearized.weight_posterior gives, but is "
+            f"{type(previous).__name__}."
+        )
+    inference, params = model.inference, model.functional.params
+    basis = not isinstance(previous.curvature, LowRankCurvature) and any(
+        q is not None for basis in previous.curvature.bases for q in basis
+    )
+    kind = LowRank if isinstance(previous.curvature, LowRankCurvature) else Diagonal
+    kind = Kronecker if basis else kind
+    if not isinstance(inference, kind):
+        raise TypeError(
+            f"The previous posterior is that of {kind.__name__}(...), but inference is "
+            f"{type(inference).__name__}. Pass the same structure."
+        )
+    own = {name: value.shape for name, value in params.items()}
+    if own != previous.sizes:
+        raise ValueError(
+            f"The previous posterior is over {_shown(previous.sizes)}, but the random "
+            f"weights are {_shown(own)}. Pass the same architecture and parameters=."
+        )
+    number = {name: g for g, names in enumerate(groups) for name in names}
+    flat = torch.cat([torch.full(own[n], number[n]).reshape(-1) for n in own])
+    if not torch.equal(flat, previous.groups.cpu()):
+        raise ValueError(
+            "The previous posterior has other groups of weights. Pass the same groups=."
+        )
+    if model.g_prior:
+        raise ValueError(
+            "g_prior=True scales weights by these data, which the previous posterior "
+            "does not know of. Pass g_prior=False."
+        )
+    if not model.offset and model.mean == "linear_model":
+        raise ValueError(
+            "A previous posterior is one of the weights themselves: the linear model's "
+            "mean needs Gaussian noise and offset=True. Pass mean='network'."
+        )
+
+
+def _shown(sizes: Mapping[str, Size]) -> str:
+    return ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items())
 
 
 def working_dtype(inference: Inference, X: Tensor) -> torch.dtype:

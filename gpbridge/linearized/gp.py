@@ -8,7 +8,7 @@ conditioned without retraining. Hyperparameters are learnt by ``selection``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from gpbridge.linearized.classification import Classification
 from gpbridge.linearized.conditioning import NewData, add_blocks
 from gpbridge.linearized.construction import (
     check_data,
+    check_previous,
     fixed_inputs,
     freeze_network,
     outputs_at,
@@ -45,10 +46,12 @@ from gpbridge.linearized.derived_models import DerivedModels
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.g_prior import check_g_prior, feature_scale
 from gpbridge.linearized.inference import Exact, Inference
+from gpbridge.linearized.loading import load_data
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
 from gpbridge.linearized.persistence import Persistence
 from gpbridge.linearized.state import TangentState
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.linearized.training_run import (
     check_training_run,
     data_after_training,
@@ -92,14 +95,16 @@ class LinearizedGP(
     Args:
         network: The trained module; a frozen copy is kept, yours is never changed. It
             maps transformed inputs to transformed targets.
-        train_X: Inputs ``n x d``.
+        train_X: Inputs ``n x d``, or a loader of pairs (inputs, targets), which is read
+            twice, as images if its batches are.
         train_Y: Targets: ``n x m`` floats; ``n`` integer labels for softmax; ``n`` or
-            ``n x 1`` of 0 and 1 for one logit.
+            ``n x 1`` of 0 and 1 for one logit. None beside a loader.
         likelihood: A gpytorch likelihood, shared, not copied. Default by the targets:
             Gaussian, multitask Gaussian, logistic or softmax.
         parameters: Which weights are random, see :class:`FunctionalNet`; also
-            ``"without_normalization"``, which fixes those of normalisation layers. The
-            last layer alone needs a noise from validation data.
+            ``"without_normalization"``, which fixes those of normalisation layers, and
+            :mod:`gpbridge.subnetworks`, which chooses single entries. The last layer
+            alone needs a noise from validation data.
         groups: Weights that share a prior variance. Several groups prune layers on a
             trained network; ask for them explicitly.
         g_prior: Scale each weight by the size of its feature on the data, for networks
@@ -116,11 +121,15 @@ class LinearizedGP(
         input_shape: Shape of one input, as (c, h, w), for networks on images.
         input_transform: A botorch input transform without learnable parameters.
         outcome_transform: A botorch outcome transform, for Gaussian noise.
+        previous: The posterior of earlier data, which is the prior here; see
+            :func:`~gpbridge.linearized.continual.weight_posterior`. Needs the same
+            structure, weights and groups.
 
     Raises:
         ShapeError: If shapes of data, network and likelihood disagree.
-        TypeError: If a tensor has the wrong kind.
-        ValueError: If an option or a combination is not supported.
+        TypeError: If a tensor has the wrong kind, or a loader gives no pairs.
+        ValueError: If an option or a combination is not supported, or a loader gives no
+            rows or another number of them in its second pass.
 
     Example:
         >>> X = torch.linspace(0, 1, 20).unsqueeze(-1).double()
@@ -139,8 +148,8 @@ class LinearizedGP(
     def __init__(
         self,
         network: nn.Module,
-        train_X: Tensor,
-        train_Y: Tensor,
+        train_X: Tensor | Iterable,
+        train_Y: Tensor | None = None,
         likelihood: Likelihood | None = None,
         *,
         parameters: Parameters = "all",
@@ -155,9 +164,9 @@ class LinearizedGP(
         outcome_transform: OutcomeTransform | None = None,
         fit_result: FitResult | None = None,
         select: str | None = None,
+        previous: StructuredWeights | None = None,
     ) -> None:
         super().__init__()
-        check_data(network, train_X, train_Y)
         check_choice("mean", mean, ("auto", "linear_model", "network"))
         check_choice("select", select, (None, "validation"))
         check_g_prior(g_prior)
@@ -168,6 +177,10 @@ class LinearizedGP(
                 f"{type(inference).__name__}."
             )
         self.inference, self.fit_result, self.select = inference, fit_result, select
+        train_X, train_Y, input_shape = load_data(
+            train_X, train_Y, input_shape, inference.memory_budget
+        )
+        check_data(network, train_X, train_Y)
         train_X, train_Y = train_X.detach(), train_Y.detach()
         net = freeze_network(network, parameters, input_shape, train_X, inference)
         Z = fixed_inputs(input_transform, train_X)
@@ -201,6 +214,10 @@ class LinearizedGP(
         self.covar_module.register_constraint(
             "raw_prior_variance", bounds, replace=True
         )
+        self.previous = previous
+        if previous is not None:
+            check_previous(previous, self, self.covar_module.groups)
+            self.prior_variance = previous.prior_variance
         self.noise, self.parameters_option = noise, parameters
         self._froze_noise = False
         if gaussian:
@@ -214,6 +231,7 @@ class LinearizedGP(
         self.refinement: Refinement | None = None
         self.output_indices: list[int] | None = None
         self._new: NewData | None = None
+        self._saved: dict[str, Tensor] | None = None
         self._forget()
         self.to(train_X.device)
         self.eval()
@@ -290,6 +308,7 @@ class LinearizedGP(
         return latent_distribution(*self._joint(X), X.dtype)
 
     def _prior(self, Z: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+        self.check_prior_of_its_own("The prior covariance")
         Z = Z.to(self.functional.dtype)
         # By the kernel, so that gpytorch's own objectives can learn its variances.
         covariance = self.covar_module(Z).to_dense()
@@ -433,6 +452,7 @@ class LinearizedGP(
     @ordinary_tensors()
     def _evidence(self, count_dimension: bool) -> Evidence:
         self.check_all_data_is_training_data("The evidence")
+        self.check_prior_of_its_own("The evidence")
         problem = self.problem
         problem.check_size("The exact evidence")
         result, self._mode = evidence(

@@ -41,7 +41,7 @@ class Persistence:
         keep_transforms: bool = True,
         assign: bool = False,
     ):
-        """Load network, data and hyperparameters.
+        """Load network, data and hyperparameters, and a curvature that was saved.
 
         Args:
             state_dict: The state of a model with data and network of these shapes.
@@ -59,6 +59,8 @@ class Persistence:
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in (self._results() or {}).items():
+            destination[f"{prefix}_saved.{name}"] = value
         for name in MOVED:
             kept = getattr(self, name)
             for field, value in () if kept is None else kept._asdict().items():
@@ -102,6 +104,14 @@ class Persistence:
             )
         elif f"{prefix}_train_X" in state_dict:
             self.refinement = None
+        start = f"{prefix}_saved."
+        unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(start)]
+        saved = {k: v for k, v in state_dict.items() if k.startswith(start)}
+        if saved or f"{prefix}_train_X" in state_dict:
+            self._saved = {
+                name.removeprefix(start): value.detach().clone()
+                for name, value in saved.items()
+            } or None
         self._forget()
 
     def get_extra_state(self) -> Tensor:
@@ -130,12 +140,15 @@ class Persistence:
             parameter.requires_grad_(name not in fixed)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        self._saved = self._results()  # a move does not change what it is made of
         super()._apply(fn, *args, **kwargs)
         for name in MOVED:
             kept = getattr(self, name)
             if kept is not None:
                 setattr(self, name, type(kept)(*map(fn, kept)))
         # The precision of Jacobians is an option, not that of the data.
+        if self.previous is not None:
+            self.previous = self.previous.to(self._train_X.device)
         dtype = working_dtype(self.inference, self._train_X)
         if self.functional.dtype != dtype:
             self.covar_module.to(dtype)
@@ -143,8 +156,9 @@ class Persistence:
         return self
 
     def __getstate__(self) -> dict:
-        """Copies and pickles carry the state, not what can be computed from it."""
-        return {**self.__dict__, **dict.fromkeys(CACHES)}
+        """Copies and pickles carry the state, not what is cheap to compute from it."""
+        kept = {"_saved": self._results()}
+        return {**self.__dict__, **dict.fromkeys(CACHES), **kept}
 
     def _share(self) -> Self:
         """A shallow copy: modules and caches are shared, further data are not."""

@@ -43,6 +43,7 @@ class TangentPosterior:
         mean: ``"linear_model"`` or ``"network"``.
         refinement: Mean and covariance around the network's output, found by the
             variational bound; they replace both.
+        weights: Those of the mean, if they are known.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TangentPosterior:
         prior_variance: Tensor,
         mean: str,
         refinement: Refinement | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.problem = problem
         self.adds_network = problem.offset or mean == "network"
@@ -62,7 +64,9 @@ class TangentPosterior:
                 self.refinement = refinement  # kept alive: caches go by its identity
                 return
             self.strategy = problem.strategy(prior_variance)
-            self.weights = self._mean_weights(prior_variance.double(), mean)
+            if weights is None:
+                weights = self._mean_weights(prior_variance.double(), mean)
+            self.weights = weights
 
     def _mean_weights(self, prior_variance: Tensor, mean: str) -> Tensor | None:
         """Scaled weights whose product with the features corrects the mean."""
@@ -70,6 +74,9 @@ class TangentPosterior:
         if mean == "network":
             return None
         if isinstance(problem.inference, Structure):
+            if problem.previous is not None:
+                weights = problem.continued_mean(prior_variance)
+                return self._offset(weights / problem.flat_prior_std(prior_variance))
             mode = find_mode(problem, prior_variance)
             weights = mode.weights / problem.expand(prior_variance.sqrt())
             return self._offset(weights)

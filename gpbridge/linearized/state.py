@@ -7,6 +7,8 @@ changes. Next: ``persistence`` copies and loads it, ``gp`` answers from it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.means import Mean
@@ -25,6 +27,11 @@ from gpbridge.kernels.tangent import NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian, noise_covariance
 from gpbridge.linearized.calibration import Calibration, TrainGap
 from gpbridge.linearized.conditioning import NewData, Update
+from gpbridge.linearized.curvature_state import (
+    pack_results,
+    saved_weights,
+    unpack_curvature,
+)
 from gpbridge.linearized.inference import Inference
 from gpbridge.linearized.mode import Mode
 from gpbridge.linearized.noise import (
@@ -35,6 +42,7 @@ from gpbridge.linearized.noise import (
 )
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.linearized.variational import Refinement
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import FitResult
@@ -42,11 +50,12 @@ from gpbridge.types import FitResult
 # Every attribute that is no module, parameter or buffer, by what becomes of it.
 BUILT_WITH = (
     *("inference", "select", "offset", "g_prior", "parameters_option"),
-    *("fit_result", "_num_outputs"),
+    *("fit_result", "_num_outputs", "previous"),
 )
 FOUND = ("diagnostics", "validation_nll")  # by fit_evidence, about its last run
 SAVED = ("mean", "noise", "fitted", "calibration", "output_indices", "_froze_noise")
 MOVED = ("_new", "refinement")  # and saved, as tensors
+KEPT = ("_saved",)  # tensors that save computing anew what they fit
 CACHES = ("_problem", "_built_from", "_posterior", "_update", "_mode", "_gap")
 
 
@@ -68,6 +77,7 @@ class TangentState:
     parameters_option: Parameters
     fit_result: FitResult | None
     _num_outputs: int  # of the network
+    previous: StructuredWeights | None
 
     # FOUND: there once fit_evidence has run.
     diagnostics: tuple
@@ -84,6 +94,9 @@ class TangentState:
     # MOVED: tensors outside of torch's own lists.
     _new: NewData | None  # conditioned on since
     refinement: Refinement | None  # by refine, at one prior variance
+
+    # KEPT: of the state that was loaded, or of the model that this is a copy of.
+    _saved: dict[str, Tensor] | None  # by name, what a structure computed
 
     # CACHES: computed anew where they are missing or out of date.
     _problem: TangentProblem | None
@@ -190,6 +203,14 @@ class TangentState:
                 "Build a LinearizedGP on all data."
             )
 
+    def check_prior_of_its_own(self, what: str) -> None:
+        """Refuse what is not there for a prior that came from other data."""
+        if self.previous is not None:
+            raise NotImplementedError(
+                f"{what} is not there for a model whose prior is a previous posterior: "
+                "the prior variances are part of it. Choose them on the first data."
+            )
+
     @ordinary_tensors()
     def use_mean(self, mean: str, noise: str | float) -> None:
         """Change mean and noise together, as in the constructor (Gaussian noise)."""
@@ -215,6 +236,15 @@ class TangentState:
 
     # -- what is kept ----------------------------------------------------------------
 
+    def _results(self) -> dict[str, Tensor] | None:
+        """What a structure computed, to be saved; what was loaded if nothing since."""
+        problem = self._problem
+        if problem is None or problem._curvature is None:
+            return self._saved
+        if self._built_from != self._ingredients():  # of another network by now
+            return None
+        return pack_results(problem, self._posterior)
+
     def _forget(self) -> None:
         for cache in CACHES:
             setattr(self, cache, None)
@@ -228,7 +258,10 @@ class TangentState:
             if isinstance(w, Tensor)
         ]
         groups = self.covar_module.groups
-        return (self.likelihood, self.offset, self.inference, groups, versions)
+        return (
+            *(self.likelihood, self.offset, self.inference, self.previous),
+            *(groups, versions),
+        )
 
     @property
     @ordinary_tensors()
@@ -255,7 +288,12 @@ class TangentState:
                 self.offset,
                 self.inference,
             )
+            self._problem.previous = self.previous
             self._built_from = ingredients
+            if self._saved is not None:
+                self._problem.recall = partial(
+                    unpack_curvature, self._problem, self._saved
+                )
         return self._problem
 
     def _key(self) -> tuple:
@@ -292,8 +330,13 @@ class TangentState:
         """
         problem, key = self.problem, self._key()  # in this order: it may forget
         if self._posterior is None or self._posterior[0] != key:
+            weights = saved_weights(problem, self._saved, key)
             made = TangentPosterior(
-                problem, self.prior_variance.detach(), self.mean, self.refinement
+                problem,
+                self.prior_variance.detach(),
+                self.mean,
+                self.refinement,
+                weights,
             )
             self._posterior, self._update = (key, made), None
         return self._posterior[1]

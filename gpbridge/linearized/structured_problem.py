@@ -10,7 +10,7 @@ Out: the curvature, its prediction strategy. Next: ``problem``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpbridge.checks import check_memory, warn_user
-from gpbridge.data_features import PrecisionOperator, feature_bytes
+from gpbridge.data_features import DataFeatures, PrecisionOperator, feature_bytes
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
@@ -32,6 +32,12 @@ from gpbridge.linearized.low_rank import (
     randomised_eigenpairs,
 )
 from gpbridge.linearized.sampling import solve_within
+from gpbridge.linearized.structured_weights import (
+    StructuredWeights,
+    add_curvatures,
+    combine_channels,
+    curvature_product,
+)
 from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
 from gpbridge.linearized.weight_blocks import (
     WeightBlock,
@@ -43,6 +49,7 @@ Curvature = FactoredCurvature | LowRankCurvature
 
 _CHUNK_BYTES = 64 * 2**20  # derivatives of one chunk of points
 _CAPTURED = 0.9  # share of the trace below which a low rank warns
+_DENSE = 1000  # weights up to which a mean is solved for by a factor
 _MEAN_ERROR = 1e-3  # of the posterior mean, in posterior standard deviations
 
 
@@ -58,8 +65,11 @@ class StructuredProblem:
     outputs: Tensor  # n x m
     num_params: int
     inference: Structure
+    previous: StructuredWeights | None = None  # the posterior that is the prior
 
     _curvature: tuple[Tensor, Curvature] | None = None
+    _curvature_key: str | None = None  # filled by curvature_state
+    recall: Callable[[Tensor], Curvature | None] | None = None  # one that was saved
 
     @property
     def curvature(self) -> Curvature:
@@ -67,7 +77,8 @@ class StructuredProblem:
         with torch.no_grad():
             root = self._base_root()
             if self._curvature is None or not torch.equal(self._curvature[0], root):
-                self._curvature = root, self._make(root)
+                found = None if self.recall is None else self.recall(root)
+                self._curvature = root, self._make(root) if found is None else found
         return self._curvature[1]
 
     @property
@@ -91,7 +102,38 @@ class StructuredProblem:
     ) -> FactoredStrategy | LowRankStrategy:
         """Condition the linear model by the structure."""
         variance, weights = prior_variance.detach().double(), self.channel_weights()
+        if self.previous is not None:
+            return self.total_curvature().condition(variance, weights.new_ones(1))
         return self.curvature.condition(variance, weights.detach())
+
+    def total_curvature(self) -> Curvature:
+        """Curvature at the present noise, with that of the previous data, if any."""
+        own = combine_channels(self.curvature, self.channel_weights().detach())
+        if self.previous is None:
+            return own
+        return add_curvatures(self.previous.curvature, own)
+
+    def continued_mean(self, prior_variance: Tensor) -> Tensor:
+        r"""Posterior mean of the weights from the previous posterior, ``p``.
+
+        .. math:: (S^{-1} + M_1 + J^\top \Lambda J) \, w
+                  = H_1 \mu_1 + J^\top \Lambda (y - m)
+        """
+        std = self.flat_prior_std(prior_variance)
+        operator = _ContinuedPrecision(
+            self.root().detach(), std, self.data, self.previous.curvature
+        )
+        misfit = (self.Y.double() - self.prior_mean)[..., None]
+        first = self.previous
+        pulled = std[:, None] * first.precision_product(first.mean[:, None])
+        rhs = pulled + operator.to_weights(self.root().detach().mT @ misfit)
+        if len(std) <= _DENSE:
+            eye = torch.eye(len(std)).to(std)
+            L = torch.linalg.cholesky(operator @ eye)
+            return std * torch.cholesky_solve(rhs, L)[:, 0]
+        limit = rhs.new_tensor(_MEAN_ERROR)
+        solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
+        return std * solution.value[:, 0]
 
     def solve_mean(self, prior_variance: Tensor, whitened: Tensor) -> Tensor:
         r"""Scaled weights :math:`S^{1/2} J^\top R A^{-1} v` by products, ``p``."""
@@ -243,6 +285,20 @@ def has_shared_noise(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, GaussianLikelihood) or hasattr(
         likelihood, "num_tasks"
     )
+
+
+class _ContinuedPrecision(PrecisionOperator):
+    """Posterior precision of the scaled weights, with a curvature that came before."""
+
+    def __init__(
+        self, root: Tensor, std: Tensor, data: DataFeatures, before: Curvature
+    ) -> None:
+        super().__init__(root, std, data)
+        self.before = before
+
+    def _curved(self, rhs: Tensor) -> Tensor:
+        std = self.std[:, None]
+        return super()._curved(rhs) + std * curvature_product(self.before, std * rhs)
 
 
 def check_structure_size(

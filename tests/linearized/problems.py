@@ -156,11 +156,14 @@ def targets(name, X, seed=1):
     return values.argmax(-1)
 
 
-def build(name, space="auto", X=None, Y=None, net=None, **options):
-    """A model of the problem at the prior variance of this file."""
+def build(name, space="auto", X=None, Y=None, net=None, loaded=False, **options):
+    """A model of the problem at the prior variance of this file.
+
+    If ``loaded``, X is a loader.
+    """
     problem = PROBLEMS[name]
     X = inputs() if X is None else X
-    Y = targets(name, X) if Y is None else Y
+    Y = targets(name, X) if Y is None and not loaded else Y
     net = network(problem.m) if net is None else net
     if "inference" not in options:
         options["inference"] = Exact(space=space)

@@ -10,6 +10,7 @@ from gpbridge.linearized.state import (
     BUILT_WITH,
     CACHES,
     FOUND,
+    KEPT,
     MOVED,
     SAVED,
     TangentState,
@@ -137,6 +138,6 @@ def test_every_attribute_is_declared_with_what_becomes_of_it():
     model = build("gaussian")
     fit_evidence(model, warn=False)
     own = set(vars(model)) - set(vars(Bare()))
-    declared = [*BUILT_WITH, *FOUND, *SAVED, *MOVED, *CACHES]
+    declared = [*BUILT_WITH, *FOUND, *SAVED, *MOVED, *KEPT, *CACHES]
     assert own <= set(declared) <= set(TangentState.__annotations__)
     assert len(set(declared)) == len(declared)
