@@ -161,3 +161,15 @@ def complexity_and_dimension(K, noise):
     ratio = torch.eye(n).double() + torch.linalg.solve(noise, K)
     complexity = 0.5 * float(np.linalg.slogdet(ratio.numpy())[1])
     return complexity, float(torch.linalg.solve(K + noise, K).diagonal().sum())
+
+
+def dimensions_of_groups(J, sizes, variances, noise):
+    """MacKay (1992), eq. (4.8), group by group: |g| - tr(Sigma_gg) / s_g.
+
+    ``J`` is ``n x p`` with groups of weights side by side, ``noise`` one variance.
+    """
+    parts = [torch.full((k,), s) for k, s in zip(sizes, variances, strict=True)]
+    prior = torch.cat(parts).to(J)
+    posterior = torch.linalg.inv(J.T @ J / noise + torch.diag(1 / prior))
+    left = 1 - posterior.diagonal() / prior
+    return torch.stack([part.sum() for part in left.split(list(sizes))])
