@@ -207,3 +207,15 @@ def refined_laplace(J, f, trained, precision, curvature, log_density, y, normals
             M = (1 - rho) * M + rho * expected
             w = w + rho * torch.linalg.solve(M + prior, gradient)
     return w, Sigma, torch.stack(bounds), gradient
+
+
+def dimensions_of_groups(J, sizes, variances, noise):
+    """MacKay (1992), eq. (4.8), group by group: |g| - tr(Sigma_gg) / s_g.
+
+    ``J`` is ``n x p`` with groups of weights side by side, ``noise`` one variance.
+    """
+    parts = [torch.full((k,), s) for k, s in zip(sizes, variances, strict=True)]
+    prior = torch.cat(parts).to(J)
+    posterior = torch.linalg.inv(J.T @ J / noise + torch.diag(1 / prior))
+    left = 1 - posterior.diagonal() / prior
+    return torch.stack([part.sum() for part in left.split(list(sizes))])
