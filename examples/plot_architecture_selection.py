@@ -313,7 +313,13 @@ for ax, (problem, (names, table, taus)) in zip(axes[0], results.items(), strict=
         )
         label = None if kind in labelled else kind
         labelled.add(kind)
-        ax.plot(*means[[0, 2]], markersize=7, label=label, **style)
+        ax.plot(
+            *means[[0, 2]],
+            markersize=7,
+            label=label,
+            marker=marker,
+            color=COLORS[color],
+        )
     ax.set(xlabel="log evidence / datum, nats", ylabel="test log density, nats")
     ax.set_title(
         f"{problem.capitalize()}: tau {sum(taus[0]) / num_seeds:.2f}",

@@ -10,6 +10,7 @@ from gpbridge.metrics import expected_calibration_error, reliability_curve
 from gpbridge.plots import (
     plot_confidence_gap,
     plot_entropy_histograms,
+    plot_evidence_history,
     plot_loss_along,
     plot_loss_plane,
     plot_posterior_band,
@@ -59,6 +60,7 @@ def draw_all(ax):
     plot_posterior_band(ax, x, x[:, None], x, train_x=x, train_y=x)
     plot_reliability(ax, reliability_curve(*probabilities()), label="MAP")
     plot_trace(ax, torch.ones(2, 5), target=1.0, label="runs")
+    plot_evidence_history(ax, updates())
     plot_loss_along(ax, {"line": along(0.0, 3.0, 1.0), "curve": along(0.0, 1.0)})
     plot_loss_plane(ax, bowl(), trajectory=bowl().points, labels=("start", ""))
     plot_subspace_density(ax, *normal_density(), samples=torch.zeros(3, 2))
@@ -71,6 +73,7 @@ def test_plots_return_the_axes_that_they_drew_into(ax):
     assert plot_posterior_band(ax, x, x, x) is ax
     assert plot_reliability(ax, reliability_curve(*probabilities())) is ax
     assert plot_trace(ax, x) is ax
+    assert plot_evidence_history(ax, updates()) is ax
     assert plot_loss_along(ax, along(1.0, 2.0)) is ax
     assert plot_loss_plane(ax, bowl()) is ax
     assert plot_subspace_density(ax, *normal_density()) is ax
@@ -113,6 +116,27 @@ def test_a_trace_of_several_runs_is_their_median(ax):
     (line,) = ax.get_lines()
     assert line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata().tolist() == [1.0, 2.0]
+
+
+def updates():
+    """History of a run with two updates of its hyperparameters."""
+    return {
+        "loss": torch.ones(20),
+        "epoch": torch.tensor([15, 20]),
+        "evidence": torch.tensor([-9.0, -7.0]),
+        "fit": torch.tensor([-5.0, -4.0]),
+        "complexity": torch.tensor([4.0, 3.0]),
+    }
+
+
+def test_an_evidence_history_is_drawn_over_its_epochs(ax):
+    plot_evidence_history(ax, updates())
+    fit, evidence = ax.get_lines()
+    assert evidence.get_xdata().tolist() == fit.get_xdata().tolist() == [15.0, 20.0]
+    assert evidence.get_ydata().tolist() == [-9.0, -7.0]
+    assert [t.get_text() for t in ax.texts] == ["complexity 3"]
+    with pytest.raises(ValueError, match="no epoch, evidence, fit, complexity, only l"):
+        plot_evidence_history(ax, {"loss": torch.ones(3)})
 
 
 def test_losses_along_paths_are_drawn_with_their_barriers(ax):

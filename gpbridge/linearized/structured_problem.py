@@ -22,9 +22,15 @@ from gpbridge.data_features import DataFeatures, PrecisionOperator, feature_byte
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import is_gaussian, residual, sample_residual
-from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
-from gpbridge.linearized.factored import Basis, FactoredCurvature, FactoredStrategy
+from gpbridge.likelihoods import (
+    is_gaussian,
+)
+from gpbridge.linearized.data_curvature import (
+    curvature_roots,
+    factored_curvature,
+    unit_roots,
+)
+from gpbridge.linearized.factored import FactoredCurvature, FactoredStrategy
 from gpbridge.linearized.low_rank import (
     LowRankCurvature,
     LowRankStrategy,
@@ -38,7 +44,7 @@ from gpbridge.linearized.structured_weights import (
     combine_channels,
     curvature_product,
 )
-from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structure
+from gpbridge.linearized.structures import LowRank, Structure
 from gpbridge.linearized.weight_blocks import (
     WeightBlock,
     block_jacobian,
@@ -164,20 +170,13 @@ class StructuredProblem:
 
     def _base_root(self) -> Tensor:
         """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""
-        n, m = self.outputs.shape
         if self.has_channels:
-            return torch.eye(m).to(self.outputs).expand(n, m, m)
+            return unit_roots(self.outputs)
         options = self.inference
-        if options.curvature == "empirical":
-            return residual(self.likelihood, self.outputs, self.Y)[..., None]
-        if options.curvature == "monte_carlo":
-            generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
-            draws = [
-                sample_residual(self.likelihood, self.outputs, generator)
-                for _ in range(options.num_samples)
-            ]
-            return torch.stack(draws, -1) / options.num_samples**0.5
-        return self.root().detach()
+        generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
+        return curvature_roots(
+            self.likelihood, self.outputs, self.Y, options, generator
+        )
 
     def _make(self, root: Tensor) -> Curvature:
         if isinstance(self.inference, LowRank):
@@ -202,43 +201,14 @@ class StructuredProblem:
             yield self._features(x), r
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
-        options = self.inference
         channels = root.shape[-1] if self.has_channels else 1
-        sizes, blocks = self._sizes(), self._blocks(self._features(self.X[:1]))
-        check_structure_size(blocks, options, channels)
-        bases = [Basis(None, None) for _ in blocks]
-        values: list[Tensor] = []
-        if isinstance(options, Kronecker):
-            totals: list = [None] * len(blocks)
-            for features, r in self._chunks_of(root):
-                for k, block in enumerate(blocks):
-                    J = block_jacobian(features, block, sizes).weighted(
-                        r.to(features.value)
-                    )
-                    part = kronecker_sums(J, channels, options.sharing)
-                    totals[k] = part if totals[k] is None else totals[k].add(part)
-            for k, sums in enumerate(totals):
-                left = torch.linalg.eigh(sums.G.sum(0)).eigenvectors
-                right = torch.linalg.eigh(sums.A.sum(0)).eigenvectors
-                bases[k] = Basis(left, right)
-                # In this basis; the eigenvalues themselves where there is one channel.
-                g = (left * (sums.G @ left)).sum(-2).clamp_min(0.0)  # c x o
-                a = (right * (sums.A @ right)).sum(-2).clamp_min(0.0)  # c or 1 x i
-                count = sums.count.clamp_min(torch.finfo(g.dtype).tiny)
-                values.append(g[..., :, None] * a[..., None, :] / count[:, None, None])
-        exact = not isinstance(options, Kronecker) or options.eigenvalue_correction
-        if exact:
-            values = [0.0 for _ in blocks]
-            for features, r in self._chunks_of(root):
-                like = features.value
-                for k, block in enumerate(blocks):
-                    J = block_jacobian(features, block, sizes).weighted(r.to(like))
-                    left, right = (None if q is None else q.to(like) for q in bases[k])
-                    values[k] = values[k] + squares_in_basis(
-                        J.rotated(left, right), channels
-                    )
-        bound = isinstance(options, Diagonal) and options.curvature == "ggn"
-        return FactoredCurvature(sizes, blocks, bases, values, bound)
+        return factored_curvature(
+            lambda: self._chunks_of(root),
+            self._sizes(),
+            self.groups,
+            self.inference,
+            channels,
+        )
 
     def _low_rank(self, root: Tensor) -> LowRankCurvature:
         options, p = self.inference, self.num_params
@@ -299,25 +269,3 @@ class _ContinuedPrecision(PrecisionOperator):
     def _curved(self, rhs: Tensor) -> Tensor:
         std = self.std[:, None]
         return super()._curved(rhs) + std * curvature_product(self.before, std * rhs)
-
-
-def check_structure_size(
-    blocks: list[WeightBlock], options: Structure, channels: int
-) -> None:
-    """Refuse factors beyond the budget, and name the layer that asks for most."""
-    if not isinstance(options, Kronecker):
-        sizes = [8.0 * channels * block.o * block.i for block in blocks]
-    else:
-        sizes = [
-            8.0 * (3 * (1 + channels) * (b.o**2 + b.i**2) + channels * b.o * b.i)
-            for b in blocks
-        ]
-    largest = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
-    check_memory(
-        f"{type(options).__name__}, most of it for {largest.label} "
-        f"({largest.o} x {largest.i}),",
-        sum(sizes),
-        options.memory_budget,
-        "Leave that layer out (parameters=...), choose Diagonal() or LowRank(...), "
-        "which take any layer, or a larger memory_budget.",
-    )

@@ -18,13 +18,14 @@ from gpbridge.plots.landscape import (
 )
 from gpbridge.plots.scan import plot_scan
 from gpbridge.plots.style import COLORS, INK
-from gpbridge.plots.traces import plot_trace
+from gpbridge.plots.traces import plot_evidence_history, plot_trace
 
 __all__ = [
     "COLORS",
     "INK",
     "plot_confidence_gap",
     "plot_entropy_histograms",
+    "plot_evidence_history",
     "plot_loss_along",
     "plot_loss_plane",
     "plot_posterior_band",

@@ -5,13 +5,14 @@ In: one value per step and run. Out: axes with the median run. Next: ``examples`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gpbridge.checks import ShapeError, check_finite, check_tensor
-from gpbridge.plots.style import COLORS, INK, dressed
+from gpbridge.plots.style import COLORS, INK, dressed, vectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,4 +87,46 @@ def plot_trace(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if label is not None:
         ax.legend(frameon=False)
+    return ax
+
+
+def plot_evidence_history(ax: Axes | None, history: Mapping[str, Tensor]) -> Axes:
+    """Draw the evidence over the epochs, below the fit by the complexity.
+
+    Args:
+        ax: Axes to draw into, or None for a new figure.
+        history: Of :func:`gpbridge.selection.fit_online`: ``epoch``, ``evidence``,
+            ``fit`` and ``complexity``, one entry per update, in nats.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If an entry is missing, as in a run without updates.
+    """
+    names = ("epoch", "evidence", "fit", "complexity")
+    missing = [name for name in names if name not in history]
+    if missing:
+        raise ValueError(
+            f"history has no {', '.join(missing)}, only {', '.join(history)}. Pass the "
+            "history of a fit_online with at least one update of its hyperparameters."
+        )
+    epoch, value, fit, complexity = vectors(**{n: history[n] for n in names})
+    ax = dressed(ax)
+    ax.fill_between(epoch, value, fit, color=COLORS[1], alpha=0.15, linewidth=0)
+    ax.plot(epoch, fit, color=COLORS[1], linewidth=1.5, label="fit")
+    ax.plot(epoch, value, color=COLORS[0], linewidth=2, label="evidence")
+    ax.annotate(
+        f"complexity {complexity[-1]:.3g}",
+        (epoch[-1], (value[-1] + fit[-1]) / 2),
+        xytext=(-6, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=INK,
+        fontsize="small",
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="epoch", ylabel="nats")
+    ax.legend(frameon=False)
     return ax

@@ -32,6 +32,8 @@ from gpbridge.selection.marginal_likelihood import (
 from gpbridge.selection.mll import LaplaceEvidence
 from gpbridge.selection.multi_start import fit_matern_plus_kernel, multi_start
 from gpbridge.selection.neumann import NeumannSeries, SeriesDivergedError
+from gpbridge.selection.online import OnlineFit, fit_online
+from gpbridge.selection.online_training import OnlineStep
 from gpbridge.selection.prefix_posteriors import LinearModel
 from gpbridge.selection.scan import ScanResult, scan
 from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
@@ -58,6 +60,8 @@ __all__ = [
     "LinearModel",
     "MatchedWeightDecay",
     "NeumannSeries",
+    "OnlineFit",
+    "OnlineStep",
     "OuterStep",
     "SampleBasedEM",
     "ScanResult",
@@ -73,6 +77,7 @@ __all__ = [
     "fit_evidence",
     "fit_iterative",
     "fit_matern_plus_kernel",
+    "fit_online",
     "group_dimensions",
     "held_out_log_density",
     "hypergradient",

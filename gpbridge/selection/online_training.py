@@ -1,0 +1,437 @@
+r"""The state of a training run that learns its own prior and noise.
+
+Weights descend on the mean negative log posterior,
+
+.. math::
+    \frac1n \Big( -\log p(y \mid f(w)) + \tfrac12 w^\top S^{-1} w \Big),
+
+by any optimiser; every few epochs prior variances and noise ascend the evidence at the
+weights of the moment, by Adam on their logarithms. How the weights depend on the
+hyperparameters is left out of that gradient.
+
+In: a network, batches, options. Out: one more epoch, and a state from which the next
+gives the same bits. Next: ``online`` runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gpbridge.batch_norm import NORMS
+from gpbridge.checks import check_positive, warn_user
+from gpbridge.dnn.replica_input import drawn_seed
+from gpbridge.dnn.run_key import checksum, described, difference, structure
+from gpbridge.dnn.training import isolated_randomness
+from gpbridge.frozen import copy_without_hooks
+from gpbridge.kernels.tangent import Groups, weight_groups
+from gpbridge.likelihoods import is_gaussian, log_prob
+from gpbridge.linearized.noise import release_noise, set_noise
+from gpbridge.selection.online_evidence import (
+    OnlineEvidence,
+    OnlineStructure,
+    check_learnable,
+    check_structure,
+    measure_evidence,
+    noise_of,
+)
+from gpbridge.selection.training_batches import TrainingBatches
+from gpbridge.types import Evidence
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_LOG_BOUND = 25.0  # of a log prior variance: beyond it a group is pruned, or free
+
+
+class OnlineStep(NamedTuple):
+    """Hyperparameters after an update, and the evidence there, in total nats."""
+
+    epoch: int  # epochs that were trained before
+    evidence: float
+    fit: float
+    complexity: float
+    effective_dimension: float
+    prior_variance: list[float]  # per group
+    noise_variance: list[float] | None  # per output
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a weight or an evidence is not finite."""
+
+
+class OnlineTraining:
+    """The state of the run; for arguments see :func:`gpbridge.selection.fit_online`.
+
+    Attributes:
+        network: The trained copy.
+        groups: Names of the weights that share a prior variance.
+        losses: Mean negative log likelihood of each epoch, in nats per datum.
+        steps: One entry for each update of the hyperparameters.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: TrainingBatches,
+        groups: Groups,
+        curvature: OnlineStructure,
+        prior_variance: float,
+        burn_in: int,
+        every: int,
+        hyper_steps: int,
+        hyper_learning_rate: float,
+        learning_rate: float,
+        optimizer: OptimizerFactory | None,
+        schedule: Callable[[int], float] | None,
+        generator: Generator | None,
+    ) -> None:
+        self.batches, self.net = batches, batches.net
+        self.network = copy_without_hooks(network)
+        self.likelihood = copy.deepcopy(batches.likelihood)
+        self.is_gaussian = is_gaussian(self.likelihood)
+        self.groups = weight_groups(self.net, groups)
+        self.curvature = curvature
+        check_learnable(self.likelihood)
+        check_structure(self.net, curvature)
+        if curvature.jacobian_dtype is not None:
+            self.net.to(curvature.jacobian_dtype)
+        self.burn_in, self.every, self.hyper_steps = burn_in, every, hyper_steps
+        self.schedule = schedule
+        generator = Generator().manual_seed(0) if generator is None else generator
+        self.generator = generator
+        self._seed = drawn_seed(generator)
+        self._noise = Generator().manual_seed(self._seed)
+
+        own = dict(self.network.named_parameters())
+        self._weights = [[own[name] for name in names] for names in self.groups]
+        flat = [p for weights in self._weights for p in weights]
+        self.optimizer = (optimizer or _adam(learning_rate))(flat)
+        self._check_optimizer(flat)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+        like = torch.zeros(1, self.net.num_outputs, dtype=torch.float64)
+        like = like.to(batches.device)
+        self.log_prior = like.new_full((len(self.groups),), math.log(prior_variance))
+        learnt = [self.log_prior.requires_grad_()]
+        self.log_noise = self._floor = None
+        self.learns_noise = False
+        if self.is_gaussian:
+            noise, floor, self.learns_noise = noise_of(self.likelihood, like)
+            self.log_noise, self._floor = noise.log(), floor.log()
+            if self.learns_noise:
+                learnt.append(self.log_noise.requires_grad_())
+        self.hyper_optimizer = torch.optim.Adam(learnt, lr=hyper_learning_rate)
+        self._options = {
+            "groups": self.groups,
+            "structure": repr(curvature),
+            "prior variance": prior_variance,
+            "burn-in": burn_in,
+            "frequency": every,
+            "number of hyperparameter steps": hyper_steps,
+            "learning rate of hyperparameters": hyper_learning_rate,
+            "learning rate": learning_rate,
+            "optimizer": [type(self.optimizer).__name__, described(optimizer)],
+            "schedule": described(schedule),
+            "likelihood": type(self.likelihood).__name__,
+            "first hyperparameters": checksum(torch.cat([t.detach() for t in learnt])),
+            "network": structure(self.network),
+            "first weights": checksum(self.net.flatten(self.net.params)),
+            "seed": self._seed,
+        }
+        self.epoch = 0
+        self.losses: list[float] = []
+        self.steps: list[OnlineStep] = []
+        self._warn_if_not_identified()
+        self._good = self._values()
+
+    @property
+    def prior_variance(self) -> Tensor:
+        """One per group."""
+        return self.log_prior.detach().exp()
+
+    @property
+    def noise_variance(self) -> Tensor | None:
+        """One per output, of Gaussian noise."""
+        return None if self.log_noise is None else self.log_noise.detach().exp()
+
+    def advance(self) -> None:
+        """Train one epoch and, where it is time, update the hyperparameters.
+
+        Raises:
+            NonFiniteError: If something is not finite; the state then is that before.
+        """
+        try:
+            loss = self._train_epoch()
+            step, done = None, self.epoch + 1 - self.burn_in
+            if done > 0 and done % self.every == 0:
+                step = self._update()
+        except BaseException:
+            self.network.eval()
+            self._restore(self._good)
+            raise
+        self.epoch += 1
+        self.losses.append(loss)
+        if step is not None:
+            self.steps.append(step)
+        self._good = self._values()
+
+    def evidence(self) -> Evidence:
+        """The evidence of the state, without a gradient; one pass over the data."""
+        measured = self._measure()
+        with torch.no_grad():
+            return measured(self.prior_variance, self.noise_variance, True)
+
+    def trained_likelihood(self) -> Likelihood:
+        """A copy of the likelihood with the noise of the state."""
+        likelihood = copy.deepcopy(self.likelihood)
+        if self.is_gaussian:
+            set_noise(likelihood, self.noise_variance.to(self.batches.dtype))
+            if self.learns_noise:
+                release_noise(likelihood)
+        return likelihood
+
+    # -- one epoch -------------------------------------------------------------------
+
+    def _train_epoch(self) -> float:
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if self.schedule is not None:
+                group["lr"] = rate * float(self.schedule(self.epoch))
+        unit, ratio, constant = self._loss_units()
+        decays = (unit / (self.batches.num_rows * self.prior_variance)).tolist()
+        m, total, seen = self.net.num_outputs, 0.0, 0
+        self.network.train()
+        with isolated_randomness(self._noise, self.batches.device):
+            for X, Y in self.batches.shuffled(self.generator):
+                self.optimizer.zero_grad()
+                # Networks may squeeze: always n x m, also for a batch of one row.
+                outputs = self.network(X).reshape(len(X), m)
+                loss = self._loss(outputs, Y, ratio)
+                loss.backward()
+                self._add_prior(decays)
+                self.optimizer.step()
+                total, seen = total + len(X) * loss.detach(), seen + len(X)
+        self.network.eval()
+        if not seen:
+            raise ValueError(
+                "No batch was trained on: batch normalisation needs batches of two "
+                "rows or more. Choose larger batches."
+            )
+        value = float(total) / seen / unit + constant
+        weights = (p.detach().sum() for group in self._weights for p in group)
+        if not math.isfinite(value) or not math.isfinite(float(sum(weights))):
+            raise NonFiniteError(f"a mean loss of {value:.3g} nats")
+        return value
+
+    @torch.no_grad()
+    def _add_prior(self, decays: list[float]) -> None:
+        """Add its gradient by hand: an optimiser's own decay may be a decoupled one."""
+        for weights, decay in zip(self._weights, decays, strict=True):
+            for p in weights:
+                if p.grad is None:  # not part of this batch's graph
+                    p.grad = torch.zeros_like(p)
+            torch._foreach_add_([p.grad for p in weights], weights, alpha=decay)
+
+    def _loss_units(self) -> tuple[float, Tensor | None, float]:
+        """Nats per unit of the loss inverted, weights of outputs, constant in nats.
+
+        A Gaussian loss is in squared units of the targets: half the squared residual,
+        whatever the noise, so that a learning rate keeps its meaning.
+        """
+        if not self.is_gaussian:
+            return 1.0, None, 0.0
+        noise = self.noise_variance
+        unit = noise.mean()
+        constant = 0.5 * (2 * math.pi * noise).log().sum()
+        ratio = None if len(noise) == 1 else (unit / noise).to(self.batches.dtype)
+        return float(unit), ratio, float(constant)
+
+    def _loss(self, outputs: Tensor, Y: Tensor, ratio: Tensor | None) -> Tensor:
+        if isinstance(self.likelihood, SoftmaxLikelihood):
+            return F.cross_entropy(outputs, Y)  # the same, in one kernel
+        if not self.is_gaussian:
+            return -log_prob(self.likelihood, outputs, Y).mean()
+        if ratio is None:
+            return 0.5 * F.mse_loss(outputs, Y)
+        squares = (outputs - Y).square() * ratio
+        return squares.sum() * (0.5 / len(Y))
+
+    # -- the hyperparameters ---------------------------------------------------------
+
+    def _measure(self) -> OnlineEvidence:
+        self._copy_weights()
+        with isolated_randomness(self._noise, self.batches.device):
+            return measure_evidence(
+                self.net,
+                self.batches,
+                self.groups,
+                self.curvature,
+                self._seed % 2**31 + self.epoch,
+            )
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        frozen = self.net.network.state_dict()
+        for name, value in self.network.state_dict().items():
+            frozen[name].copy_(value)
+
+    def _update(self) -> OnlineStep:
+        try:
+            measured = self._measure()
+            for _ in range(self.hyper_steps):
+                self.hyper_optimizer.zero_grad()
+                noise = None if self.log_noise is None else self.log_noise.exp()
+                (-measured(self.log_prior.exp(), noise).value).backward()
+                self.hyper_optimizer.step()
+                with torch.no_grad():
+                    self.log_prior.clamp_(-_LOG_BOUND, _LOG_BOUND)
+                    if self.learns_noise:
+                        self.log_noise.clamp_(min=self._floor)
+            with torch.no_grad():
+                found = measured(self.prior_variance, self.noise_variance, True)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError("a curvature that cannot be factorised") from error
+        values = [float(value) for value in found[:4]]
+        if not all(map(math.isfinite, values)):
+            raise NonFiniteError(f"an evidence of {values[0]:.3g} nats")
+        noise = self.noise_variance
+        return OnlineStep(
+            self.epoch + 1,
+            *values,
+            self.prior_variance.tolist(),
+            None if noise is None else noise.tolist(),
+        )
+
+    def _warn_if_not_identified(self) -> None:
+        for names in scale_free_groups(self.network, self.batches.first, self.groups):
+            warn_user(
+                f"The scale of {', '.join(names)} does not change the network's "
+                "output, because a normalisation follows, yet these weights have a "
+                "prior variance of their own: the data do not determine it. Choose "
+                "groups='all', or add them to a group of weights whose scale matters."
+            )
+
+    # -- state -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next epoch depends on, but for data and options."""
+        return {
+            **self._values(),
+            "epoch": self.epoch,
+            "losses": list(self.losses),
+            "steps": [list(step) for step in self.steps],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "hyper_optimizer": copy.deepcopy(self.hyper_optimizer.state_dict()),
+            "generator": self.generator.get_state(),
+            "noise": self._noise.get_state(),
+            "run": {**self._options, **self.batches.key()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run of the same data and options.
+
+        Raises:
+            ValueError: If the state is of another run.
+        """
+        for name, now in {**self._options, **self.batches.key()}.items():
+            before = state["run"].get(name)
+            if before != now:
+                raise ValueError(
+                    f"The state is of another run: {difference(name, before, now)}. "
+                    "Pass the same arguments, or start anew."
+                )
+        self._restore(state)
+        # They keep the tensors, and would move them in the caller's state.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.hyper_optimizer.load_state_dict(copy.deepcopy(state["hyper_optimizer"]))
+        self.generator.set_state(state["generator"].cpu())
+        self._noise.set_state(state["noise"].cpu())
+        self.epoch, self.losses = state["epoch"], list(state["losses"])
+        self.steps = [OnlineStep(*step) for step in state["steps"]]
+        self._good = self._values()
+
+    def _hyperparameters(self) -> list[Tensor]:
+        noise = [] if self.log_noise is None else [self.log_noise]
+        return [value.detach() for value in (self.log_prior, *noise)]
+
+    def _values(self) -> dict[str, Any]:
+        """Weights and hyperparameters, copied."""
+        return {
+            "network": {k: v.clone() for k, v in self.network.state_dict().items()},
+            "hyperparameters": [value.clone() for value in self._hyperparameters()],
+        }
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, value in self.network.state_dict().items():
+            value.copy_(state["network"][name])
+        own = self._hyperparameters()
+        for value, kept in zip(own, state["hyperparameters"], strict=True):
+            value.copy_(kept)
+
+    def _check_optimizer(self, flat: list[nn.Parameter]) -> None:
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer must be a function of a list of parameters that returns a "
+                "torch.optim.Optimizer, such as lambda params: torch.optim.SGD(params, "
+                f"lr=0.1), but returned {type(self.optimizer).__name__}."
+            )
+        groups = self.optimizer.param_groups
+        moved = {id(p) for group in groups for p in group["params"]}
+        if moved != {id(p) for p in flat}:
+            raise ValueError(
+                f"The optimizer moves {len(moved)} tensors, but the network has "
+                f"{len(flat)} to train. Pass it all of the parameters that it is given."
+            )
+        decay = max(group.get("weight_decay", 0.0) for group in groups)
+        if decay:
+            raise ValueError(
+                f"The optimizer has weight_decay={decay}, which would be a second "
+                "prior beside the one that is learnt. Leave it at 0."
+            )
+        check_positive(learning_rate=min(group["lr"] for group in groups))
+
+
+def scale_free_groups(
+    network: nn.Module, X: Tensor, groups: list[list[str]]
+) -> Iterator[list[str]]:
+    """Groups of weights of which a common factor leaves the network as it is.
+
+    Args:
+        network: The network; it is not touched.
+        X: Some inputs, in its shape.
+        groups: Names of weights.
+
+    Yields:
+        Names of one group.
+    """
+    own = copy_without_hooks(network)
+    for module in own.modules():
+        if isinstance(module, NORMS) and len(X) > 1:
+            module.train()  # it normalises by the batch
+    params = {name: p.detach() for name, p in own.named_parameters()}
+    with torch.no_grad():
+        before = own(X)
+        for names in groups:
+            if not any(bool(params[name].any()) for name in names):
+                continue
+            moved = {name: 2 * params[name] for name in names}
+            after = functional_call(own, moved, (X,))
+            if (after - before).abs().max() <= 1e-3 * before.abs().max():
+                yield names
+
+
+def _adam(learning_rate: float) -> OptimizerFactory:
+    def build(weights: list[nn.Parameter]) -> torch.optim.Adam:
+        # One fused kernel per step.
+        fused = all(p.device.type in ("cpu", "cuda") for p in weights)
+        return torch.optim.Adam(weights, lr=learning_rate, fused=fused)
+
+    return build
