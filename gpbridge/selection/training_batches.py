@@ -13,7 +13,7 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import (
     ShapeError,
     check_inputs,
@@ -64,7 +64,7 @@ class TrainingBatches:
     ) -> None:
         pair = isinstance(data, tuple | list) and len(data) == 2
         self.is_tensors = pair and all(isinstance(part, Tensor) for part in data)
-        self._skips_single = any(isinstance(m, NORMS) for m in network.modules())
+        self._skips_single = bool(norm_layers(network))
         self.batch_size, self.input_shape = batch_size, input_shape
         if self.is_tensors:
             X, Y = (part.detach() for part in data)
