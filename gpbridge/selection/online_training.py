@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gpbridge.batch_norm import NORMS
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import check_positive, warn_user
 from gpbridge.dnn.replica_input import drawn_seed
 from gpbridge.dnn.run_key import checksum, described, difference, structure
@@ -413,9 +413,8 @@ def scale_free_groups(
         Names of one group.
     """
     own = copy_without_hooks(network)
-    for module in own.modules():
-        if isinstance(module, NORMS) and len(X) > 1:
-            module.train()  # it normalises by the batch
+    for module in norm_layers(own).values():
+        module.train(len(X) > 1)  # it normalises by the batch
     params = {name: p.detach() for name, p in own.named_parameters()}
     with torch.no_grad():
         before = own(X)
