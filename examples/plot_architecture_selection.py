@@ -304,13 +304,8 @@ for ax, (problem, (names, table, taus)) in zip(axes[0], results.items(), strict=
         kind = kind_of(name)
         marker, color = KINDS[kind]
         means = table[:, k].mean(0)
-        ax.plot(
-            *table[:, k, [0, 2]].mT,
-            marker,
-            color=COLORS[color],
-            markersize=3,
-            alpha=0.4,
-        )
+        style = {"color": COLORS[color], "marker": marker, "linestyle": ""}
+        ax.plot(*table[:, k, [0, 2]].mT, markersize=3, alpha=0.4, **style)
         label = None if kind in labelled else kind
         labelled.add(kind)
         ax.plot(
