@@ -379,3 +379,22 @@ def test_chains_that_are_converted_take_data_and_momenta_along():
     assert not [name for name in names if name in ("loss.X", "loss.Y", "loss.noise")]
     with pytest.raises(ValueError, match="state is of another run: its"):
         chains.load_state_dict(names)
+
+
+def test_chains_that_climb_far_above_their_start_are_named():
+    X, Y = data()
+    chains = SGMCMC(
+        mlp().double(), X, Y, num_cycles=1, steps_per_cycle=40, generator=seeded()
+    )
+    chains.run(progress=False)
+    chains.posterior()  # no warning
+    usual = chains.net.num_params / (2 * len(X))
+    with torch.no_grad():
+        chains.losses[30:] = chains.losses[:10].mean() + 1.0 + 9 * usual
+    chains.posterior()
+    with torch.no_grad():
+        chains.losses[30:] += 2 * usual
+    with pytest.warns(
+        ReliabilityWarning, match="rose by .* steps are too long. Try le"
+    ):
+        chains.posterior()
