@@ -29,7 +29,7 @@ def network():
         for layer in layers:
             fan_in = layer.in_features
             for p in layer.parameters():
-                p.copy_((2 * torch.rand(p.shape, generator=generator) - 1))
+                p.copy_(2 * torch.rand(p.shape, generator=generator) - 1)
                 p.mul_(fan_in**-0.5)
     return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
