@@ -163,45 +163,6 @@ def complexity_and_dimension(K, noise):
     return complexity, float(torch.linalg.solve(K + noise, K).diagonal().sum())
 
 
-def output_curvature(kind, f, noise=None):
-    """Negative second derivative of the log density by the outputs, n x m x m."""
-    if kind == "gaussian":
-        return torch.diag(1 / noise).expand(len(f), -1, -1)
-    if kind == "softmax":
-        p = f.softmax(-1)
-        return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    p = torch.sigmoid(f)
-    return (p * (1 - p))[:, :, None]
-
-
-def log_likelihood(kind, f, y, noise=None):
-    """Total log density of the targets, in nats."""
-    if kind == "gaussian":
-        squares = (y - f) ** 2 / noise
-        return -0.5 * (squares + torch.log(2 * math.pi * noise)).sum()
-    if kind == "softmax":
-        return f.log_softmax(-1)[torch.arange(len(f)), y].sum()
-    return (y * f - torch.nn.functional.softplus(f)).sum()
-
-
-def online_evidence(kind, f, J, y, w, precision, noise=None, diagonal=False):
-    """Immer, Bauer, Fortuin, Raetsch, Khan, ICML 2021, eq. (5): at the weights w.
-
-    f is n x m, J n x m x p, precision the prior precision of each weight.
-    """
-    Lam = output_curvature(kind, f, noise)
-    M = torch.einsum("nip,nij,njq->pq", J, Lam, J)
-    if diagonal:
-        M = torch.diag(M.diagonal())
-    D = torch.diag(precision)
-    return (
-        log_likelihood(kind, f, y, noise)
-        - 0.5 * w @ D @ w
-        + 0.5 * torch.logdet(D)
-        - 0.5 * torch.logdet(M + D)
-    )
-
-
 def refined_laplace(J, f, trained, precision, curvature, log_density, y, normals, rhos):
     """Natural-gradient steps on the bound of a linear model, from Laplace's posterior.
 
@@ -246,3 +207,54 @@ def refined_laplace(J, f, trained, precision, curvature, log_density, y, normals
             M = (1 - rho) * M + rho * expected
             w = w + rho * torch.linalg.solve(M + prior, gradient)
     return w, Sigma, torch.stack(bounds), gradient
+
+
+def dimensions_of_groups(J, sizes, variances, noise):
+    """MacKay (1992), eq. (4.8), group by group: |g| - tr(Sigma_gg) / s_g.
+
+    ``J`` is ``n x p`` with groups of weights side by side, ``noise`` one variance.
+    """
+    parts = [torch.full((k,), s) for k, s in zip(sizes, variances, strict=True)]
+    prior = torch.cat(parts).to(J)
+    posterior = torch.linalg.inv(J.T @ J / noise + torch.diag(1 / prior))
+    left = 1 - posterior.diagonal() / prior
+    return torch.stack([part.sum() for part in left.split(list(sizes))])
+
+
+def output_curvature(kind, f, noise=None):
+    """Negative second derivative of the log density by the outputs, n x m x m."""
+    if kind == "gaussian":
+        return torch.diag(1 / noise).expand(len(f), -1, -1)
+    if kind == "softmax":
+        p = f.softmax(-1)
+        return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    p = torch.sigmoid(f)
+    return (p * (1 - p))[:, :, None]
+
+
+def log_likelihood(kind, f, y, noise=None):
+    """Total log density of the targets, in nats."""
+    if kind == "gaussian":
+        squares = (y - f) ** 2 / noise
+        return -0.5 * (squares + torch.log(2 * math.pi * noise)).sum()
+    if kind == "softmax":
+        return f.log_softmax(-1)[torch.arange(len(f)), y].sum()
+    return (y * f - torch.nn.functional.softplus(f)).sum()
+
+
+def online_evidence(kind, f, J, y, w, precision, noise=None, diagonal=False):
+    """Immer, Bauer, Fortuin, Raetsch, Khan, ICML 2021, eq. (5): at the weights w.
+
+    f is n x m, J n x m x p, precision the prior precision of each weight.
+    """
+    Lam = output_curvature(kind, f, noise)
+    M = torch.einsum("nip,nij,njq->pq", J, Lam, J)
+    if diagonal:
+        M = torch.diag(M.diagonal())
+    D = torch.diag(precision)
+    return (
+        log_likelihood(kind, f, y, noise)
+        - 0.5 * w @ D @ w
+        + 0.5 * torch.logdet(D)
+        - 0.5 * torch.logdet(M + D)
+    )

@@ -24,11 +24,13 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gpbridge.checks import (
+    ReliabilityWarning,
     ShapeError,
     check_count,
     check_finite,
     check_positive,
     check_tensor,
+    warn_user,
 )
 from gpbridge.dnn.chain_losses import ChainLosses
 from gpbridge.dnn.chain_state import ChainState
@@ -39,6 +41,7 @@ from gpbridge.dnn.sgmcmc import SGHMC
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.weights import EmpiricalWeights
 
+_FAR_UP = 10.0  # times the usual rise of the loss
 _CHECK_EVERY = 50  # steps between looks at the losses, which wait for the device
 
 
@@ -260,9 +263,30 @@ class SGMCMC(ChainState):
             RuntimeError: If there is none yet.
 
         Warns:
-            ReliabilityWarning: If they differ by no more than rounding.
+            ReliabilityWarning: If they differ by no more than rounding, or the loss has
+                risen far beyond what a stationary chain would show.
         """  # noqa: DOC502
-        return self.members(self.net)
+        found = self.members(self.net)
+        self._warn_if_far_up()
+        return found
+
+    def _warn_if_far_up(self) -> None:
+        """Compare the rise of the loss with that of a Gaussian law around a mode.
+
+        There the loss is p T / 2 nats above its minimum on average.
+        """
+        edge = max(1, self.step // 4)
+        start, end = self.losses[:10].mean(), self.losses[self.step - edge : self.step]
+        T = self.loss.log_posterior.likelihood_temperature
+        usual = T * self.net.num_params / (2 * len(self.loss.X))
+        rise = float(end.mean() - start)
+        if rise > _FAR_UP * usual + 1.0:
+            warn_user(
+                f"The loss of the chains rose by {rise:.3g} nats per datum, where a "
+                f"stationary law would rise by about {usual:.2g}: their steps are too "
+                f"long. Try {rate_advice(self.learning_rate, self.loss.usual_rate())}.",
+                ReliabilityWarning,
+            )
 
 
 def sample_sgmcmc(

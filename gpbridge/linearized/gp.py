@@ -14,47 +14,25 @@ from typing import Any
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.gpytorch import GPyTorchModel
-from botorch.models.model import FantasizeMixin, Model
+from botorch.models.model import FantasizeMixin
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from gpbridge.checks import (
-    check_choice,
-    check_finite,
-    check_generator,
-    check_not_empty,
-    check_positive,
-)
+from gpbridge.checks import check_choice, check_finite, check_generator, check_positive
 from gpbridge.draws import TangentDraws
 from gpbridge.functional import Parameters
 from gpbridge.kernels.tangent import Groups, NeuralTangentKernel
 from gpbridge.likelihoods import is_gaussian
-from gpbridge.linearized.calibration import (
-    Calibration,
-    TrainGap,
-    calibrated_variance,
-    check_calibratable,
-    check_held_out,
-    find_calibration,
-    link_and_temperature,
-    still_valid,
-    temper_refinement,
-    training_gap,
-    warn_about_gap,
-)
-from gpbridge.linearized.conditioning import (
-    NewData,
-    add_blocks,
-    check_observations,
-    join,
-)
+from gpbridge.linearized.calibration import Calibration
+from gpbridge.linearized.classification import Classification
+from gpbridge.linearized.conditioning import NewData, add_blocks
 from gpbridge.linearized.construction import (
     check_data,
     check_previous,
@@ -64,10 +42,10 @@ from gpbridge.linearized.construction import (
     prepare_targets,
     prior_variance_bounds,
 )
+from gpbridge.linearized.derived_models import DerivedModels
 from gpbridge.linearized.evidence import evidence
 from gpbridge.linearized.g_prior import check_g_prior, feature_scale
 from gpbridge.linearized.inference import Exact, Inference
-from gpbridge.linearized.labels import label_distribution
 from gpbridge.linearized.loading import load_data
 from gpbridge.linearized.mean import prior_mean
 from gpbridge.linearized.noise import check_no_noise, known_noise
@@ -79,27 +57,23 @@ from gpbridge.linearized.training_run import (
     data_after_training,
     defaults_after_training,
 )
-from gpbridge.linearized.variational import (
-    Refinement,
-    check_refinable,
-    refine,
-    warn_about_refinement,
-)
-from gpbridge.outcomes import (
-    latent_distribution,
-    target_distribution,
-)
+from gpbridge.linearized.variational import Refinement
+from gpbridge.outcomes import latent_distribution, target_distribution
 from gpbridge.randomness import fresh
-from gpbridge.targets import (
-    check_not_probabilities,
-    check_targets,
-    warn_if_logits,
-)
+from gpbridge.targets import check_not_probabilities, warn_if_logits
 from gpbridge.tracing import ordinary_tensors
 from gpbridge.types import Evidence, FitResult
 
 
-class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin):
+class LinearizedGP(
+    Persistence,
+    Classification,
+    DerivedModels,
+    TangentState,
+    GPyTorchModel,
+    GP,
+    FantasizeMixin,
+):
     r"""The Gaussian process of a network's tangent model.
 
     .. math::
@@ -385,113 +359,6 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
             return posterior_transform(posterior=posterior, X=X)
         return posterior
 
-    @ordinary_tensors()
-    def condition_on_observations(
-        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
-    ) -> LinearizedGP:
-        """The model given further observations, with the same hyperparameters.
-
-        Nothing is retrained and this model is not changed. For Gaussian noise the
-        result equals a model built with all data; with ``mean="network"`` the network's
-        output stays the mean that new observations correct. For classification the
-        points join the training data and the posterior is recomputed.
-
-        Args:
-            X: Inputs ``batch_shape x n' x d``, untransformed.
-            Y: Targets ``batch_shape' x n' x m``, untransformed; labels as in training.
-            noise: Variances ``... x n' x m``, transformed; needed for fixed noise.
-            **kwargs: None are used.
-
-        Returns:
-            A model that shares network, likelihood and factors with this one.
-
-        Raises:
-            ShapeError: If Y does not fit X and the outputs.
-            ValueError: If the noise is fixed per point and not given.
-        """
-        self._check_new_inputs(X)
-        if not is_gaussian(self.likelihood):
-            if noise is not None:
-                raise ValueError(
-                    "noise is for Gaussian observations, but came with "
-                    f"{type(self.likelihood).__name__}. Leave it out."
-                )
-            return self._with_labels(X, Y)
-        check_observations(X, Y, self.num_outputs)
-        if noise is None and isinstance(self.likelihood, FixedNoiseGaussianLikelihood):
-            raise ValueError(
-                "noise must be given: FixedNoiseGaussianLikelihood holds the noise of "
-                "the training points only. Pass the variances of the new observations, "
-                f"``... x {X.shape[-2]} x 1``."
-            )
-        if hasattr(self, "outcome_transform"):
-            Y, _ = self.outcome_transform(Y, X=self.transform_inputs(X))
-        if noise is None:
-            blocks = Y.double().new_zeros(*Y.shape, Y.shape[-1])
-        else:
-            blocks = self._noise_at(Y.double(), noise)
-        own = torch.full(Y.shape[-2:-1], noise is None, device=Y.device)
-        new = join(self._new, NewData(X, Y, blocks, own))
-        self._conditioned()  # factorised here, for all models that share the factors
-        conditioned = self._share()
-        conditioned._new = new
-        conditioned._update = None
-        return conditioned
-
-    def _with_labels(self, X: Tensor, Y: Tensor) -> LinearizedGP:
-        if X.dim() != 2:
-            raise NotImplementedError(
-                "Conditioning a classifier takes one data set, ``n' x d``, but X has "
-                f"shape {tuple(X.shape)}."
-            )
-        if self._refined() is not None:
-            raise NotImplementedError(
-                "A refined classifier is not conditioned further. Condition first and "
-                "call refine() after, or set model.refinement = None."
-            )
-        Y = check_targets(
-            self.likelihood, Y, self._num_outputs, len(X), self._train_X.dtype, "Y"
-        )
-        conditioned = self._share()
-        conditioned._train_X = torch.cat([self._train_X, X])
-        conditioned._targets = torch.cat([self._targets, Y])
-        conditioned._forget()
-        return conditioned
-
-    def fantasize(self, X: Tensor, *args: Any, **kwargs: Any) -> Model:
-        """Condition on observations drawn from the posterior at ``X``.
-
-        Raises:
-            NotImplementedError: For classification.
-        """
-        if not is_gaussian(self.likelihood):
-            raise NotImplementedError(
-                "Fantasies need Gaussian observations of the latent function, but "
-                f"{type(self.likelihood).__name__} observes labels. Condition on "
-                "labels with condition_on_observations."
-            )
-        return super().fantasize(X, *args, **kwargs)
-
-    def subset_output(self, idcs: list[int]) -> LinearizedGP:
-        """The joint model seen through some of its outputs."""
-        own = list(range(self._num_outputs))
-        if self.output_indices is not None:
-            own = self.output_indices
-        if not idcs or any(not -len(own) <= i < len(own) for i in idcs):
-            raise ValueError(
-                f"idcs must name outputs in 0 .. {len(own) - 1}, but is {idcs}."
-            )
-        if self._new is not None:
-            raise NotImplementedError(
-                "Subset the outputs before conditioning on further observations."
-            )
-        self._conditioned()  # factorised here, for all models that share the factors
-        subset = self._share()
-        subset.output_indices = [own[i] for i in idcs]
-        if hasattr(self, "outcome_transform"):
-            subset.outcome_transform = self.outcome_transform.subset_output(idcs)
-        return subset
-
     @classmethod
     def construct_inputs(
         cls,
@@ -552,171 +419,20 @@ class LinearizedGP(Persistence, TangentState, GPyTorchModel, GP, FantasizeMixin)
         """
         self.eval()
         self._check_new_inputs(X)
-        if is_gaussian(self.likelihood):
-            if link is not None:
-                raise ValueError(
-                    f"link is for classification, but came as {link!r} with "
-                    f"{type(self.likelihood).__name__}. Leave it out."
-                )
-            mean, blocks = self.marginals(X)
-            check_finite(**{"the network's output at X": mean.flatten(0, -2)})
-            blocks = blocks + self._noise_at(mean)
-            variance = blocks.diagonal(dim1=-2, dim2=-1)
-            transform = getattr(self, "outcome_transform", None)
-            Z = self.transform_inputs(X)
-            return target_distribution(mean, variance, transform, Z, X.dtype)
-        if self.output_indices is not None:
-            raise NotImplementedError(
-                "Probabilities need all classes. Call predict on the model that was "
-                "subset, or posterior(X) for latent values."
+        if not is_gaussian(self.likelihood):
+            return self._predict_labels(X, link)
+        if link is not None:
+            raise ValueError(
+                f"link is for classification, but came as {link!r} with "
+                f"{type(self.likelihood).__name__}. Leave it out."
             )
-        bounds = self.covar_module.raw_prior_variance_constraint
-        refined = self._refined() is not None  # first: it may drop the calibration
-        calibration = still_valid(self.calibration, self.prior_variance, bounds)
-        if calibration is None and link not in (None, "plugin"):
-            warn_about_gap(link, self.train_gap)
-        link, temperature = link_and_temperature(link, calibration, refined)
-        if link == "plugin" and self.mean == "network":
-            mean = self.functional(self.transform_inputs(X).to(self.functional.dtype))
-            blocks = mean.new_zeros(*mean.shape, mean.shape[-1])
-        else:
-            mean, blocks = self.marginals(X)
+        mean, blocks = self.marginals(X)
         check_finite(**{"the network's output at X": mean.flatten(0, -2)})
-        return label_distribution(
-            self.likelihood, mean, blocks, link, temperature, X.dtype
-        )
-
-    @ordinary_tensors()
-    def calibrate(self, X_val: Tensor, Y_val: Tensor) -> Calibration | None:
-        """Choose prior variance and a temperature on held-out data, if that helps.
-
-        The only rule measured to be safe for classification: a joint choice by held-out
-        NLL, adopted if better than the network's own probabilities by one standard
-        error. Afterwards ``predict`` uses the pairwise link; else the model is
-        unchanged, an earlier calibration included, and a warning gives the numbers.
-        After ``refine`` the temperature of the refined prediction alone is chosen; if
-        that is not better, the refinement is dropped.
-
-        Args:
-            X_val: Inputs ``n' x d`` that neither training nor this model has seen; a
-                tenth of the data is enough. The validation rows of a training run will
-                do for a model built with ``from_fit(..., rows="fit")``.
-            Y_val: Their labels.
-
-        Returns:
-            What was adopted, or None.
-
-        Raises:
-            TypeError: If the model is a regression.
-            ValueError: If the mean is not the network's output, there are several
-                prior groups, or this model was conditioned on most of these rows.
-        """
-        check_calibratable(self.likelihood, self.mean)
-        self._check_new_inputs(X_val, "X_val")
-        check_not_empty(X_val=X_val)
-        n, m, dtype = len(X_val), self._num_outputs, X_val.dtype
-        labels = check_targets(self.likelihood, Y_val, m, n, dtype, "Y_val")
-        check_held_out(X_val, labels, self._train_X, self._targets)
-        self.eval()
-        with torch.no_grad():
-            Z = self.transform_inputs(X_val)
-        problem = self.problem  # first: it may drop the refinement
-        if self._refined() is not None:
-            return self._temper(Z, X_val, labels)
-        found = find_calibration(problem, Z, labels, self.prior_variance.detach())
-        if found is not None:
-            self.calibration, self.fitted = found, "calibrate"
-            if found.prior_variance > 0:
-                bounds = self.covar_module.raw_prior_variance_constraint
-                self.prior_variance = calibrated_variance(found, bounds)
-        return found
-
-    def _temper(self, Z: Tensor, X: Tensor, labels: Tensor) -> Calibration | None:
-        found = temper_refinement(
-            self.problem, Z, labels, *self.marginals(X), self.prior_variance.detach()
-        )
-        if found is None:
-            self.refinement = None
-        self.calibration = found
-        return found
-
-    @ordinary_tensors()
-    def refine(
-        self,
-        *,
-        max_steps: int = 6,
-        tolerance: float = 1e-3,
-        num_pairs: int = 40,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> Refinement | None:
-        r"""Refine a classifier's posterior by the variational bound; no held-out data.
-
-        Laplace's posterior of a confident network contradicts the labels it was
-        conditioned on. This one has the expected gradient and curvature of its own
-        logits: mean and covariance both change, ``posterior``, ``predict`` (link
-        ``"pairwise"``) and ``draw`` use them together, and a further call goes on from
-        there. Changing a prior variance drops it, with a warning.
-
-        It repairs strongly overconfident networks and makes calibrated ones somewhat
-        underconfident: a risk that ``calibrate`` on held-out data removes, before or
-        after. Use the prior variance of the training, ``1 / (n weight_decay)``, or 1: a
-        small one cannot reach the labels, and is given up.
-
-        Each step costs one pass over the data and one factorisation of the smaller
-        matrix. See :func:`gpbridge.linearized.variational.refine` for the formulas.
-
-        Args:
-            max_steps: Steps at most.
-            tolerance: Stop once a step raises the bound by less, in nats per point.
-            num_pairs: Antithetic pairs of draws that average over the logits.
-            seed: Of these draws, below 2^31.
-            progress: Whether to show a bar.
-
-        Returns:
-            The refinement with its bounds and losses, also as ``refinement``; None if
-            it was given up, which leaves the model as it is and warns.
-
-        Raises:
-            TypeError: If the model is a regression.
-            ValueError: If the mean is not the network's output.
-            NotImplementedError: If ``inference`` is not dense and exact.
-            MemoryError: If the factor needs more than the memory budget.
-        """
-        check_refinable(self.likelihood, self.mean, self.inference)
-        problem, kept = self.problem, self.refinement
-        if kept is not None and not kept.fits(self.prior_variance, self.mean):
-            self.refinement = self.calibration = kept = None
-        found = refine(
-            problem,
-            self.prior_variance.detach(),
-            kept,
-            max_steps=max_steps,
-            tolerance=tolerance,
-            num_pairs=num_pairs,
-            seed=seed,
-            progress=progress,
-        )
-        warn_about_refinement(found)
-        if found is not None:
-            self.refinement, self.calibration = found, None
-        return found
-
-    @property
-    @ordinary_tensors()
-    def train_gap(self) -> TrainGap:
-        """How far predictions contradict the training labels; classification only.
-
-        Raises:
-            TypeError: If the model is a regression.
-        """
-        if is_gaussian(self.likelihood):
-            raise TypeError("train_gap is for classification.")
-        problem, key = self.problem, self._key()  # in this order: it may forget
-        if self._gap is None or self._gap[0] != key:
-            moments = self.marginals(self._train_X)
-            self._gap = (key, training_gap(problem, *moments))
-        return self._gap[1]
+        blocks = blocks + self._noise_at(mean)
+        variance = blocks.diagonal(dim1=-2, dim2=-1)
+        transform = getattr(self, "outcome_transform", None)
+        Z = self.transform_inputs(X)
+        return target_distribution(mean, variance, transform, Z, X.dtype)
 
     # -- evidence and draws ----------------------------------------------------------
 

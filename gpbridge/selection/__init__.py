@@ -6,6 +6,7 @@ from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
 from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence
+from gpbridge.selection.group_dimension import group_dimensions
 from gpbridge.selection.held_out import (
     ConditionalEvidence,
     LeaveOneOut,
@@ -77,6 +78,7 @@ __all__ = [
     "fit_iterative",
     "fit_matern_plus_kernel",
     "fit_online",
+    "group_dimensions",
     "held_out_log_density",
     "hypergradient",
     "input_noise",

@@ -40,14 +40,13 @@ from gpbridge.checks import (
 )
 from gpbridge.selection.loss_curvature import (
     CurvatureOperator,
-    Loss,
     flatten,
     mixed_product,
     relative_inner_gradient,
     unflatten,
-    value_and_gradient,
     zeros_for_none,
 )
+from gpbridge.selection.loss_gradient import Loss, value_and_gradient
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.solvers.factors import IndefiniteError
 from gpbridge.types import Params, Solver

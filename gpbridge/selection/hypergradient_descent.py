@@ -35,7 +35,7 @@ from gpbridge.selection.hypergradient import (
     hypergradient,
 )
 from gpbridge.selection.inner_training import LBFGSTraining
-from gpbridge.selection.loss_curvature import Loss
+from gpbridge.selection.loss_gradient import Loss
 from gpbridge.types import Params, Solver
 
 Training = Callable[[Loss, Params, Params, Any], Params]

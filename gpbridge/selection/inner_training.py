@@ -16,13 +16,12 @@ import torch
 from gpbridge.checks import check_count, check_share
 from gpbridge.selection.loss_curvature import (
     CurvatureOperator,
-    Loss,
     flatten,
     relative_inner_gradient,
     unflatten,
-    value_and_gradient,
     zeros_for_none,
 )
+from gpbridge.selection.loss_gradient import Loss, value_and_gradient
 from gpbridge.types import Params
 
 _PATIENCE = 3  # rounds without progress

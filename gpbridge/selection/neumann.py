@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpbridge.checks import check_count, check_positive, check_share
 from gpbridge.solvers.factors import raise_indefinite
-from gpbridge.solvers.refinement import check_system
+from gpbridge.solvers.system import check_system
 from gpbridge.types import Solution
 
 _GROWN = 1 + 1e-3  # terms of a convergent series never grow; round-off may

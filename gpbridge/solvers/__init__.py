@@ -25,9 +25,9 @@ from gpbridge.solvers.preconditioners import (
     nystrom_preconditioner,
     pivoted_cholesky_preconditioner,
 )
-from gpbridge.solvers.refinement import Progress
 from gpbridge.solvers.sketch_and_project import SketchAndProject
 from gpbridge.solvers.stochastic_gradient import StochasticGradientDescent
+from gpbridge.solvers.system import Progress
 
 __all__ = [
     "AlternatingProjections",

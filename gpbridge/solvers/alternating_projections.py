@@ -13,7 +13,8 @@ from torch import Tensor
 from gpbridge.checks import check_positive, check_share
 from gpbridge.partial_products import column_products, principal_block
 from gpbridge.solvers.factors import factorise
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.solvers.refinement import refine
+from gpbridge.solvers.system import Progress, Steps, System
 from gpbridge.types import Solution
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpbridge.checks import check_memory, check_positive, check_share
 from gpbridge.partial_products import full_precision
 from gpbridge.solvers.factors import factorise
-from gpbridge.solvers.refinement import check_system, warn_not_converged
+from gpbridge.solvers.system import check_system, warn_not_converged
 from gpbridge.types import Solution
 
 

@@ -22,7 +22,8 @@ from gpbridge.solvers.preconditioners import (
     nystrom_preconditioner,
     pivoted_cholesky_preconditioner,
 )
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.solvers.refinement import refine
+from gpbridge.solvers.system import Progress, Steps, System
 from gpbridge.types import Solution
 
 

@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from gpbridge.checks import check_positive, check_share
 from gpbridge.partial_products import principal_block, row_products
 from gpbridge.solvers.factors import check_entries, raise_indefinite
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.solvers.refinement import refine
+from gpbridge.solvers.system import Progress, Steps, System
 from gpbridge.types import Solution
 
 _DIVERGED = 10.0  # growth of the residual of a batch at which the step is shortened

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gpbridge.checks import check_positive, check_share
 from gpbridge.solvers.descent import check_momentum
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.solvers.refinement import refine
+from gpbridge.solvers.system import Progress, Steps, System
 from gpbridge.types import Solution
 
 _PROBED = 4  # batches whose curvature is measured

@@ -19,7 +19,8 @@ from gpbridge.partial_products import (
 )
 from gpbridge.randomness import standard_normal
 from gpbridge.solvers.factors import factorise, raise_indefinite
-from gpbridge.solvers.refinement import Progress, Steps, System, refine
+from gpbridge.solvers.refinement import refine
+from gpbridge.solvers.system import Progress, Steps, System
 from gpbridge.types import Solution
 
 _POWER_STEPS = 10

@@ -14,7 +14,7 @@ from gpbridge.solvers.descent import (
     draw_rows,
     largest_eigenvalue,
 )
-from gpbridge.solvers.refinement import Steps, System
+from gpbridge.solvers.system import Steps, System
 
 
 @dataclass(frozen=True)

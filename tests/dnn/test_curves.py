@@ -1,8 +1,7 @@
-"""Curves between networks: exact ends, the formulas, any module, training, barriers."""
+"""Curves between networks: exact ends, the formulas, any module."""
 
 import copy
 import io
-import math
 
 import pytest
 import torch
@@ -11,63 +10,17 @@ from torch.nn import functional as F
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
-from gpbridge.data import two_moons
-from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve, fit_map
-from gpbridge.dnn.divergence import DivergedError
-from gpbridge.dnn.loss_surface import CurveLosses, losses_at
-from gpbridge.functional import FunctionalNet
-from gpbridge.likelihoods import LogisticLikelihood
-from gpbridge.testing import assert_module_unchanged
+from gpbridge.dnn import BezierCurve, PolyChain, curve_losses, fit_curve
+from gpbridge.dnn.loss_surface import losses_at
 from gpbridge.types import WeightPosterior
 from tests import oracles_weight_space as oracles
+from tests.dnn.curve_problems import QUICK, Nested, bent, data, moving, pair
 
 KINDS = [BezierCurve, PolyChain]
-QUICK = {"epochs": 4, "batch_size": 16, "progress": False}
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-class Nested(nn.Module):
-    """Modules inside modules, batch norm, dropout, a buffer and a fixed weight."""
-
-    def __init__(self, m=3):
-        super().__init__()
-        self.head = nn.ModuleDict({"out": nn.Linear(5, m)})
-        self.body = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
-        self.fixed = nn.Parameter(torch.ones(5), requires_grad=False)
-        self.register_buffer("shift", torch.full((2,), 0.1))
-
-    def forward(self, x):
-        return self.head["out"](torch.tanh(self.body(x + self.shift)) * self.fixed)
-
-
-def pair(build=Nested, dtype=torch.float64):
-    return build().to(dtype).train(), build().to(dtype).train()
-
-
-def flat(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
-
-
-def moving(network):
-    return torch.cat(
-        [p.detach().flatten() for p in network.parameters() if p.requires_grad]
-    )
-
-
-def data(n=40):
-    X = torch.randn(n, 2, generator=seeded(1), dtype=torch.float64)
-    return X, (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
-
-
-def bent(kind, num_bends, networks):
-    curve = kind(*networks, num_bends=num_bends)
-    with torch.no_grad():
-        noise = torch.randn(curve.bends.shape, generator=seeded(3), dtype=torch.float64)
-        curve.bends.add_(noise)
-    return curve
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,145 +121,6 @@ def test_the_loss_is_the_one_at_a_uniform_time_with_the_decay_of_the_point():
     assert (gradient.abs().sum(-1) > 0).all()
 
 
-def trained_pair():
-    X, y = two_moons(60, seeded(), noise_std=0.1)
-
-    def network(seed):
-        torch.manual_seed(seed)
-        start = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 1)).double()
-        options = {"epochs": 80, "learning_rate": 0.05, "batch_size": 60}
-        fit = fit_map(
-            start, X, y, early_stopping=False, progress=False, generator=seeded(seed),
-            **options,
-        )  # fmt: skip
-        return fit.network
-
-    return network(0), network(1), X, y
-
-
-def test_a_trained_curve_goes_round_the_barrier_of_the_line():
-    start, end, X, y = trained_pair()
-    for kind in KINDS:
-        curve = kind(start, end)
-        line = curve_losses(PolyChain(start, end, 2), X, y, t=21)
-        untrained = curve_losses(curve, X, y, t=21)
-        torch.testing.assert_close(untrained.loss, line.loss)
-        with assert_module_unchanged(start), assert_module_unchanged(end):
-            history = fit_curve(
-                curve, X, y, epochs=100, learning_rate=0.05, batch_size=30,
-                optimizer="adam", weight_decay=0.0, progress=False,
-            )  # fmt: skip
-        along = curve_losses(curve, X, y, t=21)
-        assert line.barrier() > 0.2
-        assert along.barrier() < 0.3 * line.barrier()
-        assert along.length > line.length
-        assert torch.equal(along.loss[[0, -1]], line.loss[[0, -1]])
-        assert len(history["train_loss"]) == 100
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_fitting_moves_only_the_bends_and_repeats_with_its_seed(optimizer):
-    networks, (X, Y) = pair(), data()
-    results = []
-    state = torch.get_rng_state()
-    for _ in range(2):
-        curve = BezierCurve(*networks)
-        before = copy.deepcopy(curve.state_dict())
-        with (
-            assert_module_unchanged(networks[0]),
-            assert_module_unchanged(networks[1]),
-            torch.no_grad(),
-        ):
-            fit_curve(curve, X, Y, optimizer=optimizer, generator=seeded(2), **QUICK)
-        results.append(curve.bends.detach().clone())
-        for name, value in curve.state_dict().items():
-            assert torch.equal(value, before[name]) == (name != "bends"), name
-    assert torch.equal(*results)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_default_arguments_bring_bends_back_to_the_solution():
-    X, _ = data(20)
-    network = nn.Linear(2, 1).double()
-    nn.init.ones_(network.weight), nn.init.zeros_(network.bias)
-    curve = BezierCurve(network, copy.deepcopy(network))
-    with torch.no_grad():
-        curve.bends.add_(2.0)
-    history = fit_curve(curve, X, X.sum(-1, keepdim=True), progress=False)
-    assert history["train_loss"][-1] < 0.05 * history["train_loss"][0]
-
-
-def test_sgd_follows_the_published_schedule():
-    class Constant(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.w = nn.Parameter(torch.full((1, 1), value, dtype=torch.float64))
-
-        def forward(self, x):
-            return x * 0 + self.w
-
-    curve = PolyChain(Constant(0.0), Constant(0.0))
-    X = torch.ones(1, 1, dtype=torch.float64)
-    twin, times = copy.deepcopy(curve), seeded(7)
-    stepper = torch.optim.SGD([twin.bends], lr=1.0, momentum=0.9)
-    for epoch in range(10):
-        torch.randperm(1, generator=times)
-        stepper.param_groups[0]["lr"] = 0.01 * oracles.curve_rate(epoch / 10)
-        stepper.zero_grad()
-        t = torch.rand(1, generator=times).double()
-        (0.5 * (twin.weights(t) - 1).square().sum()).backward()
-        stepper.step()
-    fit_curve(
-        curve, X, X, epochs=10, learning_rate=0.01, weight_decay=0.0,
-        generator=seeded(7), progress=False,
-    )  # fmt: skip
-    torch.testing.assert_close(curve.bends, twin.bends, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("batch_size, steps", [(1, 5), (2, 3), (4, 2)])
-def test_every_row_is_seen_in_an_epoch_also_alone(batch_size, steps):
-    networks = [nn.Linear(2, 1).double() for _ in range(2)]
-    curve, counts = BezierCurve(*networks), []
-    curve.net.network.register_forward_hook(lambda _, X, out: counts.append(len(out)))
-    X = data(5)[0]
-    options = {"epochs": 1, "batch_size": batch_size, "progress": False}
-    fit_curve(curve, X, X[:, :1], **options)
-    assert sum(counts[-steps:]) == 5
-
-
-def test_batch_norm_needs_two_rows():
-    curve, (X, Y) = BezierCurve(*pair()), data(5)
-    history = fit_curve(curve, X, Y, epochs=1, batch_size=4, progress=False)
-    assert math.isfinite(history["train_loss"][0])
-    with pytest.raises(ValueError, match="batches of two rows or more"):
-        fit_curve(curve, X, Y, batch_size=1, progress=False)
-
-
-def test_divergence_stops_with_the_last_good_bends():
-    # Each step multiplies the bend by about 1e40: the loss overflows in epoch 4.
-    networks = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
-    X = torch.full((8, 1), 1e20, dtype=torch.float64)
-    for w, network in enumerate(networks):
-        nn.init.constant_(network.weight, float(w))
-    curve, twin = BezierCurve(*networks), BezierCurve(*networks)
-    options = {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
-    match = r"diverged in epoch 4.*\.last_good.*learning_rate=0.015"
-    with pytest.raises(DivergedError, match=match) as caught:
-        fit_curve(
-            curve, X, X * 0, epochs=20, generator=seeded(), progress=False, **options
-        )
-    assert caught.value.last_good is curve
-    generator = seeded()
-    for _ in range(3):
-        torch.randperm(8, generator=generator)
-        loss = twin.loss(lambda f, y: 0.5 * F.mse_loss(f, y), X, X * 0,
-                         generator=generator)  # fmt: skip
-        with torch.no_grad():
-            twin.bends.sub_(torch.autograd.grad(loss, [twin.bends])[0])
-    torch.testing.assert_close(curve.bends, twin.bends)
-    assert curve.bends.grad is None
-
-
 def test_a_loop_of_ones_own_resumed_from_its_state_is_the_same_bit_for_bit():
     networks, (X, Y) = pair(), data()
 
@@ -379,77 +193,6 @@ def test_images_may_come_in_their_own_shape():
         along = curve_losses(curve, rows, Y, t=3, batches=[rows])
         first = along if first is None else first
         assert torch.equal(along.loss, first.loss)
-
-
-@pytest.mark.parametrize("chunks", [(1, 7), (3, 40), (8, 1000)])
-def test_losses_along_a_curve_are_those_of_each_network(chunks):
-    networks, (X, Y) = pair(), data()
-    curve = bent(BezierCurve, 3, networks)
-    batches = list(X.split(20))
-    along = curve_losses(
-        curve, X, Y, t=5, batches=batches, chunk_size=chunks[0],
-        row_chunk_size=chunks[1],
-    )  # fmt: skip
-    for s, time in enumerate(along.t):
-        single = copy.deepcopy(networks[0])
-        weights = curve.net.unflatten(curve.weights(time))
-        single.load_state_dict({**single.state_dict(), **weights})
-        torch.optim.swa_utils.update_bn(batches, single)
-        outputs = single.eval()(X)
-        torch.testing.assert_close(along.loss[s], F.cross_entropy(outputs, Y))
-        wrong = (outputs.argmax(-1) != Y).double().mean()
-        torch.testing.assert_close(along.error[s], wrong)
-
-
-def test_binary_and_regression_losses_are_known_ones():
-    X, _ = data()
-    net = FunctionalNet(nn.Linear(2, 1).double())
-    weights = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
-    outputs = X @ weights[:, :2].mT + weights[:, 2]  # n x s
-    y = (X[:, :1] > 0.3).double()
-    loss, error = losses_at(net, weights, X, y, LogisticLikelihood())
-    for s in range(4):
-        expected = F.binary_cross_entropy_with_logits(outputs[:, s], y[:, 0])
-        torch.testing.assert_close(loss[s], expected)
-        wrong = ((outputs[:, s] > 0) != y[:, 0].bool()).double().mean()
-        torch.testing.assert_close(error[s], wrong)
-    loss, error = losses_at(net, weights, X, X[:, :1] * 0.7)
-    expected = 0.5 * (outputs - 0.7 * X[:, :1]).square().mean(0)
-    torch.testing.assert_close(loss, expected)
-    assert error is None
-
-
-def test_lengths_are_those_of_polygons_and_of_the_parabola():
-    networks = pair()
-    start, end = map(moving, networks)
-    X, Y = data()
-    line = curve_losses(PolyChain(*networks, 2), X, Y, t=4, batches=[X])
-    assert math.isclose(line.length, float((end - start).norm()), rel_tol=1e-9)
-    chain = bent(PolyChain, 4, networks)
-    pieces = chain.control_points.diff(dim=0).norm(dim=-1)
-    along = curve_losses(chain, X, Y, t=7, batches=[X])
-    torch.testing.assert_close(along.arc[::2].diff(), pieces.detach())
-    bezier = bent(BezierCurve, 3, networks)
-    t = torch.linspace(0, 1, 3001, dtype=torch.float64)
-    exact = bezier.weights(t).diff(dim=0).norm(dim=-1).sum()
-    length = curve_losses(bezier, X, Y, batches=[X]).length
-    assert math.isclose(length, exact.item(), rel_tol=1e-3)
-
-
-def test_barriers_compare_the_top_with_the_ends():
-    t, arc = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.0, 3.0, 4.0])
-    losses = CurveLosses(t, torch.tensor([1.0, 5.0, 2.0]), None, arc)
-    assert losses.barrier() == 3.5
-    assert losses.barrier(above="larger") == 3.0
-    assert losses.length == 4.0
-    assert losses.mean_loss == pytest.approx((3 * 3.0 + 1 * 3.5) / 4)
-    falling = losses._replace(loss=torch.tensor([3.0, 2.0, 1.0]), error=1 - t)
-    assert falling.barrier(above="larger") == 0.0
-    assert falling.barrier("error") == 0.5
-    with pytest.raises(ValueError, match="no share of wrong labels"):
-        losses.barrier("error")
-    with pytest.raises(ValueError, match="above must be one of 'mean', 'larger'"):
-        losses.barrier(above="start")
 
 
 def other_width():

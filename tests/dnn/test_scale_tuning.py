@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
@@ -14,6 +14,7 @@ from gpbridge.dnn.scale_tuning import tune_scale
 from gpbridge.dnn.swag import SWAG
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.weights import MixtureWeights
+from tests.dnn.scale_problems import gaussian, problem, tracked
 
 NOISE = 0.04
 
@@ -24,51 +25,6 @@ def seeded(seed=0):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def gaussian():
-    likelihood = GaussianLikelihood().double()
-    likelihood.noise = NOISE
-    return likelihood
-
-
-def tracked(network, spread, steps=30):
-    tracker, generator = SWAG(network, rank=5), seeded(1)
-    start = [p.detach().clone() for p in network.parameters()]
-    for _ in range(steps):
-        with torch.no_grad():
-            for p, w in zip(network.parameters(), start, strict=True):
-                noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-                p.copy_(w + spread * noise)
-        tracker.update(network)
-    return tracker
-
-
-def problem(shift, spread=0.5):
-    """Held-out data of a line whose weights are off by a shift."""
-    network = nn.Linear(2, 1).double()
-    X = normal(40, 2)
-    with torch.no_grad():
-        wrong = network.weight + shift
-        Y = X @ wrong.mT + network.bias + NOISE**0.5 * normal(40, 1, seed=2)
-    return tracked(network, spread), X, Y
-
-
-def test_the_score_is_the_mean_log_density_of_the_mixture():
-    tracker, X, Y = problem(0.3)
-    draws = tracker.posterior(1.0).draw(7, seeded())
-    densities = torch.distributions.Normal(draws(X), NOISE**0.5).log_prob(Y).exp()
-    expected = densities[..., 0].mean(0).log().mean()
-    torch.testing.assert_close(mixture_log_density(gaussian(), draws, X, Y), expected)
-
-    def own(f, y):
-        return log_normal(f, y)
-
-    def log_normal(f, y):
-        error = (y - f)[..., 0].square() / NOISE
-        return -0.5 * (error + math.log(2 * math.pi * NOISE))
-
-    torch.testing.assert_close(mixture_log_density(own, draws, X, Y), expected)
 
 
 def test_every_scale_is_scored_by_draws_of_its_own_posterior():

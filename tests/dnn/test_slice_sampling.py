@@ -1,4 +1,4 @@
-"""Slice sampling, its diagnostics and Hamiltonian Monte Carlo on known densities."""
+"""Slice sampling on known densities."""
 
 import math
 
@@ -7,10 +7,8 @@ import torch
 from botorch.exceptions.errors import InputDataError
 
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.chain_diagnostics import effective_sample_size, split_r_hat
-from gpbridge.dnn.hamiltonian import hamiltonian_monte_carlo
 from gpbridge.dnn.slice_sampling import elliptical_slice_sampling
-from tests import oracles_weight_space as oracles
+from tests.dnn.chain_problems import moments_on_a_grid, ring
 
 QUIET = {"progress": False}
 
@@ -21,20 +19,6 @@ def seeded(seed=0):
 
 def zeros(*shape):
     return torch.zeros(*shape, dtype=torch.float64)
-
-
-def ring(z):
-    """A likelihood with two modes per axis and heavy correlation, per row."""
-    return -2 * (z.square().sum(-1) - 1).square() + z.prod(-1)
-
-
-def moments_on_a_grid(log_likelihood, std):
-    """Mean of |z| and of z z' in two dimensions by brute force."""
-    axis = torch.linspace(-5 * std, 5 * std, 151, dtype=torch.float64)
-    z = torch.cartesian_prod(axis, axis)
-    logs = log_likelihood(z) - 0.5 * z.square().sum(-1) / std**2
-    weight = torch.softmax(logs, 0)
-    return weight @ z.abs(), z.mT @ (weight[:, None] * z)
 
 
 def test_the_law_of_the_chains_is_the_posterior():
@@ -183,120 +167,3 @@ def test_bad_arguments_are_refused(change, error, message):
     given = {"log_likelihood": ring, "initial": zeros(2, 2), **change}
     with pytest.raises(error, match=message):
         elliptical_slice_sampling(**given, **QUIET)
-
-
-def autoregressive(correlation, chains, length, seed=0):
-    noise = torch.randn(chains, length, generator=seeded(seed), dtype=torch.float64)
-    values = [noise[:, 0]]
-    for t in range(1, length):
-        values.append(
-            correlation * values[-1] + (1 - correlation**2) ** 0.5 * noise[:, t]
-        )
-    return torch.stack(values, 1)[..., None]
-
-
-def test_r_hat_is_that_of_the_book_and_sees_chains_that_disagree():
-    samples = autoregressive(0.5, 3, 21)
-    found = split_r_hat(samples).item()
-    assert found == pytest.approx(oracles.split_r_hat(samples[..., 0]), rel=1e-12)
-    assert split_r_hat(autoregressive(0.0, 4, 1000)).item() < 1.01
-    shifted = autoregressive(0.0, 2, 100) + torch.tensor([0.0, 3.0])[:, None, None]
-    assert split_r_hat(shifted).item() > 1.5
-    drift = autoregressive(0.0, 1, 100) + torch.linspace(0, 6, 100)[:, None]
-    assert split_r_hat(drift).item() > 1.5  # one chain whose halves disagree
-    assert split_r_hat(zeros(2, 8, 1)).item() == math.inf
-
-
-@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
-def test_the_effective_sample_size_of_an_autoregression_is_known(correlation):
-    samples = autoregressive(correlation, 4, 4000)
-    exact = 16000 * (1 - correlation) / (1 + correlation)
-    assert effective_sample_size(samples).item() == pytest.approx(exact, rel=0.15)
-
-
-def test_effective_sample_sizes_stay_within_bounds():
-    alternating = torch.tensor([1.0, -1.0]).repeat(50)[None, :, None]
-    noisy = alternating + 1e-3 * autoregressive(0.0, 1, 100)
-    assert effective_sample_size(noisy).item() <= 100 * math.log10(100) + 1e-6
-    assert effective_sample_size(zeros(2, 8, 1)).item() == 1
-    with pytest.raises(
-        ShapeError, match=r"at least 4 draws, but has shape \(1, 3, 2\)"
-    ):
-        effective_sample_size(zeros(1, 3, 2))
-
-
-def ring_posterior(z):
-    """The ring under a prior of standard deviation 1.5, with its gradient."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        value = ring(z) - 0.5 * z.square().sum(-1) / 1.5**2
-        (gradient,) = torch.autograd.grad(value.sum(), z)
-    return value.detach(), gradient
-
-
-@pytest.mark.parametrize("num_steps", [1, 7])
-def test_the_law_of_gradient_chains_is_the_posterior(num_steps):
-    run = hamiltonian_monte_carlo(
-        ring_posterior,
-        torch.randn(300, 2, generator=seeded(3), dtype=torch.float64),
-        100 if num_steps == 1 else 40,
-        warm_up=60,
-        num_steps=num_steps,
-        generator=seeded(),
-        **QUIET,
-    )
-    z = run.samples.flatten(0, 1)
-    absolute, second = moments_on_a_grid(ring, 1.5)
-    torch.testing.assert_close(z.abs().mean(0), absolute, atol=0.02, rtol=0)
-    torch.testing.assert_close(z.mT @ z / len(z), second, atol=0.04, rtol=0)
-    assert 0.65 < run.acceptance < 0.96
-    assert run.num_calls == 1 + num_steps * (60 + run.samples.shape[1])
-
-
-def test_the_warm_up_finds_scales_that_differ_by_orders_of_magnitude():
-    std = torch.tensor([1e-2, 1.0, 10.0]).double()
-    run = hamiltonian_monte_carlo(
-        lambda z: (-0.5 * (z / std).square().sum(-1), -z / std.square()),
-        zeros(20, 3),
-        200,
-        warm_up=200,
-        generator=seeded(),
-        **QUIET,
-    )
-    found = run.samples.flatten(0, 1).std(0)
-    torch.testing.assert_close(found / std, torch.ones(3).double(), atol=0.1, rtol=0)
-    ratio = run.scale / std
-    assert 0.3 < ratio.min() and ratio.max() < 3
-
-
-def test_a_step_size_far_too_large_is_told():
-    def wall(z):
-        value = -0.5 * z.square().sum(-1)
-        return torch.where(z[:, 0].abs() < 1, value, torch.nan), -z
-
-    with pytest.warns(UserWarning, match="Only 0.0% of the steps were accepted"):
-        run = hamiltonian_monte_carlo(
-            wall, zeros(2, 1), 5, warm_up=0, step_size=1e3, **QUIET
-        )
-    assert not run.samples.any()
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"initial": torch.zeros(3)}, ShapeError, r"shape \(3,\).*initial\[None\]"),
-        ({"step_size": -1.0}, ValueError, "step_size must be positive"),
-        ({"num_steps": 0}, ValueError, "num_steps must be a whole number"),
-        ({"warm_up": -3}, ValueError, "warm_up must be a whole number"),
-        ({"target_acceptance": 1.5}, ValueError, "target_acceptance must be below 1"),
-        (
-            {"value_and_gradient": lambda z: (z[:, 0] * math.nan, z)},
-            ValueError,
-            "is not finite at the start",
-        ),
-    ],
-)
-def test_bad_arguments_of_gradient_chains_are_refused(change, error, message):
-    given = {"value_and_gradient": ring_posterior, "initial": zeros(2, 2), **change}
-    with pytest.raises(error, match=message):
-        hamiltonian_monte_carlo(**given, **QUIET)

@@ -1,4 +1,4 @@
-"""Inference in a subspace against linear regression, and its choice of temperature."""
+"""Inference in a subspace against linear regression."""
 
 import copy
 import math
@@ -8,15 +8,12 @@ import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
 from gpytorch.likelihoods import (
-    FixedNoiseGaussianLikelihood,
-    GaussianLikelihood,
     SoftmaxLikelihood,
 )
 from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.point_likelihood import mixture_log_density
 from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import sample_subspace
 from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
@@ -25,20 +22,14 @@ from gpbridge.dnn.subspace_methods import (
     HamiltonianMonteCarlo,
     VariationalInference,
 )
-from gpbridge.dnn.subspace_tuning import tune_subspace
 from gpbridge.functional import FunctionalNet
-from gpbridge.likelihoods import LogisticLikelihood, log_prob
+from gpbridge.likelihoods import log_prob
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.weights import EmpiricalWeights, GaussianWeights
 from tests import oracles_weight_space as oracles
+from tests.dnn.subspace_problems import METHODS, Block, gaussian, linear_problem
 
 NOISE, STD = 0.3, 1.5
-METHODS = {
-    "slice": EllipticalSliceSampling(num_samples=4, burn_in=1),
-    "hamiltonian": HamiltonianMonteCarlo(num_samples=4, warm_up=8, num_steps=2),
-    "variational": VariationalInference(num_steps=3),
-    "full": VariationalInference(num_steps=3, full_covariance=True),
-}
 
 
 def seeded(seed=0):
@@ -47,22 +38,6 @@ def seeded(seed=0):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def gaussian(noise=NOISE):
-    likelihood = GaussianLikelihood().double()
-    likelihood.noise = noise
-    return likelihood
-
-
-def linear_problem(n=12):
-    """A linear network, so that the coordinates are those of linear regression."""
-    net = FunctionalNet(nn.Linear(4, 1).double())
-    subspace = Subspace(net, normal(5, seed=3) / 2, normal(3, 5, seed=2) / 2)
-    w = subspace.weights(torch.tensor([1.0, -1.0, 0.5]).double())
-    X = normal(n, 4)
-    noise = NOISE**0.5 * normal(n, 1, seed=1)
-    return subspace, X, X @ w[:4, None] + w[4] + noise
 
 
 def exact(subspace, X, Y, temperature):
@@ -82,19 +57,6 @@ def log_evidence(subspace, X, Y, temperature):
     constant = math.log(2 * math.pi * NOISE * temperature)
     constant -= math.log(2 * math.pi * NOISE) / temperature
     return normal.log_prob(Y[:, 0]).item() + 0.5 * n * constant
-
-
-class Block(nn.Module):
-    """A real module: nested, with layers that are no attributes of a Sequential."""
-
-    def __init__(self, outputs=1, norm=False):
-        super().__init__()
-        self.first = nn.Linear(2, 4)
-        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
-        self.heads = nn.ModuleDict({"a": nn.Linear(4, outputs)})
-
-    def forward(self, x):
-        return self.heads["a"](torch.tanh(self.norm(self.first(x))))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 10.0])
@@ -164,83 +126,6 @@ def test_the_gaussian_of_a_linear_model_is_the_optimum_of_its_bound(full, temper
     B = problem[0].basis
     torch.testing.assert_close(run.posterior.covariance.to_dense(), B.mT @ found @ B)
     assert len(run.elbo) == run.num_calls == 200 and run.elbo[-1] > run.elbo[0]
-
-
-def test_the_target_is_the_sum_over_data_and_chunks_do_not_matter():
-    torch.manual_seed(0)
-    net = FunctionalNet(Block())
-    subspace = Subspace.random(net, None, 3, generator=seeded())
-    X, Y = normal(23, 2).float(), normal(23, 1).float()
-    z = normal(4, 3, seed=5).float()
-    whole = SubspaceLikelihood(subspace, X, Y, gaussian().float(), temperature=2.0)
-    expected = []
-    for row in z:
-        f = net.apply_network(net.unflatten(subspace.weights(row)), X)
-        expected.append(-0.5 * ((Y - f).square() / NOISE + math.log(NOISE)).sum())
-    expected = torch.stack(expected) / 2 - 23 / 4 * math.log(2 * math.pi)
-    torch.testing.assert_close(whole(z), expected.double(), rtol=1e-5, atol=0)
-    value, gradient = whole.value_and_gradient(z)
-    for size in (1, 5, 22):
-        part = SubspaceLikelihood(
-            *(subspace, X, Y, gaussian().float()), temperature=2.0, batch_size=size
-        )
-        torch.testing.assert_close(part(z), whole(z), rtol=1e-5, atol=0)
-        parts = part.value_and_gradient(z)
-        torch.testing.assert_close(parts[0], value, rtol=1e-5, atol=0)
-        torch.testing.assert_close(parts[1], gradient, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(value, whole(z))
-    single = torch.stack([whole(row[None])[0] for row in z])
-    torch.testing.assert_close(single, whole(z), rtol=1e-6, atol=0)
-    order = torch.randperm(23, generator=seeded())
-    shuffled = SubspaceLikelihood(
-        *(subspace, X[order], Y[order], gaussian().float()), temperature=2.0
-    )
-    torch.testing.assert_close(shuffled(z), whole(z), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    "network", [Block(), nn.Sequential(nn.Linear(2, 3), nn.Tanh())]
-)
-def test_the_gradient_of_the_target_is_that_of_differences(network):
-    net = FunctionalNet(network.double())
-    subspace = Subspace.random(net, None, 2, generator=seeded())
-    outputs = net.probe(normal(1, 2))
-    kinds = {
-        1: LogisticLikelihood(),
-        3: SoftmaxLikelihood(num_classes=3, mixing_weights=False),
-    }
-    if outputs == 3:
-        Y = torch.tensor([0, 1, 2, 1, 0])
-    else:
-        Y = torch.tensor([0.0, 1, 1, 0, 1]).double()
-    target = SubspaceLikelihood(subspace, normal(5, 2), Y, kinds[outputs])
-    z, step = normal(3, 2), 1e-6
-    _, gradient = target.value_and_gradient(z)
-    for i in range(2):
-        shift = step * torch.eye(2)[i].double()
-        slope = (target(z + shift) - target(z - shift)) / (2 * step)
-        torch.testing.assert_close(gradient[:, i], slope, rtol=1e-6, atol=1e-8)
-
-
-def test_likelihoods_of_a_user_and_with_noise_of_their_own_are_chunked():
-    subspace, X, Y = linear_problem()
-    noise = 0.1 + normal(len(X)).square()
-    fixed = FixedNoiseGaussianLikelihood(noise)
-    z = normal(4, 3, seed=9)
-    parts = SubspaceLikelihood(subspace, X, Y, fixed, batch_size=5)
-    whole = SubspaceLikelihood(subspace, X, Y, fixed)
-    torch.testing.assert_close(parts(z), whole(z))
-    rows = subspace.net.apply_network(subspace.net.unflatten(subspace.weights(z[0])), X)
-    normals = torch.distributions.Normal(rows[:, 0], noise.sqrt())
-    torch.testing.assert_close(whole(z)[0], normals.log_prob(Y[:, 0]).sum())
-
-    def tails(outputs, targets):
-        return -(targets - outputs).abs().sum(-1)
-
-    own = SubspaceLikelihood(subspace, X, Y, tails, batch_size=7)
-    torch.testing.assert_close(own(z)[0], -(Y - rows).abs().sum())
-    with pytest.raises(ShapeError, match="per draw and datum, ``4 x 12``.*shape .4,."):
-        SubspaceLikelihood(subspace, X, Y, lambda f, y: tails(f, y).sum(-1))(z)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -331,68 +216,6 @@ def test_batch_norm_takes_the_statistics_of_each_pass():
         SubspaceLikelihood(subspace, X, Y, gaussian(), batch_size=1)
 
 
-def tuning_problem():
-    subspace, X, Y = linear_problem(30)
-    return subspace, X[:20], Y[:20], X[20:], Y[20:], gaussian()
-
-
-def test_the_table_is_the_held_out_density_of_each_pair():
-    problem = tuning_problem()
-    found = tune_subspace(
-        *problem,
-        temperatures=(1.0, 1e4),
-        prior_stds=(0.01, 1.0),
-        method=EllipticalSliceSampling(num_samples=20, burn_in=10),
-        generator=seeded(),
-        progress=False,
-    )
-    assert found.table.shape == (2, 2)
-    best = found.table.max()
-    for i, temperature in enumerate(found.temperatures):
-        for j, std in enumerate(found.prior_stds):
-            run = sample_subspace(
-                *(*problem[:3], problem[5]),
-                temperature=temperature,
-                prior_std=std,
-                method=EllipticalSliceSampling(num_samples=20, burn_in=10),
-                generator=seeded(),
-                progress=False,
-            )
-            f = run.posterior.draw()(problem[3])[..., 0]
-            logs = torch.distributions.Normal(f, NOISE**0.5).log_prob(problem[4][:, 0])
-            score = logs.exp().mean(0).log().mean()
-            torch.testing.assert_close(found.table[i, j], score)
-            if score == best:
-                assert (found.temperature, found.prior_std) == (temperature, std)
-                assert torch.equal(found.best.samples, run.samples)
-    # Well specified: Bayes' rule wins over what is nearly the prior, or the origin.
-    assert (found.temperature, found.prior_std) == (1.0, 1.0)
-
-
-def test_the_grid_has_defaults_and_any_method_fits():
-    found = tune_subspace(
-        *tuning_problem(), prior_stds=(1.0,), method=METHODS["full"], progress=False
-    )
-    assert found.temperatures == (1.0, 20 / 3, 10.0, 100.0, 1000.0, 10000.0)
-    assert isinstance(found.best.posterior, GaussianWeights)
-    assert bool(torch.isfinite(found.table).all())
-
-
-@pytest.mark.parametrize("batch_size", [None, 19])  # 20 rows: none is left alone
-def test_tuning_refreshes_batch_norm(batch_size):
-    torch.manual_seed(0)
-    network = Block(norm=True).double()
-    subspace = Subspace.random(FunctionalNet(network), None, 2, generator=seeded())
-    X, Y = 3 + 2 * normal(20, 2), normal(20, 1)
-    given = {"method": METHODS["slice"], "generator": seeded(), "progress": False}
-    given["batch_size"] = batch_size
-    found = tune_subspace(subspace, X, Y, X, Y, gaussian(), (1.0,), (1.0,), **given)
-    batches = [X] if batch_size is None else [X[:10], X[10:]]
-    draws = refresh_batch_norm(found.best.posterior.draw(), batches)
-    score = mixture_log_density(gaussian(), draws, X, Y)
-    torch.testing.assert_close(found.table[0, 0], score)
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -448,22 +271,6 @@ def test_a_bound_that_diverges_is_an_error():
             method=VariationalInference(initial_std=1e4),
             progress=False,
         )
-
-
-def test_a_grid_without_a_finite_score_is_an_error():
-    subspace, X, Y, X_val, Y_val, _ = tuning_problem()
-
-    def impossible(f, y):
-        return torch.full_like(f[..., 0], -math.inf if len(y) == 10 else 0.0)
-
-    data = subspace, X, Y, X_val, Y_val
-    with pytest.raises(ValueError, match="No candidate has a finite log density"):
-        tune_subspace(*data, impossible, (1.0,), (1.0,), progress=False)
-    for name in ("temperatures", "prior_stds"):
-        with pytest.raises(ValueError, match=f"{name} must be positive"):
-            tune_subspace(*data, gaussian(), **{name: (1.0, -1.0)}, progress=False)
-        with pytest.raises(ValueError, match="must hold at least one candidate"):
-            tune_subspace(*data, gaussian(), **{name: ()}, progress=False)
 
 
 def test_images_are_rows_and_labels_have_their_likelihood():

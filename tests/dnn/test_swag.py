@@ -8,7 +8,6 @@ from torch import nn
 
 from gpbridge.batch_norm import refresh_batch_norm
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.fit import fit_map
 from gpbridge.dnn.scale_tuning import ScaleTuning
 from gpbridge.dnn.snapshots import Snapshots
 from gpbridge.dnn.subspace_methods import SubspaceChains
@@ -212,19 +211,6 @@ def test_weights_by_name_stand_for_a_module():
         by_name.update(stacked)
 
 
-def test_trackers_take_one_dtype_and_networks_and_say_how_many_they_took():
-    network = nn.Linear(2, 1).double()
-    tracker, snapshots = SWAG(network, rank=3), Snapshots(network, max_snapshots=1)
-    for each in (tracker, snapshots):
-        for _ in range(2):
-            each.update(network)
-        with pytest.raises(TypeError, match=r"weight must be torch.float64.*\.to\("):
-            each.update(copy.deepcopy(network).float())
-        assert "num_snapshots=2" in repr(each)
-    assert "rank=3, centering='running'" in repr(tracker)
-    assert "num_kept=1" in repr(snapshots)
-
-
 def test_results_of_searches_have_short_reprs():
     network = nn.Linear(2, 1)
     tracker = SWAG(network)
@@ -237,15 +223,3 @@ def test_results_of_searches_have_short_reprs():
         found.posterior, torch.zeros(2, 7, 3), torch.zeros(2, 7), 9, None, None
     )
     assert repr(chains) == "SubspaceChains(chains=2, draws=7, coordinates=3)"
-
-
-def test_a_result_of_training_is_its_network():
-    X = torch.linspace(-1, 1, 20)[:, None]
-    fit = fit_map(nn.Linear(1, 1), X, X, epochs=1, progress=False)
-    tracker = SWAG(nn.Linear(1, 1), rank=2)
-    tracker.update(fit)
-    weights = torch.cat([fit.network.weight.flatten(), fit.network.bias])
-    torch.testing.assert_close(tracker.mean, weights.detach())
-    assert "num_snapshots=1, rank=2" in repr(tracker)
-    with pytest.raises(TypeError, match="a module, a result of fit_map, .*but is list"):
-        tracker.update([fit])

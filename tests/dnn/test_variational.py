@@ -8,20 +8,19 @@ import pytest
 import torch
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
-    GaussianLikelihood,
     SoftmaxLikelihood,
 )
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.priors import GaussianPrior, LaplacePrior, WeightPrior
 from gpbridge.dnn.variational import MeanFieldVI
 from gpbridge.dnn.variational_fit import fit_mean_field, fit_variational
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.types import WeightPosterior
 from tests import oracles_weight_space as oracles
+from tests.dnn.variational_problems import gaussian, mlp
 
 SOFTMAX = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
 
@@ -32,16 +31,6 @@ def seeded(seed=0):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def gaussian(noise=0.3, learn=False):
-    likelihood = GaussianLikelihood().double()
-    likelihood.noise = noise
-    return likelihood.requires_grad_(learn)
-
-
-def mlp(m=1):
-    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, m)).double()
 
 
 class Mixed(nn.Module):
@@ -321,47 +310,6 @@ def test_a_loop_resumed_from_its_states_is_the_same_bit_for_bit():
         assert torch.equal(p, q)
 
 
-def test_seeds_decide_and_the_global_state_does_not():
-    X, Y, network = random(12, 2), random(12, 1), mlp()
-    before = torch.get_rng_state()
-    found = []
-    for seed in (1, 1, 2):
-        vi = MeanFieldVI(network, gaussian(), 12)
-        fit_variational(vi, X, Y, epochs=2, generator=seeded(seed), progress=False)
-        found.append(vi.mean.detach())
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_fit_that_diverges_keeps_the_epoch_before():
-    X, Y = random(12, 2), random(12, 1)
-    vi = MeanFieldVI(mlp(), gaussian(), 12)
-    kept = []
-
-    def poison(epoch, vi, loss):
-        kept.append(vi.mean.detach().clone())
-        if epoch == 2:
-            vi.likelihood.raw_noise.data.fill_(torch.nan)
-
-    match = r"nan in epoch 3.*\.last_good.*learning_rate=0.001"
-    with pytest.raises(DivergedError, match=match) as caught:
-        fit_variational(vi, X, Y, epochs=9, progress=False, callback=poison)
-    assert caught.value.last_good is vi
-    with pytest.raises(DivergedError, match=r"try learning_rate=0.01 ") as caught:
-        options = {"epochs": 9, "learning_rate": 1e200, "progress": False}
-        fit_mean_field(mlp(), X, Y, gaussian(), **options)
-    assert caught.value.last_good.draw(2)(X).isfinite().all()
-    assert torch.equal(vi.mean, kept[1])
-
-
-def test_a_callback_ends_the_fit():
-    vi = MeanFieldVI(mlp(), gaussian(), 12)
-    done = fit_variational(
-        vi, random(12, 2), random(12, 1), progress=False, callback=lambda e, *_: e == 1
-    )
-    assert len(done) == 2
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -389,10 +337,3 @@ def test_bad_data():
         fit_variational(vi, X, Y, epochs=0)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         fit_variational(vi, X, Y, learning_rate=0.0)
-
-
-def test_float32_and_defaults():
-    X = torch.linspace(-1, 1, 20)[:, None]
-    vi = fit_mean_field(nn.Linear(1, 1), X, 3 * X, epochs=3, progress=False)
-    assert vi.mean.dtype == torch.float32
-    assert vi.draw(2)(X).shape == (2, 20, 1)

@@ -121,7 +121,7 @@ DATA = {
     "37-no-weight-left": ({"parameters": lambda name: False}, ValueError,
         r"no random weight left: 4 parameters, 4 of them with requires_grad, none sel"),
     "inference-word": ({"inference": "exact"}, TypeError,
-        r"inference must be gpbridge.linearized.Exact\(...\), Sampled\(...\), Kronecker"),
+        r"inference must be gpbridge.linearized.Exact\(...\), Sampled\(...\), Kron"),
     "likelihood-of-no-rule": ({"likelihood": BetaLikelihood()}, NotImplementedError,
         "has no rule for BetaLikelihood; it has rules for BernoulliLikelihood, Fixed"),
     "network-of-no-kind": ({"network": lambda x: x}, TypeError,

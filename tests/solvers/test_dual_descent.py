@@ -9,7 +9,7 @@ from gpbridge.checks import NotConvergedWarning
 from gpbridge.kernel_operator import KernelMatrixOperator
 from gpbridge.solvers import StochasticDualDescent, StochasticGradientDescent
 from gpbridge.solvers.dual_descent import automatic_step_size
-from gpbridge.solvers.refinement import System
+from gpbridge.solvers.system import System
 
 
 def random(*shape, seed=0):

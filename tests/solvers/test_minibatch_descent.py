@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on_from_what_the_callback_saw():
 def test_a_step_that_is_a_hundred_times_too_long_is_halved():
     operator, dense, rhs = problem()
     found = {}
-    FINE.steps(system := solvers.refinement.System(operator, rhs, torch.Generator()))
+    FINE.steps(system := solvers.system.System(operator, rhs, torch.Generator()))
     automatic = system.cache["step"]
     for reduction in (True, False):
         solver = replace(
