@@ -7,10 +7,19 @@ optimum. Its evidence on the training data is set against its log density on tes
 by Kendall's rank correlation within each data set. Beside it stands what the few
 validation rows that stopped the training say, which costs nothing more either.
 
-Last: two parallel paths through one layer, a dense one and a convolution, each with its
-own prior variance. Training and evidence take turns, each path decayed as its prior
-says, so that the path that the data do not need is switched off. Several groups prune;
-this is where that is wanted.
+What is seen: the evidence ranks well on the half circles (tau 0.66, mean of three data
+sets), badly on the regression (0.36), where it puts one hidden layer first, which
+predicts worse than most, and worse on digits (0.19, below zero in one), where it likes
+neither skip connections nor many channels. Validation rows give 0.35, 0.54 and 0.26. As
+a choice the evidence does no harm in any: its first is as good as that of the
+validation rows or better, and better than the average.
+
+Last: two parallel paths from images to images, a dense map and a convolution, each with
+its own prior variance. Where a filter makes the targets, the evidence switches the
+dense path off, although that could imitate the filter and would fit better. Where
+pixels change places it lowers the variance of the convolution, by a factor of six or
+more. Several groups prune, and this is where that is wanted. The network is linear, so
+that its tangent model is the network itself and the evidence is exact.
 """
 
 # %% Set up
@@ -43,7 +52,7 @@ parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests"
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
 epochs, num_seeds, num_architectures = (3, 1, 3) if options.smoke else (250, 3, None)
-rounds, num_steps = (2, 5) if options.smoke else (5, 300)
+num_images = (5, 10) if options.smoke else (5, 10, 20)
 
 torch.set_num_threads(1)
 
@@ -74,15 +83,14 @@ def mlp(inputs, outputs, depth=2, width=16, activation=nn.Tanh, skip=False):
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-def cnn(inputs, outputs, depth=1, channels=8, activation=nn.Tanh, skip=False, pool=2):
+def cnn(inputs, outputs, depth=1, channels=8, activation=nn.Tanh, skip=False):
     layers = [nn.Conv2d(1, channels, 3, padding=1), activation()]
     for _ in range(depth - 1):
         block = nn.Conv2d(channels, channels, 3, padding=1), activation()
         layers += [Residual(*block)] if skip else block
-    layers += [nn.AvgPool2d(pool), nn.Flatten()]
-    side = 8 // pool
+    layers += [nn.AvgPool2d(2), nn.Flatten()]
     return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)), *layers, nn.Linear(channels * side**2, outputs)
+        nn.Unflatten(1, (1, 8, 8)), *layers, nn.Linear(channels * 16, outputs)
     )
 
 
@@ -102,6 +110,7 @@ MLPS = {
 }
 CNNS = {
     "dense 16": (mlp, {"depth": 1}),
+    "dense 16, depth 2": (mlp, {}),
     "dense 64": (mlp, {"depth": 1, "width": 64}),
     "conv, 8 channels": (cnn, {}),
     "conv, 2 channels": (cnn, {"channels": 2}),
@@ -109,7 +118,6 @@ CNNS = {
     "conv, relu": (cnn, {"activation": nn.ReLU}),
     "conv, depth 2": (cnn, {"depth": 2}),
     "conv, depth 2, skip": (cnn, {"depth": 2, "skip": True}),
-    "conv, pool all": (cnn, {"pool": 8}),
 }
 KINDS = {"skip": ("D", 3), "depth": ("^", 1), "width": ("o", 0), "dense": ("s", 1)}
 KINDS |= {"conv": ("o", 0), "activation": ("s", 2)}  # marker and colour
@@ -200,90 +208,65 @@ for problem, (make_data, architectures) in problems.items():
         )
 
 # %% Parallel paths: a dense one and a convolution, each with its prior variance
-length, channels, num_signals = 10, 4, 150
+side, path_noise = 4, 0.01
 
 
-def two_paths():
-    return nn.Sequential(
-        nn.Unflatten(1, (1, length)),
-        ParallelPath(
-            {
-                "dense": nn.Sequential(
-                    nn.Flatten(),
-                    nn.Linear(length, channels * length),
-                    nn.Unflatten(1, (channels, length)),
-                ),
-                "conv": nn.Conv1d(1, channels, 3, padding=1),
-            }
-        ),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(channels * length, 1),
-    )
+class TwoPaths(nn.Module):
+    """Images to images, by a dense map plus a filter of 3 x 3."""
+
+    def __init__(self):
+        super().__init__()
+        dense = nn.Linear(side**2, side**2, bias=False)
+        conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        image = nn.Unflatten(1, (1, side, side))
+        self.paths = ParallelPath(
+            {"dense": dense, "conv": nn.Sequential(image, conv, nn.Flatten())}
+        )
+
+    def forward(self, x):
+        return self.paths(x)
 
 
-def signals(target, generator):
-    """A target that looks through a window of three, or one without locality."""
+def images(target, n, generator):
+    """Outputs are filtered inputs, or inputs with their pixels in another order."""
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    X = normal(num_signals, length)
+    order, taps = torch.randperm(side**2, generator=generator), normal(1, 1, 3, 3) / 3
+    noise, X = path_noise**0.5 * normal(n, side**2), normal(n, side**2)
     if target == "local":
-        hidden = F.conv1d(X[:, None], normal(2, 1, 3), padding=1).flatten(1)
-    else:
-        hidden = X @ normal(length, 2 * length) / length**0.5 * 1.7
-    Y = hidden.tanh() @ normal(hidden.shape[1], 1) / length**0.5
-    return X, Y + 0.1 * normal(num_signals, 1)
+        filtered = F.conv2d(X.unflatten(1, (1, side, side)), taps, padding=1)
+        return X, filtered.flatten(1) + noise
+    return X, X[:, order] + noise
 
 
-def learn_paths(target, seed):
-    """Dimension of each path after every round of training and evidence."""
-    X, Y = signals(target, torch.Generator().manual_seed(seed))
+def learn_paths(target, n, seed):
+    """Share of the weights of each path that the data determine, prior variances."""
+    X, Y = images(target, n, torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        network = two_paths().double()
-    paths = network[1]
-    parts = {**paths, "readout": network[4]}
-    of = {id(p): name for name, p in network.named_parameters()}
-    groups = [[of[id(p)] for p in part.parameters()] for part in parts.values()]
-    variance, noise = torch.ones(len(parts)), 0.1
-    history = []
-    for _ in range(rounds):
-        # The decay that makes the trained weights the mode under these priors.
-        decays = (noise / (len(X) * variance)).clamp_max(100.0).tolist()
-        optimizer = torch.optim.Adam(
-            [
-                {"params": list(part.parameters()), "weight_decay": decay}
-                for part, decay in zip(parts.values(), decays, strict=True)
-            ],
-            lr=0.01,
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-        for _ in range(num_steps):
-            optimizer.zero_grad()
-            (0.5 * (network(X) - Y).square().mean()).backward()
-            optimizer.step()
-            schedule.step()
-        model = LinearizedGP(network, X, Y, groups=groups)
-        fit_evidence(model, warn=False)
-        variance, noise = model.prior_variance.detach(), model.noise_variance.item()
-        history.append(torch.cat([group_dimensions(model)[:2], variance[:2]]))
-    history = torch.stack(history)
-    last = history[-1].tolist()
-    print(
-        f"{target} target, seed {seed}: dense path dimension {last[0]:.1f}, prior "
-        f"variance {last[2]:.1e}; convolution {last[1]:.1f}, {last[3]:.1e}; "
-        f"noise {noise**0.5:.3f}"
-    )
-    return history
+        network = TwoPaths().double()
+    groups = [[name] for name, _ in network.named_parameters()]
+    model = LinearizedGP(network, X, Y, groups=groups, noise=path_noise)
+    fit_evidence(model, warn=False)
+    sizes = torch.tensor([p.numel() for p in network.parameters()])
+    return torch.cat([group_dimensions(model) / sizes, model.prior_variance.detach()])
 
 
-print()
-targets = {"local": [], "dense": []}
-for target, histories in targets.items():
-    for seed in range(num_seeds):
-        histories.append(learn_paths(target, seed))
+print("\nparallel paths: share of the weights in use, and prior variance")
+paths = {}
+for target in ("local", "dense"):
+    found = [
+        torch.stack([learn_paths(target, n, seed) for n in num_images])
+        for seed in range(num_seeds)
+    ]
+    paths[target] = torch.stack(found)  # seeds x sizes x 4
+    for k, n in enumerate(num_images):
+        for path, name in enumerate(("dense", "convolution")):
+            values = paths[target][:, k, path::2].tolist()
+            shown = ", ".join(f"{share:.2f} ({s:.0e})" for share, s in values)
+            print(f"  {target} target, {n:2} images, {name:11}: {shown}")
 
 # %% Save
 pyplot.rcParams.update(
@@ -325,25 +308,25 @@ for ax, (problem, (names, table, taus)) in zip(axes[0], results.items(), strict=
     ax.legend(frameon=False, fontsize=8, loc="lower right")
 for ax in axes[0, len(results) :]:
     ax.set_axis_off()
-for ax, (target, histories) in zip(axes[1], targets.items(), strict=False):
+for ax, (target, found) in zip(axes[1], paths.items(), strict=False):
     for path, (name, color) in enumerate({"dense": 1, "convolution": 0}.items()):
-        for seed, history in enumerate(histories):
+        for seed, variances in enumerate(found[..., 2 + path]):
             ax.plot(
-                range(1, rounds + 1),
-                history[:, path],
+                num_images,
+                variances,
                 color=COLORS[color],
-                linewidth=1.6,
+                linewidth=1.4,
                 marker="o",
                 markersize=4,
                 label=f"{name} path" if seed == 0 else None,
             )
-    ax.set(xlabel="round of training and evidence", ylabel="effective dimension")
-    ax.set_yscale("symlog", linthresh=1.0)
-    ax.set_ylim(-0.1, 120)
-    ax.set_xticks(range(1, rounds + 1))
+    ax.set(xlabel="training images", ylabel="prior variance")
+    ax.set(ylim=(1e-11, 1e2), xscale="log", yscale="log")
+    ax.set_xticks(num_images, num_images)
+    ax.minorticks_off()
     title = f"Parallel paths, {target} target"
     ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
 ax = axes[1, 2]
 for j, (what, marker) in enumerate({"evidence": "o", "validation rows": "s"}.items()):
     for k, (_, _, taus) in enumerate(results.values()):
