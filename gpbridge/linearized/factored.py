@@ -74,7 +74,7 @@ class FactoredCurvature:
     @property
     def trace(self) -> Tensor:
         """Trace of M with every channel weight one."""
-        return sum(values.sum() for values in self.eigenvalues)
+        return torch.stack([values.sum() for values in self.eigenvalues]).sum()
 
     def scaled_eigenvalues(
         self, prior_variance: Tensor, weights: Tensor
@@ -229,17 +229,6 @@ class FactoredStrategy:
             shape = (num_samples, block.o, block.i)
             self._put(result, k, standard_normal(shape, generator, like))
         return result
-
-    def inverse(self, columns: Tensor) -> Tensor:
-        """Product of the posterior covariance with ``p x k``."""
-        result, moved = torch.empty_like(columns.mT), columns.mT
-        for k, block in enumerate(self.curvature.blocks):
-            left, right = self.curvature.bases[k]
-            part = block.take(moved)
-            part = part if right is None else part @ right
-            part = part if left is None else left.mT @ part
-            self._put(result, k, part * self.variances[k].sqrt())
-        return result.mT
 
     def _put(self, flat: Tensor, k: int, whitened: Tensor) -> None:
         """Scale by the root of the variances, rotate back, write in place."""

@@ -241,7 +241,3 @@ class LowRankStrategy:
         Q, shrunk = self.vectors, (1 + self.eigenvalues).rsqrt() - 1
         normal = standard_normal((num_samples, len(Q)), generator, Q)
         return normal + (normal @ Q) * shrunk @ Q.mT
-
-    def inverse(self, columns: Tensor) -> Tensor:
-        """Product of the posterior covariance with ``p x k``."""
-        return columns - self.root @ (self.root.mT @ columns)

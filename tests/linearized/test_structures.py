@@ -5,13 +5,13 @@ import torch
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
 )
 from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.linearized import Diagonal, Exact, Kronecker, LowRank
 from gpbridge.linearized.curvature_sums import kronecker_sums
+from gpbridge.linearized.predictive import probabilities
 from gpbridge.linearized.structured_problem import StructuredProblem
 from gpbridge.linearized.weight_blocks import BlockJacobian
 from gpbridge.selection import fit_evidence
@@ -233,8 +233,6 @@ def test_moments_products_and_draws_are_those_of_the_dense_matrix(inference, gro
     )
     torch.testing.assert_close(seen.blocks, blocks, **EXACT)
     torch.testing.assert_close(strategy.cross_weights(seen), rows @ inverse, **EXACT)
-    eye = torch.eye(len(inverse)).double()
-    torch.testing.assert_close(strategy.inverse(eye), inverse, **EXACT)
     draws = strategy.draw_weights(20_000, torch.Generator().manual_seed(0))
     assert relative(draws.mT @ draws / len(draws) - inverse, inverse) < 0.1
 
@@ -387,14 +385,26 @@ def test_fit_evidence_climbs_for_every_structure():
         assert after.value.item() == pytest.approx(model.log_evidence().item())
 
 
-def test_calibration_by_a_structure_predicts_like_its_own_posterior():
-    model = classifier(Kronecker(), n=60)
+@quiet
+@every_structure
+def test_calibration_predicts_by_the_structures_posterior_at_the_prior_it_chose(
+    inference,
+):
+    model = classifier(inference, n=60)
     X_val = points(60, seed=11)
     labels = (X_val[:, 0] > 0).long() + (X_val[:, 1] > 0).long()
-    model.calibrate(X_val, labels)
-    assert model.calibration is not None
-    probabilities = model.predict(X_val).probs
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(60).double())
+    found = model.calibrate(X_val, labels)
+    assert found is not None and model.prior_variance.item() == pytest.approx(
+        found.prior_variance
+    )
+    X = points(4, seed=9)
+    rows = model._conditioned().features(X).rows().unflatten(0, (4, 3))
+    blocks = rows @ dense_posterior(model) @ rows.mT
+    logits = model.functional(X)
+    expected = probabilities(
+        model.likelihood, logits, blocks, found.link, found.temperature
+    )
+    torch.testing.assert_close(model.predict(X).probs, expected, **EXACT)
 
 
 # -- refusals -----------------------------------------------------------------------
@@ -436,7 +446,3 @@ def test_noise_that_is_fixed_per_point_and_float32_have_structures():
     exact = LinearizedGP(tanh_net(1).float(), X, Y, likelihood)
     got, want = posterior.variance, exact.posterior(X).variance
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)
-
-
-def test_default_likelihood_of_labels_is_a_softmax_for_structures_too():
-    assert isinstance(classifier(Diagonal()).likelihood, SoftmaxLikelihood)
