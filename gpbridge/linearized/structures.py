@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from gpbridge.checks import check_choice, check_positive
+from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.types import Solver
 
@@ -58,7 +58,8 @@ class Structure:
         check_choice(
             "jacobian_dtype", self.jacobian_dtype, (None, torch.float32, torch.float64)
         )
-        check_positive(num_samples=self.num_samples, memory_budget=self.memory_budget)
+        check_count(num_samples=self.num_samples)
+        check_positive(memory_budget=self.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -124,4 +125,4 @@ class LowRank(Structure):
         """Check the options."""
         super().__post_init__()
         check_choice("method", self.method, ("randomised", "lanczos"))
-        check_positive(rank=self.rank, num_iterations=self.num_iterations)
+        check_count(rank=self.rank, num_iterations=self.num_iterations)

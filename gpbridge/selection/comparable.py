@@ -168,9 +168,10 @@ def _check_same_targets(pair: str, a: Tensor, b: Tensor) -> None:
     slope = float(b.std(correction=0)) / scale
     shift = float(b.mean() - slope * a.mean())
     if slope and float((slope * a + shift - b).abs().max()) <= 1e-4 * slope * scale:
+        added = f" plus {shift:.4g}" if abs(shift) > 1e-9 * scale else ""
         raise ValueError(
             f"{pair}: the targets of the second are {slope:.4g} times those of the "
-            f"first plus {shift:.4g}, which moves its evidence by "
+            f"first{added}, which moves its evidence by "
             f"{-len(a) * math.log(slope):+.4g} nats. Give both the same targets and "
             "scale by outcome_transform, which is accounted for."
         )

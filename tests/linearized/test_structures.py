@@ -424,7 +424,8 @@ def test_factors_beyond_the_budget_name_the_layer_and_what_takes_it():
     [
         (lambda: Kronecker("both"), "sharing must be"),
         (lambda: Diagonal(curvature="hessian"), "curvature must be"),
-        (lambda: LowRank(0), "rank must be positive"),
+        (lambda: LowRank(0), "rank must be a whole number above zero, but is 0"),
+        (lambda: LowRank(2.5), "rank must be a whole number above zero, but is 2.5"),
         (lambda: LowRank(method="power"), "method must be"),
         (lambda: Kronecker(curvature="monte_carlo", num_samples=0), "num_samples"),
     ],
