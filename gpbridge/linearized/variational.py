@@ -104,7 +104,7 @@ def check_refinable(likelihood: Likelihood, mean: str, inference: object) -> Non
         )
     if not isinstance(inference, Exact) or inference.space == "matrix_free":
         raise NotImplementedError(
-            f"refine needs a dense factor, but inference is {type(inference).__name__}. "
+            f"refine needs a dense factor, inference is {type(inference).__name__}. "
             "Build it with inference=Exact(), perhaps with fewer random weights, as by "
             "parameters='last_layer'."
         )
