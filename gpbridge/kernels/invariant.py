@@ -8,10 +8,9 @@ covariance between the two. Next: ``convolutional`` takes patches as the orbit.
 from __future__ import annotations
 
 import torch
-from botorch.sampling.pathwise.features.maps import FeatureMap
 from gpytorch.kernels import Kernel
 from linear_operator.operators import LinearOperator
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
 from gpbridge.checks import (
@@ -30,12 +29,13 @@ from gpbridge.kernels.compositions import (
 from gpbridge.kernels.exact_features import has_exact_features, is_isotropic
 from gpbridge.kernels.feature_gram import feature_gram
 from gpbridge.kernels.orbit_blocks import (
-    block_size,
+    block_sizes,
     entries_needed,
     in_blocks,
     orbit_diagonal,
     orbit_mean,
 )
+from gpbridge.kernels.orbit_features import OrbitFeatureMap, average_features
 
 MODES = ("auto", "double", "features", "difference")
 
@@ -187,30 +187,11 @@ class InvariantKernel(Kernel):
         Raises:
             MemoryError: If they need more than the budget.
         """
-        augmentation = self.augmentation
-        width = augmentation.output_width(x.shape[-1])
+        width = self.augmentation.output_width(x.shape[-1])
         feature_map = draw_feature_map(self.base_kernel, width, 0)
-        return self.average_features(feature_map, x)
-
-    def average_features(self, feature_map: FeatureMap, x: Tensor) -> Tensor:
-        """Average a map of transformed inputs over the orbits of inputs."""
-        augmentation, s = self.augmentation, self.augmentation.num_samples
-        columns = feature_map.num_outputs
-        batch = torch.broadcast_shapes(x.shape[:-2], feature_map.batch_shape)
-        check_memory(
-            f"The {columns} averaged features of {x.shape[-2]} points",
-            x.dtype.itemsize * batch.numel() * (x.shape[-2] + s) * columns,
-            self.memory_budget,
-            "Choose mode='double', fewer features, or a larger memory_budget.",
+        return average_features(
+            feature_map, self.augmentation, x, self.chunk_size, self.memory_budget
         )
-
-        def block(points: Tensor) -> Tensor:
-            orbits = augmentation(points)
-            features = feature_map(orbits.flatten(-3, -2))
-            return augmentation.average(features.unflatten(-2, orbits.shape[-3:-1]))
-
-        size = block_size(s * columns, batch, self.chunk_size)
-        return in_blocks(block, (x,), size, dim=-2)
 
     def base_cross(self, Z: Tensor, x: Tensor) -> Tensor:
         r"""Cross covariance of g and f, :math:`\frac1s \sum_a w_a\, k_g(z, T_a x)`.
@@ -244,7 +225,7 @@ class InvariantKernel(Kernel):
                 self.base_kernel, Z[..., None, :], orbits, one, weights, m
             )
 
-        size = block_size(u * m * s * m, batch, self.chunk_size)
+        size, _ = block_sizes(s * m * m * batch.numel(), u, self.chunk_size)
         return in_blocks(block, (x,), size, dim=-1)
 
     def resolved_mode(self, x: Tensor) -> str:
@@ -299,16 +280,23 @@ class InvariantKernel(Kernel):
         s1, s2 = (s, s) if law is None else (1, len(law.weights))
         self._check_memory(batch, (n1, n2), (s1, s2), m, x1)
         rows, columns, v, w = self._sides(x2, law)
-        others = columns(x2)
+        pair = s1 * s2 * m**2 * batch.numel()
+        size, across = block_sizes(pair, n2, self.chunk_size)
 
-        def block(points: Tensor) -> Tensor:
-            # The same tensor tells the base kernel that its inputs are the same.
-            whole = same and points is x1 and law is None
-            left = others if whole else rows(points)
-            return orbit_mean(self.base_kernel, left, others, v, w, m)
+        def against(part: Tensor) -> Tensor:
+            others = columns(part)
 
-        size = block_size(s1 * m * n2 * s2 * m, batch, self.chunk_size)
-        return in_blocks(block, (x1,), size, dim=-2)
+            def block(points: Tensor) -> Tensor:
+                # One tensor for both tells the base kernel that its inputs are one.
+                whole = same and points is x1 and part is x2 and law is None
+                left = others if whole else rows(points)
+                return orbit_mean(self.base_kernel, left, others, v, w, m)
+
+            return in_blocks(block, (x1,), size, dim=-2)
+
+        if across >= n2:
+            return against(x2)
+        return torch.cat([against(part) for part in x2.split(across, -2)], -1)
 
     def _diagonal(
         self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
@@ -322,7 +310,8 @@ class InvariantKernel(Kernel):
             return orbit_diagonal(self.base_kernel, left, right, v, w, m)
 
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], self.batch_shape)
-        size = block_size(len(v) * len(w) * m**2, batch, self.chunk_size)
+        pair = len(v) * len(w) * m**2 * batch.numel()
+        size, _ = block_sizes(pair, 1, self.chunk_size)
         return in_blocks(block, (x1, x2), size, dim=-1)
 
     def _sides(self, like: Tensor, law: DifferenceLaw | None):
@@ -394,32 +383,14 @@ class InvariantKernel(Kernel):
             )
 
 
-class _OrbitFeatureMap(FeatureMap):
-    # Averages a map of the base kernel, exact or of random frequencies.
-    def __init__(self, kernel: InvariantKernel, feature_map: FeatureMap) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.feature_map = feature_map
-        self.num_outputs = feature_map.num_outputs
-        self.input_transform = nn.Identity()
-        self.output_transform = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernel.average_features(self.feature_map, self.kernel._select(x))
-
-    @property
-    def batch_shape(self) -> Size:
-        return self.feature_map.batch_shape
-
-
 @draw_feature_map.register
 def _draw_orbit(
     kernel: InvariantKernel, num_inputs: int, num_features: int, generator=None
-) -> _OrbitFeatureMap:
+) -> OrbitFeatureMap:
     width = num_inputs if kernel.active_dims is None else len(kernel.active_dims)
     width = kernel.augmentation.output_width(width)
     base = draw_feature_map(kernel.base_kernel, width, num_features, generator)
-    return _OrbitFeatureMap(kernel, base)
+    return OrbitFeatureMap(kernel, base)
 
 
 register_with_botorch(InvariantKernel)

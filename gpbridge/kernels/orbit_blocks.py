@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from gpytorch.kernels import Kernel
-from torch import Size, Tensor
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_ENTRIES = 2**24  # kernel entries formed at a time; 128 MiB in float64
@@ -115,11 +115,23 @@ def in_blocks(
     return torch.cat(results, dim)
 
 
-def block_size(entries_per_point: int, batch: Size, chosen: int | None) -> int:
-    """Points of a block: as chosen, or what fits into ``BLOCK_ENTRIES``."""
-    if chosen is not None:
-        return chosen
-    return max(1, BLOCK_ENTRIES // max(1, entries_per_point * batch.numel()))
+def block_sizes(
+    entries_per_pair: int, num_columns: int, chosen: int | None
+) -> tuple[int, int]:
+    """Points of the rows and of the columns of a block.
+
+    Args:
+        entries_per_pair: Entries of the base kernel for one pair of points.
+        num_columns: The number n' of points along the columns.
+        chosen: Points along the rows, None for what fits into ``BLOCK_ENTRIES``.
+
+    Returns:
+        Both, at least one.
+    """
+    room = BLOCK_ENTRIES // max(1, entries_per_pair)
+    if chosen is None:
+        chosen = max(1, room // max(1, num_columns))
+    return chosen, min(max(1, num_columns), max(1, room // chosen))
 
 
 def entries_needed(
@@ -129,18 +141,20 @@ def entries_needed(
     width: int,
     chosen: int | None,
 ) -> int:
-    """Numbers held at a time for one matrix: orbits, the smallest block, the result.
+    """Numbers held at a time for one matrix: orbits, one block twice, the result.
 
     Args:
         points: n and n'.
         orbits: s and s'.
         num_outputs: The number m of outputs.
         width: Columns of an orbit.
-        chosen: Points of a block, None for one.
+        chosen: Points along the rows of a block, see :func:`block_sizes`.
 
     Returns:
         How many.
     """
     (n1, n2), (s1, s2), m = points, orbits, num_outputs
-    block = min(chosen or 1, n1) * s1 * m * n2 * s2 * m
+    pair = s1 * s2 * m**2
+    rows, columns = block_sizes(pair, n2, chosen)
+    block = min(rows, n1) * min(columns, n2) * pair
     return n2 * s2 * width + 2 * block + n1 * n2 * m**2
