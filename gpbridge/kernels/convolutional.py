@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 from torch.nn import functional
@@ -16,7 +17,7 @@ from gpbridge.augmentation.base import DifferenceLaw
 from gpbridge.augmentation.patches import PatchAugmentation
 from gpbridge.kernels.compositions import register_with_botorch
 from gpbridge.kernels.invariant import InvariantKernel
-from gpbridge.kernels.orbit_blocks import block_size, in_blocks
+from gpbridge.kernels.orbit_blocks import block_sizes, in_blocks
 
 
 class PatchKernel(Kernel):
@@ -162,7 +163,7 @@ class ConvolutionalKernel(InvariantKernel):
         def block(images: Tensor) -> Tensor:
             return (self._patch_matrix(Z, images) @ weights).mT
 
-        size = block_size(u * P, x.shape[:-2], self.chunk_size)
+        size, _ = block_sizes(P, u, self.chunk_size)
         return in_blocks(block, (x,), size, dim=-1)
 
     def _matrix(
@@ -174,13 +175,17 @@ class ConvolutionalKernel(InvariantKernel):
         self._check_memory(x1.shape[:-2], (len(x1), len(x2)), (P, P), 1, x1)
         weights = patches.coefficients(x1)
 
-        def block(images: Tensor) -> Tensor:
-            filters = patches(images).flatten(0, 1)
-            K = self._patch_matrix(filters, x2) @ weights  # n' x (b P)
-            return (K.unflatten(-1, (len(images), P)) @ weights).mT
+        size, across = block_sizes(P * P, len(x2), self.chunk_size)
 
-        size = block_size(P * len(x2) * P, x1.shape[:-2], self.chunk_size)
-        return in_blocks(block, (x1,), size, dim=-2)
+        def against(part: Tensor) -> Tensor:
+            def block(images: Tensor) -> Tensor:
+                filters = patches(images).flatten(0, 1)
+                K = self._patch_matrix(filters, part) @ weights  # n' x (b P)
+                return (K.unflatten(-1, (len(images), P)) @ weights).mT
+
+            return in_blocks(block, (x1,), size, dim=-2)
+
+        return torch.cat([against(part) for part in x2.split(across)], -1)
 
     def _convolves(self, x1: Tensor, x2: Tensor) -> bool:
         """Whether distances are taken by convolution: RBF, and no batches."""
@@ -194,10 +199,8 @@ class ConvolutionalKernel(InvariantKernel):
     def _patch_matrix(self, Z: Tensor, x: Tensor) -> Tensor:
         """The base kernel between ``u`` patches and those of images, ``n x u x P``."""
         patches = self.augmentation
-        images, window = (
-            patches.images(x),
-            (patches.image_shape[0], *patches.patch_shape),
-        )
+        images = patches.images(x)
+        window = (patches.image_shape[0], *patches.patch_shape)
         Z, places = Z[:, : patches.patch_width], Z[:, patches.patch_width :]
         # Distances do not change with a common shift, their rounding errors do.
         shift = images.detach().mean()
