@@ -56,6 +56,15 @@ class PatchKernel(Kernel):
         yield "base_kernel", self.base_kernel
         yield "location_kernel", self.location_kernel
 
+    def __getitem__(self, index) -> PatchKernel:
+        chosen = super().__getitem__(index)
+        if chosen is not self:
+            # Upstream never shortens the batch shape of a kernel without parameters.
+            chosen.batch_shape = torch.broadcast_shapes(
+                chosen.base_kernel.batch_shape, chosen.location_kernel.batch_shape
+            )
+        return chosen
+
 
 class ConvolutionalKernel(InvariantKernel):
     r"""Covariance of a weighted mean of one function over the patches of an image.
