@@ -77,7 +77,7 @@ class TestChunkedContract(BaseKernelTestCase, unittest.TestCase):
         turns = Rotation2d(3, init=1.0, columns=(0, 1))
         batch_shape = batch_shape or torch.Size()
         kernel = contract_kernel(
-            turns, batch_shape, mode="double", chunk_size=2, **kwargs
+            turns, batch_shape, mode="double", chunk_size=20, **kwargs
         )
         return ScaleKernel(kernel, batch_shape=batch_shape)
 
