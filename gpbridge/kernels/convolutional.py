@@ -17,7 +17,11 @@ from gpbridge.augmentation.base import DifferenceLaw
 from gpbridge.augmentation.patches import PatchAugmentation
 from gpbridge.kernels.compositions import register_with_botorch
 from gpbridge.kernels.invariant import InvariantKernel
-from gpbridge.kernels.orbit_blocks import in_blocks
+from gpbridge.kernels.orbit_blocks import (
+    exponential_of_distances,
+    in_blocks,
+    symmetric_in_blocks,
+)
 
 
 class PatchKernel(Kernel):
@@ -188,13 +192,18 @@ class ConvolutionalKernel(InvariantKernel):
 
         size, across = self._block(P * P, len(x2), x1)
 
-        def against(part: Tensor) -> Tensor:
-            def block(images: Tensor) -> Tensor:
-                filters = patches(images).flatten(0, 1)
-                K = self._patch_matrix(filters, part) @ weights  # n' x (b P)
-                return (K.unflatten(-1, (len(images), P)) @ weights).mT
+        def block(images: Tensor, others: Tensor) -> Tensor:
+            filters = patches(images).flatten(0, 1)
+            K = self._patch_matrix(filters, others) @ weights  # n' x (b P)
+            return (K.unflatten(-1, (len(images), P)) @ weights).mT
 
-            return in_blocks(block, (x1,), size, dim=-2)
+        if same and across >= len(x2) > 0:
+            return symmetric_in_blocks(
+                lambda start, stop: block(x1[start:stop], x1[start:]), len(x1), size, 1
+            )
+
+        def against(part: Tensor) -> Tensor:
+            return in_blocks(lambda images: block(images, part), (x1,), size, dim=-2)
 
         return torch.cat([against(part) for part in x2.split(across)], -1)
 
@@ -220,20 +229,11 @@ class ConvolutionalKernel(InvariantKernel):
             images - shift, patches.patch_shape, stride=patches.stride
         )
         windows = windows * scale.mT
-        # One product holds -|z - x|^2 / 2; passes over the matrix are what costs.
-        left = torch.cat([Z, _half_norm(Z, -1), torch.ones_like(Z[:, :1])], -1)
-        ones = torch.ones_like(windows[:, :1])
-        right = torch.cat([windows, ones, _half_norm(windows, -2)], -2)
-        K = (left @ right).exp_()
+        K = exponential_of_distances(Z, windows)
         if patches.locations:
             location_kernel = self.base_kernel.location_kernel
             K = K * location_kernel(places, patches.places.to(x)).to_dense()
         return K
-
-
-def _half_norm(x: Tensor, dim: int) -> Tensor:
-    """Minus half the squared norms."""
-    return -0.5 * x.square().sum(dim, keepdim=True)
 
 
 register_with_botorch(ConvolutionalKernel)

@@ -34,6 +34,7 @@ from gpbridge.kernels.orbit_blocks import (
     in_blocks,
     orbit_diagonal,
     orbit_mean,
+    symmetric_in_blocks,
 )
 from gpbridge.kernels.orbit_features import OrbitFeatureMap, average_features
 
@@ -283,15 +284,20 @@ class InvariantKernel(Kernel):
         rows, columns, v, w = self._sides(x2, law)
         pair = s1 * s2 * m**2 * batch.numel()
         size, across = self._block(pair, n2, x1)
+        if same and law is None and across >= n2 > 0:
+            orbits = columns(x2)
+
+            def upper(start: int, stop: int) -> Tensor:
+                left, right = orbits[..., start:stop, :, :], orbits[..., start:, :, :]
+                return orbit_mean(self.base_kernel, left, right, v, w, m)
+
+            return symmetric_in_blocks(upper, n1, size, m)
 
         def against(part: Tensor) -> Tensor:
             others = columns(part)
 
             def block(points: Tensor) -> Tensor:
-                # One tensor for both tells the base kernel that its inputs are one.
-                whole = same and points is x1 and part is x2 and law is None
-                left = others if whole else rows(points)
-                return orbit_mean(self.base_kernel, left, others, v, w, m)
+                return orbit_mean(self.base_kernel, rows(points), others, v, w, m)
 
             return in_blocks(block, (x1,), size, dim=-2)
 
