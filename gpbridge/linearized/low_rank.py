@@ -8,7 +8,7 @@ out is treated as if the data said nothing about it: variances are too large, ne
 small, the log determinant too small. The captured share of the trace says by how much.
 
 In: products with M, or eigenvectors. Out: :class:`LowRankCurvature`, and the posterior
-that it gives at a prior. Next: ``structured`` makes them from data.
+that it gives at a prior. Next: ``structured_problem`` makes them from data.
 
 References:
     Halko, Martinsson, Tropp, Finding structure with randomness: probabilistic
@@ -28,7 +28,7 @@ from linear_operator.utils.lanczos import lanczos_tridiag
 from torch import Tensor
 
 from gpbridge.features import TangentFeatures
-from gpbridge.prediction import Projection
+from gpbridge.prediction import Projection, nothing_cancels
 from gpbridge.randomness import standard_normal
 
 _OVERSAMPLING = 10  # columns beyond the rank that is asked for
@@ -100,7 +100,7 @@ def lanczos_eigenpairs(
 ) -> Eigenpairs:
     """Leading eigenpairs by Lanczos with full reorthogonalisation.
 
-    Costs ``num_steps`` products with one column; the trace one with ten more. Of an
+    Costs ``num_steps + 1`` products with one column; the trace one with ten more. Of an
     eigenvalue that is repeated, one start vector finds one eigenvector only.
 
     Args:
@@ -115,11 +115,15 @@ def lanczos_eigenpairs(
         The pairs, largest first.
     """
     start = standard_normal((size, 1), generator, like)
+    # The iteration ends below an absolute threshold: it sees a matrix of size one.
+    unit = product(start).norm() / start.norm()
+    unit = torch.where(unit > 0, unit, 1.0)
     Q, T = lanczos_tridiag(
-        product, min(num_steps, size), like.dtype, like.device, (size, size),
-        init_vecs=start,
+        lambda columns: product(columns) / unit, min(num_steps, size), like.dtype,
+        like.device, (size, size), init_vecs=start,
     )  # fmt: skip
     values, vectors = torch.linalg.eigh(T.double())
+    values = unit * values
     keep = torch.arange(len(values) - 1, max(len(values) - 1 - rank, -1), -1)
     trace = values.clamp_min(0.0).sum() + _trace_outside(product, Q, generator)
     return Eigenpairs(values[keep].clamp_min(0.0), Q @ vectors[:, keep], trace)
@@ -210,7 +214,16 @@ class LowRankStrategy:
         self.root = vectors * (eigenvalues / (1 + eigenvalues)).sqrt()  # H^-1 = I - VV'
 
     def project(self, features: TangentFeatures) -> Projection:
-        """See test points through the data."""
+        """See test points through the data; in float64 where float32 would cancel."""
+        projection = self._difference(features)
+        dtype, prior = features.value.dtype, features.blocks()
+        if dtype == torch.float64 or nothing_cancels(
+            projection.blocks.detach(), prior.detach(), dtype
+        ):
+            return projection
+        return self._difference(features.to(torch.float64))
+
+    def _difference(self, features: TangentFeatures) -> Projection:
         V = features.matmul(self.root.to(features.value)).double()
         blocks = features.blocks().double() - V @ V.mT
         return Projection(features, V.flatten(-3, -2), False, blocks)
@@ -221,9 +234,17 @@ class LowRankStrategy:
 
     def covariance(self, left: Projection, right: Projection | None = None) -> Tensor:
         """Posterior covariance between the outputs of two sets of points."""
-        other = left if right is None else right
-        gram = left.features.gram(None if right is None else right.features)
+        both = [left] if right is None else [left, right]
+        if any(side.features.value.dtype == torch.float64 for side in both):
+            both = [self._in_double(side) for side in both]
+        left, other = both[0], both[-1]
+        gram = left.features.gram(None if right is None else other.features)
         return gram.double() - left.factor @ other.factor.mT
+
+    def _in_double(self, side: Projection) -> Projection:
+        if side.features.value.dtype == torch.float64:
+            return side
+        return self._difference(side.features.to(torch.float64))
 
     def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
         """None: a difference wants the precision that there is."""

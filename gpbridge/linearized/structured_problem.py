@@ -22,7 +22,8 @@ from gpbridge.data_features import DataFeatures, PrecisionOperator
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import is_gaussian
+from gpbridge.likelihoods import hessian_root, is_gaussian
+from gpbridge.linearized.curvature_tensors import Curvature
 from gpbridge.linearized.data_curvature import (
     CHUNK_BYTES,
     curvature_roots,
@@ -47,8 +48,6 @@ from gpbridge.linearized.structured_weights import (
 from gpbridge.linearized.structures import LowRank, Structure
 from gpbridge.linearized.weight_blocks import WeightBlock, weight_blocks
 
-Curvature = FactoredCurvature | LowRankCurvature
-
 _CAPTURED = 0.9  # share of the trace below which a low rank warns
 _DENSE = 1000  # weights up to which a mean is solved for by a factor
 _MEAN_ERROR = 1e-3  # of the posterior mean, in posterior standard deviations
@@ -70,6 +69,7 @@ class StructuredProblem:
 
     _curvature: tuple[Tensor, Curvature] | None = None
     _curvature_key: str | None = None  # filled by curvature_state
+    _total: tuple[Curvature, Tensor, Curvature] | None = None  # with the previous
     recall: Callable[[Tensor], Curvature | None] | None = None  # one that was saved
 
     @property
@@ -98,7 +98,7 @@ class StructuredProblem:
         """Inverse noise variance of each output, or one; differentiable."""
         if not self.has_channels:
             return self.outputs.new_ones(1)
-        return self.root()[0].diagonal().square()
+        return hessian_root(self.likelihood, self.outputs[:1])[0].diagonal().square()
 
     def structured_strategy(
         self, prior_variance: Tensor
@@ -111,10 +111,18 @@ class StructuredProblem:
 
     def total_curvature(self) -> Curvature:
         """Curvature at the present noise, with that of the previous data, if any."""
-        own = combine_channels(self.curvature, self.channel_weights().detach())
+        own, weights = self.curvature, self.channel_weights().detach()
         if self.previous is None:
-            return own
-        return add_curvatures(self.previous.curvature, own)
+            return combine_channels(own, weights)
+        kept = self._total
+        if kept is None or kept[0] is not own or not torch.equal(kept[1], weights):
+            before = self.previous.curvature
+            if isinstance(own, LowRankCurvature):
+                ranks = own.vectors.shape[1] + before.vectors.shape[1]
+                self._check_vectors(ranks)
+            total = add_curvatures(before, combine_channels(own, weights))
+            self._total = own, weights, total
+        return self._total[2]
 
     def continued_mean(self, prior_variance: Tensor) -> Tensor:
         r"""Posterior mean of the weights from the previous posterior, ``p``.
@@ -138,20 +146,28 @@ class StructuredProblem:
         solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
         return std * solution.value[:, 0]
 
-    def solve_mean(self, prior_variance: Tensor, whitened: Tensor) -> Tensor:
+    def solve_mean(
+        self, prior_variance: Tensor, whitened: Tensor, initial: Tensor | None = None
+    ) -> Tensor:
         r"""Scaled weights :math:`S^{1/2} J^\top R A^{-1} v` by products, ``p``."""
         std = self.flat_prior_std(prior_variance)
         operator = PrecisionOperator(self.root().detach(), std, self.data)
         rhs = operator.to_weights(whitened[..., None])
         limit = rhs.new_tensor(_MEAN_ERROR)
-        solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
+        initial = None if initial is None else initial[:, None]
+        solution = solve_within(
+            self.inference.solver, operator, rhs, lambda _: limit, initial
+        )
         return solution.value[:, 0]
 
     @cached_property
     def derivatives_per_point(self) -> int:
         """Numbers that the derivatives of one point take at work."""
         features = self._features(self.X[:2])
-        return numbers_at_work(features, self._blocks(features), self._sizes())
+        columns = self.outputs.shape[1]
+        if not self.has_channels and self.inference.curvature == "monte_carlo":
+            columns = self.inference.num_samples
+        return numbers_at_work(features, self._blocks(features), self._sizes(), columns)
 
     # -- sums over the data -----------------------------------------------------------
 
@@ -166,7 +182,14 @@ class StructuredProblem:
         """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""
         if self.has_channels:
             return unit_roots(self.outputs)
-        options = self.inference
+        options, (n, m) = self.inference, self.outputs.shape
+        if options.curvature == "monte_carlo":
+            check_memory(
+                f"{options.num_samples} draws for each of {n} points with {m} outputs",
+                8.0 * n * m * options.num_samples,
+                options.memory_budget,
+                "Choose a smaller num_samples, or curvature='ggn'.",
+            )
         generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
         return curvature_roots(
             self.likelihood, self.outputs, self.Y, options, generator
@@ -202,24 +225,23 @@ class StructuredProblem:
             self._blocks(self._features(self.X[:1])),
             self.inference,
             channels,
+            self.has_channels,
+        )
+
+    def _check_vectors(self, rank: int, spare: int = 0) -> None:
+        check_memory(
+            f"The eigenvectors of rank {rank} for {self.num_params} random weights",
+            8.0 * self.num_params * (rank + spare) * 3,
+            self.inference.memory_budget,
+            "Choose a smaller rank, LowRank(rank=...), fewer random weights "
+            "(parameters=...), or Diagonal().",
         )
 
     def _low_rank(self, root: Tensor) -> LowRankCurvature:
         options, p = self.inference, self.num_params
-        needed = 8.0 * p * (options.rank + 20) * 3
-        check_memory(
-            f"The eigenvectors of rank {options.rank} for {p} random weights",
-            needed,
-            options.memory_budget,
-            "Choose a smaller rank, LowRank(rank=...), fewer random weights "
-            "(parameters=...), or Diagonal().",
-        )
+        self._check_vectors(options.rank, spare=20)
         data, scale = self.data, self.unit_scale()
-
-        def product(columns: Tensor) -> Tensor:
-            seen = root.mT @ data.matmul(scale[:, None] * columns)
-            return scale[:, None] * data.t_matmul(root @ seen)
-
+        product = PrecisionOperator(root, scale, data).curved
         generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
         like = self.outputs.new_zeros(())
         if options.method == "lanczos":
@@ -260,6 +282,6 @@ class _ContinuedPrecision(PrecisionOperator):
         super().__init__(root, std, data)
         self.before = before
 
-    def _curved(self, rhs: Tensor) -> Tensor:
+    def curved(self, rhs: Tensor) -> Tensor:
         std = self.std[:, None]
-        return super()._curved(rhs) + std * curvature_product(self.before, std * rhs)
+        return super().curved(rhs) + std * curvature_product(self.before, std * rhs)
