@@ -19,7 +19,7 @@ from gpbridge.linearized.weight_blocks import WeightBlock
 
 Curvature = FactoredCurvature | LowRankCurvature
 
-_LOW_RANK = ("vectors", "core", "trace", "groups")
+_LOW_RANK = ("vectors", "core", "traces", "groups")
 
 
 def curvature_tensors(curvature: Curvature, **more: Any) -> dict[str, Tensor]:
@@ -31,6 +31,7 @@ def curvature_tensors(curvature: Curvature, **more: Any) -> dict[str, Tensor]:
     """
     if isinstance(curvature, LowRankCurvature):
         packed = {name: getattr(curvature, name) for name in _LOW_RANK}
+        more = dict(more) | {"rank_bound": curvature.rank_bound}
         return packed | {"meta": text_tensor(more)}
     packed, more = {}, dict(more)
     more["lower_bound"] = curvature.is_lower_bound
@@ -53,7 +54,8 @@ def curvature_of_tensors(
     """
     meta = read_text(packed["meta"])
     if "blocks" not in meta:
-        return LowRankCurvature(*(packed[name] for name in _LOW_RANK))
+        tensors = (packed[name] for name in _LOW_RANK)
+        return LowRankCurvature(*tensors, meta["rank_bound"])
     blocks = [
         WeightBlock(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()})
         for b in meta["blocks"]

@@ -21,6 +21,7 @@ from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
 
 from gpbridge.likelihoods import is_gaussian
+from gpbridge.linearized.low_rank import LowRankCurvature
 from gpbridge.linearized.mode import Mode, find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.linearized.structures import Structure
@@ -89,7 +90,9 @@ def _structured_evidence(
 ) -> tuple[Evidence, Mode]:
     """The log determinant of the structure, at the optimum of the linear model."""
     curvature, weights = problem.curvature, problem.channel_weights()
-    complexity = 0.5 * curvature.logdet(prior_variance, weights)
+    low_rank = isinstance(curvature, LowRankCurvature)
+    logdet = curvature.logdet_bound if low_rank else curvature.logdet
+    complexity = 0.5 * logdet(prior_variance, weights)
     if is_gaussian(problem.likelihood) and not problem.has_channels:
         complexity = complexity + _NoGradient.apply(problem.root())
     with torch.no_grad():

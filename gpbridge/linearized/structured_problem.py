@@ -106,8 +106,24 @@ class StructuredProblem:
         """Condition the linear model by the structure."""
         variance, weights = prior_variance.detach().double(), self.channel_weights()
         if self.previous is not None:
-            return self.total_curvature().condition(variance, weights.new_ones(1))
-        return self.curvature.condition(variance, weights.detach())
+            curvature, weights = self.total_curvature(), weights.new_ones(1)
+        else:
+            curvature, weights = self.curvature, weights.detach()
+        found = curvature.condition(variance, weights)
+        if isinstance(found, LowRankStrategy) and curvature.rest:
+            self._warn_of_rank(found, curvature)
+        return found
+
+    def _warn_of_rank(self, found: LowRankStrategy, curvature: Curvature) -> None:
+        """Eigenvalues are in units of the prior's precision: below one says little."""
+        smallest = float(found.eigenvalues.min())
+        if smallest > 1 and curvature.captured < 1 - 1e-9:
+            warn_user(
+                f"LowRank(rank={self.inference.rank}): the data determine more "
+                "directions than are kept, the last of which they know "
+                f"{smallest:.3g} times better than the prior. Variances in those left "
+                "out are that much too large. Choose a larger rank, or Kronecker()."
+            )
 
     def total_curvature(self) -> Curvature:
         """Curvature at the present noise, with that of the previous data, if any."""
@@ -212,10 +228,14 @@ class StructuredProblem:
 
     def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
         """Features at unit scale of chunks that fit into memory, with their roots."""
+        for x, r in self._rows_of(root):
+            yield self._features(x), r
+
+    def _rows_of(self, root: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs of such chunks, with their roots."""
         per_point = self.X.element_size() * self.derivatives_per_point
         step = max(1, CHUNK_BYTES // per_point)
-        for x, r in zip(self.X.split(step), root.split(step), strict=True):
-            yield self._features(x), r
+        yield from zip(self.X.split(step), root.split(step), strict=True)
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
         channels = root.shape[-1] if self.has_channels else 1
@@ -250,13 +270,17 @@ class StructuredProblem:
         else:
             rank, rounds = options.rank, options.num_iterations
             found = randomised_eigenpairs(product, p, rank, rounds, generator, like)
-        core = found.values.diag()[None]
+        core, traces = found.values.diag()[None], self._traces(root)
         if self.has_channels and root.shape[-1] > 1:
             seen = data.matmul(scale[:, None] * found.vectors).movedim(1, 0)
             core = seen.mT @ seen  # m x r x r
+        else:
+            traces = traces.sum(0, keepdim=True)
         one = torch.arange(len(self.groups), device=self.outputs.device)
         groups = self.expand(one.double()).long()
-        curvature = LowRankCurvature(found.vectors, core, found.trace, groups)
+        curvature = LowRankCurvature(
+            found.vectors, core, traces, groups, root.shape[0] * root.shape[-1]
+        )
         if curvature.captured < _CAPTURED:
             warn_user(
                 f"LowRank(rank={options.rank}) captures {curvature.captured:.0%} of "
@@ -264,6 +288,18 @@ class StructuredProblem:
                 "directions that are left out. Choose a larger rank, or Kronecker()."
             )
         return curvature
+
+    def _traces(self, root: Tensor) -> Tensor:
+        """Traces of the curvature, ``r x groups``: of each column and each group."""
+        found = []
+        for names in map(set, self.groups):
+            std = {n: s for n, s in self.unit_std.items() if n in names}
+            total = root.new_zeros(root.shape[-1])
+            for x, r in self._rows_of(root):
+                blocks = tangent_features(self.net, x, std, "layers").blocks()
+                total += (r * (blocks.double() @ r)).sum((0, 1))
+            found.append(total)
+        return torch.stack(found, -1)
 
 
 def has_shared_noise(likelihood: Likelihood) -> bool:

@@ -156,9 +156,9 @@ def combine_channels(curvature: Curvature, weights: Tensor) -> Curvature:
     """The same matrix with one channel of weight one."""
     if isinstance(curvature, LowRankCurvature):
         core = torch.tensordot(weights, curvature.core, dims=1)[None]
-        # Of what was left out no more is known than its share.
-        trace = core[0].trace() / max(curvature.captured, 1e-12)
-        return LowRankCurvature(curvature.vectors, core, trace, curvature.groups)
+        traces = (weights @ curvature.traces)[None]
+        groups, bound = curvature.groups, curvature.rank_bound
+        return LowRankCurvature(curvature.vectors, core, traces, groups, bound)
     return FactoredCurvature(
         curvature.sizes,
         curvature.blocks,
@@ -187,8 +187,9 @@ def add_curvatures(first: Curvature, second: Curvature) -> Curvature:
         vectors = torch.cat([first.vectors, second.vectors], -1)
         U, R = torch.linalg.qr(vectors)
         core = R @ torch.block_diag(first.core[0], second.core[0]) @ R.mT
-        trace = first.trace + second.trace
-        return LowRankCurvature(U, core[None], trace, second.groups)
+        traces = first.traces + second.traces
+        bound = first.rank_bound + second.rank_bound
+        return LowRankCurvature(U, core[None], traces, second.groups, bound)
     bases, sums = [], []
     for k, basis in enumerate(second.bases):
         parts = [(c.bases[k], c.eigenvalues[k][0]) for c in (first, second)]

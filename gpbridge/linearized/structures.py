@@ -110,7 +110,9 @@ class Diagonal(Structure):
 class LowRank(Structure):
     r"""The leading eigenvectors of M; directions beyond them keep their prior.
 
-    Warns when little of the trace is captured: the variances are then too large.
+    Warns when little of the trace is captured, and when the data determine directions
+    beyond the rank: the variances are then too large. What is left out counts in the
+    evidence by a bound from its trace: with one prior variance it is a lower bound.
 
     Args:
         rank: The number r of eigenvectors.
