@@ -51,15 +51,6 @@ class Size(NamedTuple):
     restarts: int = 4
 
 
-STYLE = {
-    "font.size": 11,
-    "text.color": plots.INK,
-    "axes.titleweight": "bold",
-    "axes.labelcolor": plots.INK,
-    "axes.edgecolor": "#b8bdc6",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 SMOKE = Size(20, patients=80, images=120, initial=8, steps=1, batch=1, restarts=1)
 
 
@@ -391,7 +382,7 @@ def main():
         "--figures", type=Path, default=Path(__file__).resolve().parent / "figures"
     )
     options = parser.parse_args()
-    pyplot.rcParams.update(STYLE)
+    pyplot.rcParams.update(plots.STYLE | {"font.size": 11, "axes.titleweight": "bold"})
     options.figures.mkdir(parents=True, exist_ok=True)
     size = SMOKE if options.smoke else Size()
     warnings.showwarning = lambda message, *_: print(f"note: {message}")

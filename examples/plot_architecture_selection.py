@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from gpbridge import LinearizedGP
 from gpbridge.data import two_moons
 from gpbridge.dnn import fit_map
-from gpbridge.plots import COLORS, INK
+from gpbridge.plots import COLORS, INK, STYLE
 from gpbridge.selection import fit_evidence, group_dimensions
 
 try:
@@ -269,17 +269,7 @@ for target in ("local", "dense"):
             print(f"  {target} target, {n:2} images, {name:11}: {shown}")
 
 # %% Save
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, axes = pyplot.subplots(2, 3, figsize=(12.5, 7.2), layout="constrained")
 for ax, (problem, (names, table, taus)) in zip(axes[0], results.items(), strict=False):
     labelled = set()

@@ -33,7 +33,7 @@ from gpbridge.data import two_moons
 from gpbridge.dnn import SGHMC
 from gpbridge.functional import FunctionalNet
 from gpbridge.metrics import accuracy, categorical_nll
-from gpbridge.plots import COLORS, INK
+from gpbridge.plots import COLORS, INK, STYLE
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
@@ -172,17 +172,7 @@ for k, name in enumerate(noises):
         )
 
 # %% Save
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
 
 

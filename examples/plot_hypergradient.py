@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from gpbridge.plots import COLORS, INK, plot_trace
+from gpbridge.plots import COLORS, INK, STYLE, plot_trace
 from gpbridge.selection import Augmentation, HeldOutProblem, LBFGSTraining
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -121,17 +121,7 @@ for name, values in test_losses.items():
     print(f"{name}: {values.mean():.3f} nats, {below} of {num_seeds}")
 
 # %% Left: how the loop goes; middle: what it learns; right: what that is worth
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, (left, middle, right) = pyplot.subplots(
     1, 3, figsize=(13, 4.2), layout="constrained"
 )

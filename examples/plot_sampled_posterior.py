@@ -28,7 +28,7 @@ from PIL import Image
 from gpbridge import SampledGP
 from gpbridge.checks import NotConvergedWarning
 from gpbridge.pathwise import condition, draw_prior
-from gpbridge.plots import COLORS, INK, plot_posterior_band
+from gpbridge.plots import COLORS, INK, STYLE, plot_posterior_band
 from gpbridge.solvers import (
     AlternatingProjections,
     Cholesky,
@@ -86,17 +86,7 @@ print(
     f"{(2 * num_samples) ** -0.5:.2f}"
 )
 
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
 left.plot(X[::5], Y[::5], ".", color="#b8bdc6", markersize=3, label="data, a fifth")
 plot_posterior_band(left, x, f.mean, std, color=COLORS[0], label="exact mean")

@@ -36,7 +36,13 @@ from gpbridge.dnn import (
 )
 from gpbridge.dnn.point_likelihood import mixture_log_density
 from gpbridge.dnn.subspace_likelihood import SubspaceLikelihood
-from gpbridge.plots import COLORS, INK, plot_posterior_band, plot_subspace_density
+from gpbridge.plots import (
+    COLORS,
+    INK,
+    STYLE,
+    plot_posterior_band,
+    plot_subspace_density,
+)
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
@@ -130,17 +136,7 @@ x_gap = x[gaps][:, None]
 y_gap = observe(x_gap)
 
 # %% Left to right, top to bottom: the three of them as distributions over functions
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, axes = pyplot.subplots(2, 2, figsize=(10.5, 7.2), layout="constrained")
 near = torch.cat([(x > a) & (x < b) for a, b in clusters], 1).any(1)
 for (title, posterior), ax, color in zip(

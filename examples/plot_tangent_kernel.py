@@ -24,7 +24,7 @@ from torch import nn
 from gpbridge.dnn import fit_map
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.metrics import rmse
-from gpbridge.plots import COLORS, INK, plot_posterior_band
+from gpbridge.plots import COLORS, INK, STYLE, plot_posterior_band
 from gpbridge.selection import fit_matern_plus_kernel, log_evidence, multi_start
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -55,17 +55,7 @@ kernels = {
 }
 
 # %% A figure with the tangent kernel before training above, after training below
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
 for ax in axes.flat:
     ax.grid(True)

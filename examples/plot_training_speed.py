@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from gpbridge.dnn import fit_map
-from gpbridge.plots import COLORS, INK
+from gpbridge.plots import COLORS, INK, STYLE
 from gpbridge.selection import LinearModel, TrainingSpeed, training_speed_bound
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -124,18 +124,7 @@ for name, tau in zip(names, taus, strict=True):
     print(f"{name}: Kendall's tau with the final test error {tau:.2f}")
 
 # %% Draw and save
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
 colors = [INK, *COLORS]
 for (k, values), color in zip(bounds.items(), colors, strict=False):

@@ -30,7 +30,7 @@ from torch import nn
 from gpbridge import LinearizedGP
 from gpbridge.dnn import MeanFieldVI, fit_map
 from gpbridge.metrics import gaussian_nll
-from gpbridge.plots import COLORS, INK, plot_posterior_band
+from gpbridge.plots import COLORS, INK, STYLE, plot_posterior_band
 from gpbridge.selection import fit_evidence
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -167,17 +167,7 @@ _, bounds, noises, _ = fit_vi(network, *data(0), 0, True, noise_std)
 print(f"VI from trained weights: noise {noises[-1]:.3f}, {ends(bounds)}")
 
 # %% Save
-pyplot.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#b8bdc6",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e6e8ec",
-    }
-)
+pyplot.rcParams.update(STYLE)
 figure, (left, middle, right) = pyplot.subplots(
     1, 3, figsize=(13, 4), layout="constrained"
 )

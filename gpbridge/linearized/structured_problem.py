@@ -75,6 +75,8 @@ class StructuredProblem:
     @property
     def curvature(self) -> Curvature:
         """Curvature of the data at unit prior scale, made anew for another root."""
+        if self._curvature is not None and self._has_fixed_root:
+            return self._curvature[1]
         with torch.no_grad():
             root = self._base_root()
             if self._curvature is None or not torch.equal(self._curvature[0], root):
@@ -152,6 +154,13 @@ class StructuredProblem:
         return numbers_at_work(features, self._blocks(features), self._sizes())
 
     # -- sums over the data -----------------------------------------------------------
+
+    @property
+    def _has_fixed_root(self) -> bool:
+        """Whether no hyperparameter moves the roots of the outputs' curvature."""
+        if is_gaussian(self.likelihood):
+            return self.has_channels
+        return not list(self.likelihood.parameters())
 
     def _base_root(self) -> Tensor:
         """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""

@@ -17,12 +17,13 @@ from gpbridge.plots.landscape import (
     plot_subspace_density,
 )
 from gpbridge.plots.scan import plot_scan
-from gpbridge.plots.style import COLORS, INK
+from gpbridge.plots.style import COLORS, INK, STYLE
 from gpbridge.plots.traces import plot_evidence_history, plot_trace
 
 __all__ = [
     "COLORS",
     "INK",
+    "STYLE",
     "plot_confidence_gap",
     "plot_entropy_histograms",
     "plot_evidence_history",

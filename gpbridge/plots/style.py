@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 # Blue, orange, green, purple: distinct in grey and for colour-blind readers.
 COLORS = ("#2f6db3", "#d9772b", "#3f8f6b", "#7a5aa6")
 INK = "#3a3f47"
+EDGE, GRID = "#b8bdc6", "#e6e8ec"
+STYLE = {  # the same look for a whole figure: pyplot.rcParams.update(STYLE)
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": EDGE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+}
 
 
 def dressed(ax: Axes | None) -> Axes:
@@ -38,9 +49,9 @@ def dressed(ax: Axes | None) -> Axes:
             ) from error
         ax = pyplot.subplots(layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#b8bdc6")
-    ax.tick_params(color="#b8bdc6", labelcolor=INK)
-    ax.grid(color="#e6e8ec", linewidth=0.8)
+    ax.spines[["left", "bottom"]].set_color(EDGE)
+    ax.tick_params(color=EDGE, labelcolor=INK)
+    ax.grid(color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
 
