@@ -21,9 +21,11 @@ def step(n, seed, noise=0.05):
     return X, X.sign() + noise
 
 
-def trained(depth, seed, epochs, num_samples=1):
+def trained(depth, seed, epochs, num_samples=1, **options):
     X, Y = step(40, seed)
-    model = build_deep_gp(X, depth=depth, num_inducing=12, noise_variance=0.05)
+    model = build_deep_gp(
+        X, depth=depth, num_inducing=12, noise_variance=0.05, **options
+    )
     fit = fit_deep_gp(
         model, X, Y, epochs=epochs, learning_rate=0.03, num_samples=num_samples, **QUIET
     )
@@ -33,13 +35,15 @@ def trained(depth, seed, epochs, num_samples=1):
 
 
 def test_two_layers_fit_a_step_better_than_one():
-    assert trained(2, 0, 150) > trained(1, 0, 150) + 0.3
+    # A larger variance to start at, so that few steps show it.
+    options = {"hidden_variance": 0.03}
+    assert trained(2, 0, 120, **options) > trained(1, 0, 120, **options) + 0.2
 
 
 @pytest.mark.slow
 def test_more_layers_fit_a_step_better_than_one_for_every_seed():
     for seed in range(3):
-        one, two, three = (trained(depth, seed, 400, 5) for depth in (1, 2, 3))
+        one, two, three = (trained(depth, seed, 500, 3) for depth in (1, 2, 3))
         assert two > one + 0.4 and three > one + 0.4
 
 
@@ -81,9 +85,7 @@ def test_classes_are_learnt():
     y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
     likelihood = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
     model = build_deep_gp(X, likelihood, num_inducing=20)
-    fit = fit_deep_gp(
-        model, X, y, epochs=60, learning_rate=0.05, num_samples=2, **QUIET
-    )
+    fit = fit_deep_gp(model, X, y, epochs=30, learning_rate=0.1, num_samples=2, **QUIET)
     assert (fit.model.predict(X).probs.argmax(-1) == y).double().mean() > 0.85
 
 
