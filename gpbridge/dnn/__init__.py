@@ -4,6 +4,9 @@ from gpbridge.dnn.chains import SGMCMC, sample_sgmcmc
 from gpbridge.dnn.curve_training import fit_curve
 from gpbridge.dnn.curves import BezierCurve, PolyChain
 from gpbridge.dnn.cyclical import CyclicalSchedule
+from gpbridge.dnn.deep_gp import DeepGaussianProcess
+from gpbridge.dnn.deep_gp_build import build_deep_gp
+from gpbridge.dnn.deep_gp_fit import fit_deep_gp
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.ensemble_fit import EnsembleFit, fit_ensemble
@@ -54,6 +57,7 @@ __all__ = [
     "CurveLosses",
     "CyclicalSchedule",
     "DeepEnsemble",
+    "DeepGaussianProcess",
     "DivergedError",
     "EllipticalSliceSampling",
     "EnsembleFit",
@@ -72,9 +76,11 @@ __all__ = [
     "Subspace",
     "VariationalInference",
     "WeightPlane",
+    "build_deep_gp",
     "curve_losses",
     "elliptical_slice_sampling",
     "fit_curve",
+    "fit_deep_gp",
     "fit_ensemble",
     "fit_gp_vae",
     "fit_map",
