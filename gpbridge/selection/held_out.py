@@ -16,20 +16,32 @@ from typing import NamedTuple
 import torch
 from botorch.models.approximate_gp import ApproximateGPyTorchModel
 from botorch.models.model import Model
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood, _GaussianLikelihoodBase
 from gpytorch.models import GP, ApproximateGP
+from gpytorch.settings import num_likelihood_samples
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Normal
 
 from gpbridge.checks import ShapeError, check_count, check_same_length
+from gpbridge.dnn.training import isolated_randomness
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.structures import Structure
 from gpbridge.selection.gaussian_marginal import (
+    check_no_added_terms,
     diagonal_blocks,
     gaussian_marginal,
     log_density,
 )
+from gpbridge.selection.outcome_units import (
+    evaluating,
+    likelihood_units,
+    without_outcome_transform,
+)
+from gpbridge.selection.variational_bound import likelihood_of
+
+_DRAWS = 256  # of a likelihood without closed form
 
 
 class LeaveOneOut(NamedTuple):
@@ -80,7 +92,8 @@ def leave_one_out(model: GP) -> LeaveOneOut:
         The densities, differentiable in the hyperparameters.
 
     Raises:
-        NotImplementedError: For labels, a structured curvature, and a variational GP.
+        NotImplementedError: For labels, a structured curvature, a variational GP, and
+            a kernel with inducing points.
         ValueError: If the model predicts by the network's output, which does not move
             when a point is left out.
 
@@ -157,7 +170,7 @@ def conditional_log_evidence(
 
     Raises:
         ValueError: If m or the orderings do not fit the data.
-        NotImplementedError: For a variational GP.
+        NotImplementedError: For a variational GP, and a kernel with inducing points.
 
     References:
         Lotfi, Izmailov, Benton, Goldblum, Wilson, Bayesian model selection, the
@@ -199,41 +212,85 @@ def conditional_log_evidence(
 
 @torch.no_grad()
 def held_out_log_density(
-    model: GP | Model, X: Tensor, Y: Tensor, likelihood: Likelihood | None = None
+    model: GP | Model,
+    X: Tensor,
+    Y: Tensor,
+    likelihood: Likelihood | None = None,
+    *,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Log predictive density of new data, point by point, in their own units.
 
-    Of the marginal distribution of each output, summed over outputs.
+    Of the marginal distribution of each output, summed over outputs. Under an outcome
+    transform it is the density of the transformed target, by the change of variables,
+    as in the evidence. A likelihood without closed form, such as gpytorch's softmax, is
+    averaged over 256 draws, or more if ``num_likelihood_samples`` says so.
 
     Args:
-        model: A LinearizedGP, a botorch model, or a GP of gpytorch's.
+        model: A LinearizedGP, a botorch model, or a GP of gpytorch's. Its mode stays.
         X: Inputs ``n x d``.
         Y: Targets ``n x m`` or ``n``, untransformed.
-        likelihood: For gpytorch's own variational GPs, which have none.
+        likelihood: For gpytorch's own variational GPs, which have none; it goes before
+            the model's own.
+        generator: Of such draws; by default one with seed 0, so that two models see the
+            same.
 
     Returns:
         Nats per point, ``n``.
+
+    Raises:
+        ValueError: If there is no likelihood, or the transform does not take a target.
     """
     check_same_length(X=X, Y=Y)
     column = Y[:, None] if Y.dim() == 1 else Y
-    if isinstance(model, LinearizedGP):
-        predicted = model.predict(X)
-        if isinstance(predicted, Categorical):
-            return predicted.log_prob(Y.reshape(-1))
-        return predicted.log_prob(column).reshape(len(X), -1).sum(-1).double()
-    likelihood = getattr(model, "likelihood", likelihood)
-    if isinstance(model, Model):
-        noisy = isinstance(likelihood, _GaussianLikelihoodBase)
-        predicted = model.posterior(X, observation_noise=noisy)
-        if noisy:
-            return _normal(predicted.mean, predicted.variance, column)
-        return likelihood.log_marginal(Y.reshape(len(X)), predicted.distribution)
-    model.eval()
-    if not isinstance(likelihood, _GaussianLikelihoodBase):
-        return likelihood.log_marginal(Y.reshape(len(X)), model(X))
-    predicted = likelihood(model(X), X)
-    mean, variance = predicted.mean, predicted.variance
-    return _normal(mean.reshape(column.shape), variance.reshape(column.shape), column)
+    own = getattr(model, "likelihood", None)
+    likelihood = likelihood_of(model, likelihood)
+    linearized = isinstance(model, LinearizedGP) and likelihood is own
+    gaussian = isinstance(likelihood, _GaussianLikelihoodBase)
+    with evaluating(model):
+        if linearized and not gaussian:
+            predicted = model.predict(X)
+            y = Y.reshape(-1) if isinstance(predicted, Categorical) else column
+            return predicted.log_prob(y).reshape(len(X), -1).sum(-1).double()
+        Z = model.transform_inputs(X) if isinstance(model, Model) else X
+        targets, log_jacobian = likelihood_units(model, column, Z)
+        with without_outcome_transform(model):
+            if linearized:
+                normal = model.predict(X)
+                mean, variance = normal.mean, normal.variance
+            elif gaussian and isinstance(model, Model) and likelihood is own:
+                posterior = model.posterior(X, observation_noise=True)
+                mean, variance = posterior.mean, posterior.variance
+            else:
+                known = isinstance(model, Model)
+                latent = model.posterior(X).distribution if known else model(X)
+                if not gaussian:
+                    y = targets.reshape(len(X))
+                    return _log_marginal(likelihood, y, latent, generator)
+                predicted = likelihood(latent, X)
+                mean, variance = predicted.mean, predicted.variance
+    shape = column.shape
+    density = _normal(mean.reshape(shape), variance.reshape(shape), targets)
+    return density + log_jacobian.sum(-1)
+
+
+def _log_marginal(
+    likelihood: Likelihood,
+    y: Tensor,
+    latent: MultivariateNormal,
+    generator: Generator | None,
+) -> Tensor:
+    generator = Generator().manual_seed(0) if generator is None else generator
+    draws = max(_DRAWS, num_likelihood_samples.value())
+    training = likelihood.training
+    likelihood.train()  # where it draws, points one by one
+    try:
+        # Upstream draws from the global state, which is put back.
+        with isolated_randomness(generator, y.device), torch.no_grad():
+            with num_likelihood_samples(draws):
+                return likelihood.log_marginal(y, latent)
+    finally:
+        likelihood.train(training)
 
 
 def _normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
@@ -242,6 +299,7 @@ def _normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_gaussian(model: GP, what: str) -> None:
+    check_no_added_terms(model, what)
     if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
         raise NotImplementedError(
             f"{what} has no closed form for a variational GP ({type(model).__name__}). "

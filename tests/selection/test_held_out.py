@@ -5,8 +5,22 @@ import math
 import pytest
 import torch
 from botorch.models import SingleTaskGP, SingleTaskVariationalGP
-from gpytorch.likelihoods import BernoulliLikelihood, GaussianLikelihood
+from botorch.models.transforms import ChainedOutcomeTransform, Log, Standardize
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import InducingPointKernel
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    SoftmaxLikelihood,
+)
+from gpytorch.means import ZeroMean
 from gpytorch.mlls import LeaveOneOutPseudoLikelihood
+from gpytorch.models import ApproximateGP
+from gpytorch.variational import (
+    CholeskyVariationalDistribution,
+    IndependentMultitaskVariationalStrategy,
+    VariationalStrategy,
+)
 
 from gpbridge import Exact, LinearizedGP
 from gpbridge.checks import ShapeError
@@ -203,7 +217,16 @@ def test_orderings_are_averaged_and_come_from_the_generator():
     assert torch.equal(again.values, found.values)
     other = conditional_log_evidence(model, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(other.values, found.values)
-    assert torch.autograd.grad(found.value, model.likelihood.noise_covar.raw_noise)
+    raw = model.likelihood.noise_covar.raw_noise
+    (slope,) = torch.autograd.grad(found.value, raw)
+    with torch.no_grad():
+        steps = []
+        for sign in (1, -1):
+            raw += sign * 1e-5
+            steps.append(conditional_log_evidence(model).value.item())
+            raw -= sign * 1e-5
+    expected = (steps[0] - steps[1]) / 2e-5
+    assert slope.item() == pytest.approx(expected, rel=1e-6)
 
 
 @quiet
@@ -294,6 +317,98 @@ def test_held_out_density_of_every_class_of_model():
     torch.testing.assert_close(got, normal.log_prob(Y[:3]).sum(-1).detach())
 
 
+class SoftmaxSparse(ApproximateGP):
+    """Three latent functions under a softmax."""
+
+    def __init__(self, Z):
+        batch = torch.Size([3])
+        q = CholeskyVariationalDistribution(len(Z), batch_shape=batch)
+        inner = VariationalStrategy(self, Z, q)
+        strategy = IndependentMultitaskVariationalStrategy(inner, num_tasks=3)
+        super().__init__(strategy)
+        self.covar_module = kernel()
+        self.double()
+
+    def forward(self, X):
+        mean = X.new_zeros(*X.shape[:-1])
+        return MultivariateNormal(mean, self.covar_module(X))
+
+
+@quiet
+def test_a_transform_that_is_not_affine_changes_variables():
+    X, Y = data()
+    raw = single(X[:10], Y[:10])
+    logged = SingleTaskGP(
+        X[:10],
+        Y[:10].exp(),
+        covar_module=kernel(),
+        likelihood=likelihood(),
+        mean_module=ZeroMean(),
+        outcome_transform=Log(),
+    )
+    expected = held_out_log_density(raw, X[10:], Y[10:]) - Y[10:, 0]
+    names = list(logged._modules)
+    for mode in (True, False):
+        logged.train(mode)
+        found = held_out_log_density(logged, X[10:], Y[10:].exp())
+        torch.testing.assert_close(found, expected)
+        assert logged.training == logged.outcome_transform.training == mode
+    assert list(logged._modules) == names
+    chained = ChainedOutcomeTransform(log=Log(), scale=Standardize(m=1))
+    options = {"noise": 0.1, "mean": "linear_model"}
+    log_scaled = LinearizedGP(
+        network(), X[:10], Y[:10].exp(), outcome_transform=chained, **options
+    )
+    scaled = LinearizedGP(
+        network(), X[:10], Y[:10], outcome_transform=Standardize(m=1), **options
+    )
+    expected = held_out_log_density(scaled, X[10:], Y[10:]) - Y[10:, 0]
+    found = held_out_log_density(log_scaled, X[10:], Y[10:].exp())
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="Log makes 1 of 4 targets .* the first .* -1"):
+        Y = torch.cat([Y[10:13].exp(), -torch.ones(1, 1)])
+        held_out_log_density(logged, X[10:], Y)
+
+
+@quiet
+def test_draws_for_a_likelihood_without_closed_form_are_seeded():
+    X, Y = data()
+    labels = torch.arange(N) % 3
+    model, noise = SoftmaxSparse(X[:5]), SoftmaxLikelihood(3, 3, mixing_weights=False)
+    model(X)  # places the inducing values
+    for mode in (True, False):
+        model.train(mode), noise.train(not mode)
+        before = torch.get_rng_state()
+        found = held_out_log_density(model, X, labels, noise)
+        assert torch.equal(before, torch.get_rng_state())
+        assert model.training == mode and noise.training != mode
+        again = held_out_log_density(model, X, labels, noise)
+        assert torch.equal(found, again)
+    other = torch.Generator().manual_seed(1)
+    other = held_out_log_density(model, X, labels, noise, generator=other)
+    assert not torch.equal(other, found)
+    latent = model.eval()(X)
+    f = torch.randn(100_000, N, 3, generator=torch.Generator().manual_seed(2)).double()
+    f = latent.mean + latent.variance.sqrt() * f
+    exact = f.softmax(-1)[:, torch.arange(N), labels].mean(0).log().detach()
+    # The standard deviation of a log mean of 256 probabilities near a third.
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.15)
+
+
+@quiet
+def test_the_likelihood_that_is_passed_goes_before_the_models_own():
+    X, Y = data()
+    model, wide = single(X, Y), likelihood()
+    wide.noise = 1.0
+    X = X + 0.01
+    latent = model.eval()(X)
+    normal = torch.distributions.Normal(latent.mean, (latent.variance + 1).sqrt())
+    found = held_out_log_density(model, X, Y, wide)
+    torch.testing.assert_close(found, normal.log_prob(Y[:, 0]).detach())
+    with pytest.raises(ValueError, match="Sparse has no likelihood of its own"):
+        held_out_log_density(Sparse(X[:5]), X, Y)
+
+
 # -- bad input ------------------------------------------------------------------------
 
 
@@ -306,6 +421,12 @@ def test_what_has_no_closed_form_is_refused():
             call(sparse)
         with pytest.raises(NotImplementedError, match="SingleTaskVariationalGP"):
             call(SingleTaskVariationalGP(X, Y, inducing_points=X[:4]))
+    points = InducingPointKernel(kernel(), X[:4], GaussianLikelihood())
+    titsias = single(X, Y, covar_module=points)
+    for call in (leave_one_out, conditional_log_evidence):
+        what = f"{call.__name__} has no closed form for .* InducingPointKernel"
+        with pytest.raises(NotImplementedError, match=what):
+            call(titsias)
     with pytest.raises(NotImplementedError, match="has a SoftmaxLikelihood"):
         leave_one_out(build("softmax"))
     by_network = LinearizedGP(network(), X, Y, mean="network", noise=0.1)

@@ -397,6 +397,44 @@ def test_transforms_of_a_variational_gp_apply_and_learn_nothing():
         assert torch.equal(value, state[name]), name
 
 
+def test_a_bound_by_draws_is_an_estimate_with_its_error():
+    X, _ = data()
+    labels = torch.arange(N) % 3
+    model = gpytorch.models.ApproximateGP(
+        gpytorch.variational.IndependentMultitaskVariationalStrategy(
+            Sparse(X[:4]).variational_strategy, num_tasks=3
+        )
+    )
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False).double()
+    softmax.eval()
+    log_evidence(model, X, labels, softmax)  # places the inducing values
+    first = evidence_parts(model, X, labels, softmax)
+    assert first.kind == "estimated lower bound" and not softmax.training
+    torch.rand(1)  # moves the global state, not the estimate
+    assert evidence_parts(model, X, labels, softmax).value.item() == first.value.item()
+    others = torch.stack(
+        [
+            log_evidence(
+                model, X, labels, softmax, generator=torch.Generator().manual_seed(i)
+            )
+            for i in range(1, 31)
+        ]
+    ).detach()
+    # The error is itself estimated, from 8 rounds: a quarter of it is its own error.
+    ratio = first.standard_error.item() / others.std().item()
+    assert 0.4 < ratio < 2.0
+    assert abs(first.value.item() - others.mean().item()) < 4 * others.std().item()
+    latent = model.train()(X)
+    f = torch.randn(100_000, N, 3, generator=torch.Generator().manual_seed(2)).double()
+    f = latent.mean + latent.variance.sqrt() * f
+    exact = f.log_softmax(-1)[:, torch.arange(N), labels].mean(0).sum().item()
+    assert abs(others.mean().item() - exact + first.complexity.item()) < others.std()
+    binary = evidence_parts(
+        Sparse(X[:4]), X, (labels > 0).double(), BernoulliLikelihood()
+    )
+    assert binary.kind == "lower bound" and binary.standard_error == 0
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_the_global_random_state_stays(fresh):
     X, _ = data()
