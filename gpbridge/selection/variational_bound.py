@@ -7,7 +7,8 @@ Of the model as upstream defines it, which adds a jitter to the prior variance o
 point and inducing point; in float64 that is 1e-6, and with a noise variance not far
 above it the bound is of a slightly noisier model.
 
-In: a variational GP with all its data. Out: a :class:`Bound`. Next: ``marginal_likelihood``.
+In: a variational GP with all its data. Out: a :class:`Bound`.
+Next: ``marginal_likelihood``.
 """
 
 from __future__ import annotations
