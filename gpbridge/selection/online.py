@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import check_count, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError
+from gpbridge.dnn.training import USUAL_RATE
 from gpbridge.kernels.tangent import Groups
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact, Inference
@@ -37,8 +38,6 @@ from gpbridge.selection.online_training import (
 from gpbridge.selection.training_batches import Data, TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory
 from gpbridge.types import Evidence
-
-_USUAL_RATE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def fit_online(
     every: int = 4,
     hyper_steps: int = 10,
     hyper_learning_rate: float = 0.1,
-    learning_rate: float = _USUAL_RATE,
+    learning_rate: float = USUAL_RATE,
     batch_size: int = 100,
     optimizer: OptimizerFactory | None = None,
     schedule: Callable[[int], float] | None = None,
@@ -213,7 +212,8 @@ def fit_online(
         checkpoint: A file, written every ``checkpoint_every`` epochs and at the end. If
             it exists, training continues from it, to the same bits (with a loader: if
             its order does not depend on a generator of its own); the other arguments
-            must be those of before, and ``epochs`` may be larger.
+            must be those of before, and ``epochs`` may be larger. Of a loader the
+            targets of a pass must be the same in any order: no ``drop_last``.
         checkpoint_every: Epochs.
         callback: Called after each epoch with the state of the run; True ends it.
         progress: Whether to show a bar, if there is a terminal.
@@ -293,7 +293,7 @@ def fit_online(
         )
     except NonFiniteError as error:
         raise DivergedError(
-            diverged_message(training, error, learning_rate, _USUAL_RATE),
+            diverged_message(training, error, learning_rate, USUAL_RATE),
             _result(training, None),
         ) from error
     return _result(training, training.evidence())

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 
 from tqdm import tqdm
 
 from gpbridge.checks import warn_user
+from gpbridge.dnn.checkpoints import Checkpoint
 from gpbridge.dnn.divergence import rate_advice
 from gpbridge.selection.online_training import OnlineTraining
-from gpbridge.storage import load_state, save_state
 
 
 def check_folder(checkpoint: str | PathLike | None) -> None:
@@ -23,11 +22,8 @@ def check_folder(checkpoint: str | PathLike | None) -> None:
 
     Raises:
         FileNotFoundError: If it does not.
-    """
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
-        )
+    """  # noqa: DOC502
+    Checkpoint(checkpoint, every=1)
 
 
 def run_epochs(
@@ -56,9 +52,9 @@ def run_epochs(
 
     Warns:
         RuntimeWarning: If it is interrupted from the keyboard after its first epoch.
-    """
-    if checkpoint is not None and Path(checkpoint).exists():
-        _continue(training, checkpoint, epochs)
+    """  # noqa: DOC502
+    file = Checkpoint(checkpoint, checkpoint_every)
+    file.resume(training.load_state_dict, epochs, training.batches.device)
     bar = tqdm(
         range(training.epoch, epochs),
         desc=name,
@@ -72,8 +68,7 @@ def run_epochs(
                 bar.set_postfix_str(f"loss {training.losses[-1]:.3g}", refresh=False)
             last = callback is not None and callback(training) is True
             last = last or epoch + 1 == epochs
-            if checkpoint is not None and (last or (epoch + 1) % checkpoint_every == 0):
-                save_state(training.state_dict(), checkpoint)
+            file.keep(epoch + 1, last, training.state_dict)
             if last:
                 break
     except KeyboardInterrupt:
@@ -97,22 +92,3 @@ def diverged_message(
         "is .last_good of this error. Standardise inputs and targets, or try "
         f"{rate_advice(learning_rate, usual)}."
     )
-
-
-def _continue(
-    training: OnlineTraining, checkpoint: str | PathLike, epochs: int
-) -> None:
-    state = load_state(checkpoint, training.batches.device)
-    try:
-        training.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} cannot be continued. {error} For a new "
-            "run pass another file."
-        ) from error
-    if training.epoch > epochs:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} has {training.epoch} epochs already, and "
-            f"epochs is {epochs}. Pass epochs={training.epoch} or more, or another "
-            "file."
-        )

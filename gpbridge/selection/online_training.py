@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from gpbridge.checks import warn_user
 from gpbridge.dnn.replica_input import drawn_seed
-from gpbridge.dnn.run_key import checksum, described, difference, structure
+from gpbridge.dnn.run_key import check_same_run, checksum, described, structure
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.kernels.tangent import Groups, weight_groups
@@ -120,11 +120,12 @@ class OnlineTraining:
         like = like.to(batches.device)
         self.log_prior = like.new_full((len(self.groups),), math.log(prior_variance))
         learnt = [self.log_prior.requires_grad_()]
-        self.log_noise = self._floor = None
+        self.log_noise = self._noise_bounds = None
         self.learns_noise = False
         if self.is_gaussian:
-            noise, floor, self.learns_noise = noise_of(self.likelihood, like)
-            self.log_noise, self._floor = noise.log(), floor.log()
+            noise, floor, ceiling, self.learns_noise = noise_of(self.likelihood, like)
+            self.log_noise = noise.log()
+            self._noise_bounds = floor.log(), ceiling.log()
             if self.learns_noise:
                 learnt.append(self.log_noise.requires_grad_())
         self.hyper_optimizer = torch.optim.Adam(learnt, lr=hyper_learning_rate)
@@ -165,7 +166,9 @@ class OnlineTraining:
         """Train one epoch and, where it is time, update the hyperparameters.
 
         Raises:
-            NonFiniteError: If something is not finite; the state then is that before.
+            NonFiniteError: If something is not finite. Weights and hyperparameters then
+                are those before; optimisers and generators have moved on, so that
+                another run starts from a state that was saved.
         """
         trains, updates = self._plan()
         try:
@@ -182,18 +185,22 @@ class OnlineTraining:
         self._good = self._values()
 
     def evidence(self) -> Evidence:
-        """The evidence of the state, without a gradient; one pass over the data."""
+        """The evidence of the state, without a gradient; one pass over the data.
+
+        It changes nothing that the next epoch depends on.
+        """
+        noise = self._noise.get_state()
         measured = self._measure()
+        self._noise.set_state(noise)
         with torch.no_grad():
             return measured(self.prior_variance, self.noise_variance, True)
 
     def trained_likelihood(self) -> Likelihood:
         """A copy of the likelihood with the noise of the state."""
         likelihood = copy.deepcopy(self.likelihood)
-        if self.is_gaussian:
+        if self.learns_noise:
             set_noise(likelihood, self.noise_variance.to(self.batches.dtype))
-            if self.learns_noise:
-                release_noise(likelihood)
+            release_noise(likelihood)
         return likelihood
 
     # -- one epoch -------------------------------------------------------------------
@@ -231,9 +238,13 @@ class OnlineTraining:
                 "rows or more. Choose larger batches."
             )
         value = float(total) / seen / unit + constant
-        weights = (p.detach().sum() for group in self._weights for p in group)
-        if not math.isfinite(value) or not math.isfinite(float(sum(weights))):
+        if not math.isfinite(value):
             raise NonFiniteError(f"a mean loss of {value:.3g} nats")
+        weights = (p.detach().sum() for group in self._weights for p in group)
+        if not math.isfinite(float(sum(weights))):
+            raise NonFiniteError(
+                f"weights that are not finite, after a mean loss of {value:.3g} nats,"
+            )
         return value
 
     @torch.no_grad()
@@ -317,7 +328,7 @@ class OnlineTraining:
             with torch.no_grad():
                 self.log_prior.clamp_(-_LOG_BOUND, _LOG_BOUND)
                 if self.learns_noise:
-                    self.log_noise.clamp_(min=self._floor)
+                    self.log_noise.clamp_(*self._noise_bounds)
         with torch.no_grad():
             return measured(self.prior_variance, self.noise_variance, True)
 
@@ -351,14 +362,10 @@ class OnlineTraining:
 
         Raises:
             ValueError: If the state is of another run.
-        """
-        for name, now in {**self._options, **self.batches.key()}.items():
-            before = state["run"].get(name)
-            if before != now:
-                raise ValueError(
-                    f"The state is of another run: {difference(name, before, now)}. "
-                    "Pass the same arguments, or start anew."
-                )
+        """  # noqa: DOC502
+        now = {**self._options, **self.batches.key()}
+        remedy = "Pass the same arguments, or start anew."
+        check_same_run(state["run"], now, remedy)
         self._restore(state)
         # They keep the tensors, and would move them in the caller's state.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
