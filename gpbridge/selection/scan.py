@@ -103,6 +103,8 @@ def scan(
         parameter: A name in natural units as ``model.initialize`` takes it
             (``"covar_module.base_kernel.period_length"``), or ``setter(model, value)``
             that puts a value in place. Parameters that the setter moves are held.
+            After an error parameters and buffers are put back; an attribute that is
+            neither stays at the last value that was set.
         grid: At least two values; 18 or more over the range where maxima are many.
         evidence_fn: Total nats of the model; batches are summed. With hyperpriors:
             ``lambda model: log_evidence(model) + log_prior``.
@@ -160,6 +162,7 @@ class _Scan:
         self.name = parameter if self.named else getattr(parameter, "__name__", "value")
         self.set = _setter(parameter) if self.named else parameter
         self.initial = parameter_values(model)
+        self.buffers = {name: b.clone() for name, b in model.named_buffers()}
         self.required = {n: p.requires_grad for n, p in model.named_parameters()}
 
     def run(
@@ -171,13 +174,18 @@ class _Scan:
             maxima = _local_maxima(curve)
             if not maxima:
                 raise ValueError(
-                    "No grid value has a finite evidence; the model is as it was. "
-                    "Check the data, the noise and the range of the grid."
+                    "No grid value has a finite evidence; parameters and buffers of "
+                    "the model are as they were. Check the data, the noise and the "
+                    "range of the grid."
                 )
             polished, ends = [], []
             for place in maxima[:polish]:
-                follow = self._joint if self.named else self._golden
-                record, end = follow(place, states[place], held, polish_steps, curve)
+                if self.named:
+                    record, end = self._joint(
+                        place, states[place], held, polish_steps, curve
+                    )
+                else:
+                    record, end = self._golden(place, states[place], held, curve)
                 polished.append(record)
                 ends.append((record.evidence, record.value, end))
             place = maxima[0]
@@ -187,6 +195,7 @@ class _Scan:
             self._restore(*best[2], held)
         except BaseException:
             load_values(self.model, self.initial)
+            _load_buffers(self.model, self.buffers)
             raise
         finally:
             for name, parameter in self.model.named_parameters():
@@ -270,7 +279,6 @@ class _Scan:
         place: int,
         state: dict[str, Tensor],
         held: set[str],
-        steps: int,
         curve: Tensor,
     ) -> tuple[Polished, tuple]:
         """Golden section between the neighbours, everything else refitted."""
@@ -316,6 +324,13 @@ class _Scan:
 
     def _ascend(self, steps: int) -> float:
         return ascend(self.model, lambda: self.evidence_fn(self.model).sum(), steps)
+
+
+@torch.no_grad()
+def _load_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        if name in values and values[name].shape == buffer.shape:
+            buffer.copy_(values[name])
 
 
 def _setter(name: str) -> Setter:
