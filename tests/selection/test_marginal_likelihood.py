@@ -216,7 +216,7 @@ def test_a_tangent_kernel_in_an_exact_gp_has_the_same_parts_as_the_linear_model(
     exact = single(X, Y, covar_module=tangent)
     for got, wanted in zip(evidence_parts(exact), evidence_parts(linear), strict=True):
         if isinstance(got, torch.Tensor):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
         else:
             assert got == wanted
 
@@ -326,10 +326,13 @@ def test_whitening_changes_nothing():
             evidence_parts(optimal(X[:5], X, Y, kind), X, Y, likelihood())
             for kind in (UnwhitenedVariationalStrategy, VariationalStrategy)
         )
-    for a, b in zip(got, wanted, strict=True):
+    for name, a, b in zip(got._fields, got, wanted, strict=True):
         if isinstance(a, torch.Tensor):
             # Upstream's unwhitened prior has a jitter of its own.
-            torch.testing.assert_close(a, b, rtol=2e-3, atol=0.0)
+            rtol = 2e-3 if name == "effective_dimension" else 1e-6
+            torch.testing.assert_close(a, b, rtol=rtol, atol=0.0)
+        else:
+            assert a == b
 
 
 @quiet
