@@ -35,6 +35,7 @@ from gpbridge.selection.online_evidence import check_learnable, measure_evidence
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.testing import assert_module_unchanged
 from tests import oracles_selection as oracles
+from tests.oracles_curvature import kronecker_of_two_layers, softmax_hessians
 
 D = 3
 
@@ -170,6 +171,33 @@ def test_value_and_gradient_are_those_of_the_dense_formula(case, groups, structu
     for i, step in enumerate(1e-5 * torch.eye(len(at)).double()):
         slope = (oracle(at + step) - oracle(at - step)) / 2e-5
         assert gradient[i].item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("groups", ["all", "layer"])
+@pytest.mark.parametrize("kind, m", [("gaussian", 1), ("softmax", 3)])
+def test_kronecker_is_the_determinant_of_the_dense_factors(kind, m, groups):
+    net, X = tanh_net(m), points(15)
+    batches = TrainingBatches((X, labels(kind, X, m)), net, None, 5, None)
+    names = weight_groups(batches.net, groups)
+    evidence = measure_evidence(batches.net, batches, names, Kronecker(), 0)
+    at = torch.tensor([0.5, 2.0]).double()[: len(names)]
+    noise = torch.tensor([0.25]).double() if kind == "gaussian" else None
+    found = evidence(at, noise, True)
+    hessians = torch.eye(1).double().expand(15, 1, 1) / 0.25
+    if kind == "softmax":
+        hessians = softmax_hessians(net(X).detach())
+    M = kronecker_of_two_layers(net, X, hessians)
+    group_of = {name: g for g, group in enumerate(names) for name in group}
+    S = torch.cat(
+        [at[group_of[name]].expand(p.numel()) for name, p in net.named_parameters()]
+    )
+    H = S.sqrt()[:, None] * M * S.sqrt()
+    eye = torch.eye(len(H)).double()
+    assert found.complexity.item() == pytest.approx(
+        0.5 * torch.linalg.slogdet(eye + H).logabsdet.item(), rel=1e-10
+    )
+    dimension = torch.linalg.solve(eye + H, H).trace().item()
+    assert found.effective_dimension.item() == pytest.approx(dimension, rel=1e-10)
 
 
 STRUCTURES = [
