@@ -23,7 +23,7 @@ from gpytorch.settings import num_likelihood_samples
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Normal
 
-from gpbridge.checks import ShapeError, check_count, check_same_length
+from gpbridge.checks import check_same_length
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
@@ -34,6 +34,7 @@ from gpbridge.selection.gaussian_marginal import (
     gaussian_marginal,
     log_density,
 )
+from gpbridge.selection.orders import permutations
 from gpbridge.selection.outcome_units import (
     evaluating,
     likelihood_units,
@@ -60,14 +61,14 @@ class LeaveOneOut(NamedTuple):
 class ConditionalEvidence(NamedTuple):
     """The log probability of the other points given the first ones, in total nats.
 
-    ``value`` is the mean of ``values`` over the orderings and ``standard_error`` that
-    of the mean, NaN for one ordering. ``num_targets`` counts the numbers predicted. For
+    ``value`` is the mean of ``values`` over the orders and ``standard_error`` that of
+    the mean, NaN for one order. ``num_targets`` counts the numbers predicted. For
     labels, and for a structured curvature, it is a difference of two of Laplace's
     approximations; ``kind`` says so.
     """
 
     value: Tensor  # ...
-    values: Tensor  # orderings x ...
+    values: Tensor  # orders x ...
     standard_error: Tensor  # ...
     num_first: int
     num_targets: int
@@ -139,8 +140,7 @@ def conditional_log_evidence(
     model: GP,
     num_first: int | None = None,
     *,
-    num_orderings: int = 10,
-    orderings: Tensor | None = None,
+    orders: int | Tensor | None = 10,
     generator: Generator | None = None,
 ) -> ConditionalEvidence:
     r"""Log probability of the rest of the data given the first m points.
@@ -148,28 +148,27 @@ def conditional_log_evidence(
     .. math:: \log p(D_{m+1 \ldots n} \mid D_{1 \ldots m})
         = \log p(D) - \log p(D_{1 \ldots m})
 
-    averaged over random orderings. The evidence charges a model for how badly its prior
+    averaged over random orders. The evidence charges a model for how badly its prior
     predicts the first points; this does not, and is nearer to how well the model
     generalises. With m = 0 it is the evidence. Hyperparameters and features stay.
 
-    Time n³ once and m³ for each ordering. For a LinearizedGP with labels or a
+    Time n³ once and m³ for each order. For a LinearizedGP with labels or a
     structured curvature both terms are Laplace's approximations, fitted anew for each
-    ordering.
+    order.
 
     Args:
         model: An ExactGP or a LinearizedGP.
         num_first: The number m of points conditioned on, by default half.
-        num_orderings: How many random orderings are averaged.
-        orderings: Permutations of the points, ``k x n``, in place of random ones, as to
-            compare models or for a series in time.
-        generator: Of the orderings; by default one with seed 0, so that two models see
+        orders: How many random orders are averaged; or permutations of the points,
+            ``orders x n``; or None for the order of the data, as of a series in time.
+        generator: Of random orders; by default one with seed 0, so that two models see
             the same.
 
     Returns:
-        The mean over orderings and each of them; differentiable for Gaussian noise.
+        The mean over orders and each of them; differentiable for Gaussian noise.
 
     Raises:
-        ValueError: If m or the orderings do not fit the data.
+        ValueError: If m or the orders do not fit the data.
         NotImplementedError: For a variational GP, and a kernel with inducing points.
 
     References:
@@ -189,8 +188,7 @@ def conditional_log_evidence(
             f"num_first must be an int from 0 to {n - 1}, fewer than the {n} points, "
             f"but is {m!r}."
         )
-    orderings = _orderings(n, num_orderings, orderings, generator).to(X.device)
-    firsts = orderings[:, :m]
+    firsts = permutations(orders, n, generator).to(X.device)[:, :m]
     if approximate:
         whole = model.log_evidence()
         parts = [model.subset_rows(rows).log_evidence() for rows in firsts if m]
@@ -311,30 +309,3 @@ def _check_gaussian(model: GP, what: str) -> None:
             f"{type(model.likelihood).__name__}. Score it on held-out data, or use "
             "conditional_log_evidence."
         )
-
-
-def _orderings(
-    n: int, count: int, given: Tensor | None, generator: Generator | None
-) -> Tensor:
-    if given is None:
-        check_count(num_orderings=count)
-        generator = Generator().manual_seed(0) if generator is None else generator
-        device = generator.device
-        return torch.stack(
-            [
-                torch.randperm(n, generator=generator, device=device)
-                for _ in range(count)
-            ]
-        )
-    ascending = torch.arange(n, device=given.device)
-    if given.dim() != 2 or given.shape[-1] != n or len(given) == 0:
-        raise ShapeError(
-            f"orderings must be ``k x {n}``, permutations of the points, but has shape "
-            f"{tuple(given.shape)}."
-        )
-    if not bool((given.sort(-1).values == ascending).all()):
-        raise ValueError(
-            f"orderings must hold each of the numbers 0 to {n - 1} once in a row. Try "
-            f"torch.randperm({n})."
-        )
-    return given

@@ -167,7 +167,7 @@ def test_the_order_of_points_is_the_order_of_densities():
 def test_the_rest_given_the_first_is_the_density_of_the_posterior(num_first):
     X, Y = data()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
-    found = conditional_log_evidence(single(X, Y), num_first, orderings=order[None])
+    found = conditional_log_evidence(single(X, Y), num_first, orders=order[None])
     y, mean, covariance = dense(X, Y)
     seen, rest = order[:num_first], order[num_first:]
     moments = oracles.conditional(y, mean, covariance, seen, rest)
@@ -182,13 +182,13 @@ def test_the_chain_rule_of_the_linear_model(name):
     model = build(name)
     order = torch.arange(len(inputs())).flip(0)[None]
     whole = log_evidence(model).item()
-    none = conditional_log_evidence(model, 0, orderings=order).value.item()
+    none = conditional_log_evidence(model, 0, orders=order).value.item()
     assert none == pytest.approx(whole, rel=1e-11)
     y, mean, covariance = dense_linear(name)
     m = PROBLEMS[name].m
     rows = torch.arange(len(y)).reshape(-1, m).flip(0)[:5].reshape(-1)
     first = oracles.log_density(y[rows], mean[rows], covariance[rows][:, rows])
-    rest = conditional_log_evidence(model, 5, orderings=order)
+    rest = conditional_log_evidence(model, 5, orders=order)
     assert rest.value.item() + first == pytest.approx(whole, rel=1e-11)
     assert rest.num_targets == (len(inputs()) - 5) * m
 
@@ -199,12 +199,12 @@ def test_the_last_term_of_all_orders_is_leaving_one_out():
     model = single(X, Y)
     # Every point stands last once.
     orders = torch.stack([torch.arange(N).roll(shift) for shift in range(N)])
-    last = conditional_log_evidence(model, N - 1, orderings=orders)
+    last = conditional_log_evidence(model, N - 1, orders=orders)
     assert N * last.value.item() == pytest.approx(leave_one_out(model).value.item())
 
 
 @quiet
-def test_orderings_are_averaged_and_come_from_the_generator():
+def test_orders_are_averaged_and_come_from_the_generator():
     X, Y = data()
     model = single(X, Y)
     before = torch.get_rng_state()
@@ -216,6 +216,9 @@ def test_orderings_are_averaged_and_come_from_the_generator():
     torch.testing.assert_close(found.standard_error, expected.detach())
     again = conditional_log_evidence(model, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.values, found.values)
+    own = conditional_log_evidence(model, orders=None)
+    given = conditional_log_evidence(model, orders=torch.arange(N)[None])
+    assert torch.equal(own.values, given.values)
     other = conditional_log_evidence(model, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(other.values, found.values)
     raw = model.likelihood.noise_covar.raw_noise
@@ -247,13 +250,13 @@ def test_a_prior_that_is_too_wide_is_charged_by_the_evidence_alone():
 )
 def test_where_it_is_a_difference_of_approximations(model):
     model = build(model[0], inference=model[1])
-    found = conditional_log_evidence(model, 5, num_orderings=2)
+    found = conditional_log_evidence(model, 5, orders=2)
     assert found.kind == "approximation" and found.num_targets == 7
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(12, generator=generator)[:5]
     expected = model.log_evidence() - model.subset_rows(rows).log_evidence()
     assert found.values[0].item() == pytest.approx(expected.item())
-    whole = conditional_log_evidence(model, 0, num_orderings=1)
+    whole = conditional_log_evidence(model, 0, orders=1)
     assert whole.value.item() == pytest.approx(model.log_evidence().item())
 
 
@@ -436,18 +439,18 @@ def test_what_has_no_closed_form_is_refused():
 
 
 @quiet
-def test_orderings_that_do_not_fit_are_refused():
+def test_orders_that_do_not_fit_are_refused():
     X, Y = data()
     model = single(X, Y)
     for wrong in (-1, N, 0.5):
         with pytest.raises(ValueError, match=f"int from 0 to 13.*but is {wrong}"):
             conditional_log_evidence(model, wrong)
-    with pytest.raises(ValueError, match="num_orderings must be a whole number"):
-        conditional_log_evidence(model, num_orderings=0)
-    with pytest.raises(ShapeError, match="orderings must be ``k x 14``"):
-        conditional_log_evidence(model, orderings=torch.arange(5)[None])
-    with pytest.raises(ValueError, match="each of the numbers 0 to 13 once"):
-        conditional_log_evidence(model, orderings=torch.zeros(1, N).long())
+    with pytest.raises(ValueError, match="orders must be a whole number"):
+        conditional_log_evidence(model, orders=0)
+    with pytest.raises(ShapeError, match="orders must be ``orders x 14``"):
+        conditional_log_evidence(model, orders=torch.arange(5)[None])
+    with pytest.raises(ValueError, match="row 0 is not. Try torch.randperm"):
+        conditional_log_evidence(model, orders=torch.zeros(1, N).long())
 
 
 def test_the_users_network_and_the_models_mode_stay():

@@ -321,7 +321,10 @@ def test_the_same_seed_gives_the_same_and_none_a_fresh_one():
     for mine, yours in zip(one, same, strict=True):
         assert torch.equal(mine, yours)
     other = training_speed_bound(model, **options)
-    assert not torch.equal(one.orders, other.orders)
+    assert torch.equal(one.orders, other.orders)  # the same for every model
+    assert not torch.equal(one.terms, other.terms)
+    moved = training_speed_bound(model, generator=seeded(1), **options)
+    assert not torch.equal(one.orders, moved.orders)
     assert torch.equal(torch.get_rng_state(), before)
 
 
