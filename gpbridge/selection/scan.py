@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import NotConvergedWarning, check_finite, check_tensor, warn_user
-from gpbridge.selection.ascent import ascend, load_values, parameter_values
+from gpbridge.selection.ascent import (
+    ascend,
+    load_buffers,
+    load_values,
+    parameter_values,
+)
 from gpbridge.selection.marginal_likelihood import log_evidence
+from gpbridge.selection.named_values import Setter, read, setter_of
 
-Setter = Callable[[nn.Module, float], object]
 EvidenceFn = Callable[[nn.Module], Tensor]
 
 _GOLDEN = (math.sqrt(5.0) - 1) / 2
@@ -160,7 +165,7 @@ class _Scan:
         self.model, self.evidence_fn, self.steps = model, evidence_fn, refit_steps
         self.named = isinstance(parameter, str)
         self.name = parameter if self.named else getattr(parameter, "__name__", "value")
-        self.set = _setter(parameter) if self.named else parameter
+        self.set = setter_of(parameter) if self.named else parameter
         self.initial = parameter_values(model)
         self.buffers = {name: b.clone() for name, b in model.named_buffers()}
         self.required = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -195,7 +200,7 @@ class _Scan:
             self._restore(*best[2], held)
         except BaseException:
             load_values(self.model, self.initial)
-            _load_buffers(self.model, self.buffers)
+            load_buffers(self.model, self.buffers)
             raise
         finally:
             for name, parameter in self.model.named_parameters():
@@ -270,7 +275,7 @@ class _Scan:
         if found < float(curve[place]):  # an ascent that broke down
             found, end = float(curve[place]), state
             self._restore(start, state, held)
-        value = _read(self.model, self.name)
+        value = read(self.model, self.name)
         self._hold(held)
         return Polished(start, value, found), (None, end)
 
@@ -324,37 +329,6 @@ class _Scan:
 
     def _ascend(self, steps: int) -> float:
         return ascend(self.model, lambda: self.evidence_fn(self.model).sum(), steps)
-
-
-@torch.no_grad()
-def _load_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        if name in values and values[name].shape == buffer.shape:
-            buffer.copy_(values[name])
-
-
-def _setter(name: str) -> Setter:
-    def set_value(model: nn.Module, value: float) -> None:
-        try:
-            # A Python float would pass through float32.
-            model.initialize(**{name: torch.tensor(value, dtype=torch.float64)})
-        except AttributeError as error:
-            known = [n.replace("raw_", "") for n, _ in model.named_parameters()]
-            raise ValueError(
-                f"The model has no parameter {name!r}. It has {', '.join(known)}."
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(f"{name} cannot be {value:g}: {error}") from error
-
-    return set_value
-
-
-def _read(model: nn.Module, name: str) -> float | list[float]:
-    value = model
-    for part in name.split("."):
-        value = value[int(part)] if part.isdigit() else getattr(value, part)
-    numbers = value.detach().reshape(-1).tolist()
-    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _local_maxima(curve: Tensor) -> list[int]:
