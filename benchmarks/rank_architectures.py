@@ -127,11 +127,10 @@ def run(make: Callable[[], nn.Module], images, seed: int, effort: Effort) -> Sco
     held_out = torch.arange(len(images.X), len(X))
     val_X = images.val_X.unflatten(-1, shape)
     scores: dict[tuple[str, int], float] = {}
-    speed, losses = TrainingSpeed(), []
+    speed = TrainingSpeed()
 
     def observe(epoch: int, trained: nn.Module, entry: dict[str, float]) -> None:
         speed(epoch, trained, entry)
-        losses.append(entry["validation_loss"])
         done = epoch + 1
         if done in effort.epochs:
             scores["TSE", done] = -float(speed.tse())

@@ -3,8 +3,9 @@
 The evidence is the probability of the targets under a prior that does not know them. A
 prior whose features or mean were fitted to the same targets does know them, and its
 evidence is then highest where its predictions are worst. So is its leave-one-out score:
-leaving a point out of the Gaussian process does not take it out of the network. With
-800 points the harm is small, and the order by evidence still wrong.
+leaving a point out of the Gaussian process does not take it out of the network. In
+the one data set of 800 points here the harm is small, and the order by evidence still
+wrong.
 
 One network for each data set, 500 full-batch steps of Adam on the Hartmann function in
 six dimensions; every model below is a Gaussian process made from it or beside it, with

@@ -135,7 +135,9 @@ def leave_one_out(y, mean, covariance, m=1):
         values.append(log_density(y[rest], mu, cov))
         means.append(mu)
         variances.append(cov.diagonal())
-    return torch.tensor(values).double(), torch.stack(means), torch.stack(variances)
+    # A list of floats would pass through float32.
+    values = torch.tensor(values, dtype=torch.float64)
+    return values, torch.stack(means), torch.stack(variances)
 
 
 def collapsed_bound(y, K, K_uu, K_uf, noise):

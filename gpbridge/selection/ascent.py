@@ -70,3 +70,11 @@ def load_values(model: nn.Module, state: dict[str, Tensor]) -> None:
         value = state.get(name)
         if value is not None and value.shape == parameter.shape:
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy values of buffers where names and shapes agree."""
+    for name, buffer in model.named_buffers():
+        if name in values and values[name].shape == buffer.shape:
+            buffer.copy_(values[name])

@@ -28,6 +28,7 @@ from gpbridge.selection.marginal_likelihood import (
     EvidenceParts,
     evidence_parts,
 )
+from gpbridge.selection.outcome_units import evaluating, original_units
 
 Entry = GP | nn.Module | tuple[nn.Module, Likelihood]
 
@@ -69,8 +70,8 @@ def measure(name: str, entry: Entry, data: tuple[Tensor, Tensor] | None) -> Meas
         parts = evidence_parts(model, X, Y, likelihood)
         targets = Y[:, None] if Y.dim() == 1 else Y
         if hasattr(model, "outcome_transform"):
-            model.outcome_transform.eval()
-            targets, _ = model.outcome_transform(targets)
+            with evaluating(model):
+                targets, _ = model.outcome_transform(targets)
     else:
         parts = evidence_parts(model)
         X, targets = model.train_inputs[0], model.train_targets
@@ -82,7 +83,7 @@ def measure(name: str, entry: Entry, data: tuple[Tensor, Tensor] | None) -> Meas
                 )
             X, targets = X[0], targets.mT
         targets = targets[:, None] if targets.dim() == 1 else targets
-    original, log_jacobian = _original_units(model, targets, X)
+    original, log_jacobian = original_units(model, targets, X)
     return Measured(parts, likelihood, original, log_jacobian)
 
 
@@ -90,19 +91,6 @@ def _outputs_are_a_batch(model: nn.Module) -> bool:
     """Whether botorch keeps several independent outputs in the batch, ``m x n``."""
     many = getattr(model, "_num_outputs", 1) > 1
     return many and model.train_inputs[0].dim() == 3
-
-
-def _original_units(
-    model: nn.Module, targets: Tensor, X: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""Targets before the outcome transform, and :math:`\log |d\tilde y / d y|`."""
-    if not hasattr(model, "outcome_transform") or not targets.is_floating_point():
-        return targets.detach(), torch.zeros(targets.shape, dtype=torch.float64)
-    with torch.enable_grad():
-        seen = targets.detach().requires_grad_()
-        original, _ = model.outcome_transform.untransform(seen, X=X)
-        (slope,) = torch.autograd.grad(original.sum(), seen)
-    return original.detach(), -slope.abs().double().log()
 
 
 def check_comparable(measured: dict[str, Measured]) -> list[str]:
@@ -148,7 +136,11 @@ def check_comparable(measured: dict[str, Measured]) -> list[str]:
 
 def _note_on_kinds(measured: dict[str, Measured]) -> list[str]:
     kinds = {name: m.parts.kind for name, m in measured.items()}
-    loose = [f"{name!r} ({kind})" for name, kind in kinds.items() if kind != EXACT]
+    loose = [
+        f"{name!r} ({kind}{_error(measured[name].parts)})"
+        for name, kind in kinds.items()
+        if kind != EXACT
+    ]
     alike = set(kinds.values()) == {APPROXIMATION}
     if len(kinds) == 1 or not loose or alike:
         return []
@@ -157,6 +149,11 @@ def _note_on_kinds(measured: dict[str, Measured]) -> list[str]:
         "the evidence and an approximation on either side, so that model weights tell "
         "of their quality too."
     ]
+
+
+def _error(parts: EvidenceParts) -> str:
+    error = float(torch.as_tensor(parts.standard_error).square().sum().sqrt())
+    return f", standard error {error:.2g} nats" if error else ""
 
 
 def _check_same_targets(pair: str, a: Tensor, b: Tensor) -> None:

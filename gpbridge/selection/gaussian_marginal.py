@@ -134,6 +134,22 @@ def gaussian_marginal(model: GP) -> GaussianMarginal:
         model.train(training)
 
 
+def check_no_added_terms(model: GP, what: str) -> None:
+    """Refuse a model whose evidence is a bound with terms beside the Gaussian.
+
+    Raises:
+        NotImplementedError: As of an ``InducingPointKernel``, whose bound has a trace
+            term of all data, which no part of the data determines.
+    """
+    owners = [m for m in model.modules() if getattr(m, "_added_loss_terms", None)]
+    if isinstance(model, ExactGP) and owners:
+        kinds = ", ".join(sorted({type(owner).__name__ for owner in owners}))
+        raise NotImplementedError(
+            f"{what} has no closed form for a model with {kinds}, whose evidence is a "
+            "bound with a term for all data together. Score it on held-out data."
+        )
+
+
 def _without_variance(prior: MultivariateNormal) -> MultivariateNormal:
     """The same mean without variance: a likelihood adds its noise and nothing else."""
     zero = DiagLinearOperator(torch.zeros_like(prior.mean.flatten(len(_batch(prior)))))

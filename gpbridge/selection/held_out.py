@@ -16,20 +16,33 @@ from typing import NamedTuple
 import torch
 from botorch.models.approximate_gp import ApproximateGPyTorchModel
 from botorch.models.model import Model
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood, _GaussianLikelihoodBase
 from gpytorch.models import GP, ApproximateGP
+from gpytorch.settings import num_likelihood_samples
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Normal
 
-from gpbridge.checks import ShapeError, check_count, check_same_length
+from gpbridge.checks import check_same_length
+from gpbridge.dnn.training import isolated_randomness
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.structures import Structure
 from gpbridge.selection.gaussian_marginal import (
+    check_no_added_terms,
     diagonal_blocks,
     gaussian_marginal,
     log_density,
 )
+from gpbridge.selection.orders import permutations
+from gpbridge.selection.outcome_units import (
+    evaluating,
+    likelihood_units,
+    without_outcome_transform,
+)
+from gpbridge.selection.variational_bound import likelihood_of
+
+_DRAWS = 256  # of a likelihood without closed form
 
 
 class LeaveOneOut(NamedTuple):
@@ -48,14 +61,14 @@ class LeaveOneOut(NamedTuple):
 class ConditionalEvidence(NamedTuple):
     """The log probability of the other points given the first ones, in total nats.
 
-    ``value`` is the mean of ``values`` over the orderings and ``standard_error`` that
-    of the mean, NaN for one ordering. ``num_targets`` counts the numbers predicted. For
+    ``value`` is the mean of ``values`` over the orders and ``standard_error`` that of
+    the mean, NaN for one order. ``num_targets`` counts the numbers predicted. For
     labels, and for a structured curvature, it is a difference of two of Laplace's
     approximations; ``kind`` says so.
     """
 
     value: Tensor  # ...
-    values: Tensor  # orderings x ...
+    values: Tensor  # orders x ...
     standard_error: Tensor  # ...
     num_first: int
     num_targets: int
@@ -80,7 +93,8 @@ def leave_one_out(model: GP) -> LeaveOneOut:
         The densities, differentiable in the hyperparameters.
 
     Raises:
-        NotImplementedError: For labels, a structured curvature, and a variational GP.
+        NotImplementedError: For labels, a structured curvature, a variational GP, and
+            a kernel with inducing points.
         ValueError: If the model predicts by the network's output, which does not move
             when a point is left out.
 
@@ -126,8 +140,7 @@ def conditional_log_evidence(
     model: GP,
     num_first: int | None = None,
     *,
-    num_orderings: int = 10,
-    orderings: Tensor | None = None,
+    orders: int | Tensor | None = 10,
     generator: Generator | None = None,
 ) -> ConditionalEvidence:
     r"""Log probability of the rest of the data given the first m points.
@@ -135,29 +148,28 @@ def conditional_log_evidence(
     .. math:: \log p(D_{m+1 \ldots n} \mid D_{1 \ldots m})
         = \log p(D) - \log p(D_{1 \ldots m})
 
-    averaged over random orderings. The evidence charges a model for how badly its prior
+    averaged over random orders. The evidence charges a model for how badly its prior
     predicts the first points; this does not, and is nearer to how well the model
     generalises. With m = 0 it is the evidence. Hyperparameters and features stay.
 
-    Time n³ once and m³ for each ordering. For a LinearizedGP with labels or a
+    Time n³ once and m³ for each order. For a LinearizedGP with labels or a
     structured curvature both terms are Laplace's approximations, fitted anew for each
-    ordering.
+    order.
 
     Args:
         model: An ExactGP or a LinearizedGP.
         num_first: The number m of points conditioned on, by default half.
-        num_orderings: How many random orderings are averaged.
-        orderings: Permutations of the points, ``k x n``, in place of random ones, as to
-            compare models or for a series in time.
-        generator: Of the orderings; by default one with seed 0, so that two models see
+        orders: How many random orders are averaged; or permutations of the points,
+            ``orders x n``; or None for the order of the data, as of a series in time.
+        generator: Of random orders; by default one with seed 0, so that two models see
             the same.
 
     Returns:
-        The mean over orderings and each of them; differentiable for Gaussian noise.
+        The mean over orders and each of them; differentiable for Gaussian noise.
 
     Raises:
-        ValueError: If m or the orderings do not fit the data.
-        NotImplementedError: For a variational GP.
+        ValueError: If m or the orders do not fit the data.
+        NotImplementedError: For a variational GP, and a kernel with inducing points.
 
     References:
         Lotfi, Izmailov, Benton, Goldblum, Wilson, Bayesian model selection, the
@@ -176,8 +188,7 @@ def conditional_log_evidence(
             f"num_first must be an int from 0 to {n - 1}, fewer than the {n} points, "
             f"but is {m!r}."
         )
-    orderings = _orderings(n, num_orderings, orderings, generator).to(X.device)
-    firsts = orderings[:, :m]
+    firsts = permutations(orders, n, generator).to(X.device)[:, :m]
     if approximate:
         whole = model.log_evidence()
         parts = [model.subset_rows(rows).log_evidence() for rows in firsts if m]
@@ -199,41 +210,85 @@ def conditional_log_evidence(
 
 @torch.no_grad()
 def held_out_log_density(
-    model: GP | Model, X: Tensor, Y: Tensor, likelihood: Likelihood | None = None
+    model: GP | Model,
+    X: Tensor,
+    Y: Tensor,
+    likelihood: Likelihood | None = None,
+    *,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Log predictive density of new data, point by point, in their own units.
 
-    Of the marginal distribution of each output, summed over outputs.
+    Of the marginal distribution of each output, summed over outputs. Under an outcome
+    transform it is the density of the transformed target, by the change of variables,
+    as in the evidence. A likelihood without closed form, such as gpytorch's softmax, is
+    averaged over 256 draws, or more if ``num_likelihood_samples`` says so.
 
     Args:
-        model: A LinearizedGP, a botorch model, or a GP of gpytorch's.
+        model: A LinearizedGP, a botorch model, or a GP of gpytorch's. Its mode stays.
         X: Inputs ``n x d``.
         Y: Targets ``n x m`` or ``n``, untransformed.
-        likelihood: For gpytorch's own variational GPs, which have none.
+        likelihood: For gpytorch's own variational GPs, which have none; it goes before
+            the model's own.
+        generator: Of such draws; by default one with seed 0, so that two models see the
+            same.
 
     Returns:
         Nats per point, ``n``.
+
+    Raises:
+        ValueError: If there is no likelihood, or the transform does not take a target.
     """
     check_same_length(X=X, Y=Y)
     column = Y[:, None] if Y.dim() == 1 else Y
-    if isinstance(model, LinearizedGP):
-        predicted = model.predict(X)
-        if isinstance(predicted, Categorical):
-            return predicted.log_prob(Y.reshape(-1))
-        return predicted.log_prob(column).reshape(len(X), -1).sum(-1).double()
-    likelihood = getattr(model, "likelihood", likelihood)
-    if isinstance(model, Model):
-        noisy = isinstance(likelihood, _GaussianLikelihoodBase)
-        predicted = model.posterior(X, observation_noise=noisy)
-        if noisy:
-            return _normal(predicted.mean, predicted.variance, column)
-        return likelihood.log_marginal(Y.reshape(len(X)), predicted.distribution)
-    model.eval()
-    if not isinstance(likelihood, _GaussianLikelihoodBase):
-        return likelihood.log_marginal(Y.reshape(len(X)), model(X))
-    predicted = likelihood(model(X), X)
-    mean, variance = predicted.mean, predicted.variance
-    return _normal(mean.reshape(column.shape), variance.reshape(column.shape), column)
+    own = getattr(model, "likelihood", None)
+    likelihood = likelihood_of(model, likelihood)
+    linearized = isinstance(model, LinearizedGP) and likelihood is own
+    gaussian = isinstance(likelihood, _GaussianLikelihoodBase)
+    with evaluating(model):
+        if linearized and not gaussian:
+            predicted = model.predict(X)
+            y = Y.reshape(-1) if isinstance(predicted, Categorical) else column
+            return predicted.log_prob(y).reshape(len(X), -1).sum(-1).double()
+        Z = model.transform_inputs(X) if isinstance(model, Model) else X
+        targets, log_jacobian = likelihood_units(model, column, Z)
+        with without_outcome_transform(model):
+            if linearized:
+                normal = model.predict(X)
+                mean, variance = normal.mean, normal.variance
+            elif gaussian and isinstance(model, Model) and likelihood is own:
+                posterior = model.posterior(X, observation_noise=True)
+                mean, variance = posterior.mean, posterior.variance
+            else:
+                known = isinstance(model, Model)
+                latent = model.posterior(X).distribution if known else model(X)
+                if not gaussian:
+                    y = targets.reshape(len(X))
+                    return _log_marginal(likelihood, y, latent, generator)
+                predicted = likelihood(latent, X)
+                mean, variance = predicted.mean, predicted.variance
+    shape = column.shape
+    density = _normal(mean.reshape(shape), variance.reshape(shape), targets)
+    return density + log_jacobian.sum(-1)
+
+
+def _log_marginal(
+    likelihood: Likelihood,
+    y: Tensor,
+    latent: MultivariateNormal,
+    generator: Generator | None,
+) -> Tensor:
+    generator = Generator().manual_seed(0) if generator is None else generator
+    draws = max(_DRAWS, num_likelihood_samples.value())
+    training = likelihood.training
+    likelihood.train()  # where it draws, points one by one
+    try:
+        # Upstream draws from the global state, which is put back.
+        with isolated_randomness(generator, y.device), torch.no_grad():
+            with num_likelihood_samples(draws):
+                return likelihood.log_marginal(y, latent)
+    finally:
+        likelihood.train(training)
 
 
 def _normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
@@ -242,6 +297,7 @@ def _normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_gaussian(model: GP, what: str) -> None:
+    check_no_added_terms(model, what)
     if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
         raise NotImplementedError(
             f"{what} has no closed form for a variational GP ({type(model).__name__}). "
@@ -253,30 +309,3 @@ def _check_gaussian(model: GP, what: str) -> None:
             f"{type(model.likelihood).__name__}. Score it on held-out data, or use "
             "conditional_log_evidence."
         )
-
-
-def _orderings(
-    n: int, count: int, given: Tensor | None, generator: Generator | None
-) -> Tensor:
-    if given is None:
-        check_count(num_orderings=count)
-        generator = Generator().manual_seed(0) if generator is None else generator
-        device = generator.device
-        return torch.stack(
-            [
-                torch.randperm(n, generator=generator, device=device)
-                for _ in range(count)
-            ]
-        )
-    ascending = torch.arange(n, device=given.device)
-    if given.dim() != 2 or given.shape[-1] != n or len(given) == 0:
-        raise ShapeError(
-            f"orderings must be ``k x {n}``, permutations of the points, but has shape "
-            f"{tuple(given.shape)}."
-        )
-    if not bool((given.sort(-1).values == ascending).all()):
-        raise ValueError(
-            f"orderings must hold each of the numbers 0 to {n - 1} once in a row. Try "
-            f"torch.randperm({n})."
-        )
-    return given

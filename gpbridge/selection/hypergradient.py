@@ -259,10 +259,11 @@ def _solve(solver, operator, g_V, initial, params):
 def _warn(solver, solution, relative, inner_tolerance, p, g_T, value_V) -> None:
     if not solution.converged:
         warn_user(
-            f"{type(solver).__name__} stopped after {solution.iterations} iterations "
-            f"at a relative residual of {solution.residual_norm:.1e}, and not "
-            f"{solver.tolerance:.1e}: the hypergradient is approximate. Allow more "
-            "iterations or terms, or raise damping or the tolerance.",
+            f"{getattr(solver, '__name__', type(solver).__name__)} stopped after "
+            f"{solution.iterations} iterations at a relative residual of "
+            f"{solution.residual_norm:.1e}, above its tolerance: the hypergradient is "
+            "approximate. Allow more iterations or terms, or raise damping or the "
+            "tolerance.",
             NotConvergedWarning,
         )
     if not relative <= inner_tolerance:

@@ -117,7 +117,7 @@ class HypergradientDescent:
         self.train_loss, self.val_loss = train_loss, val_loss
         self.params = {k: p.detach().clone() for k, p in params.items()}
         self.hparams = {k: h.detach().clone() for k, h in hparams.items()}
-        self.train = LBFGSTraining() if train is None else train
+        self.train = LBFGSTraining(curvature=curvature) if train is None else train
         self.train_batches = train_batches
         self.options = {
             "solver": solver,
@@ -150,7 +150,8 @@ class HypergradientDescent:
 
         Raises:
             DivergedError: If a loss or a derivative is NaN or infinite. Parameters and
-                hyperparameters are those of the last record again.
+                hyperparameters are those of the last record again, and the learning
+                rate is a tenth: another run goes on from there.
 
         Warns:
             NotConvergedWarning: If steps had an inner training or a solve that did not
@@ -158,7 +159,7 @@ class HypergradientDescent:
         """  # noqa: DOC502
         check_count(num_steps=num_steps)
         check_positive(tolerance=tolerance)
-        first, limit = len(self.history), self.options["inner_tolerance"]
+        steps, limit = [], self.options["inner_tolerance"]
         bar = tqdm(
             range(num_steps),
             desc="hypergradient descent",
@@ -168,6 +169,7 @@ class HypergradientDescent:
         try:
             for _ in bar:
                 step = self.step()
+                steps.append(step)
                 bar.set_postfix_str(f"held-out loss {step.val_loss:.4g}", refresh=False)
                 # A gradient away from the minimum is no reason to stop.
                 known = step.converged and step.relative_inner_gradient <= limit
@@ -175,11 +177,18 @@ class HypergradientDescent:
                     break
         finally:
             bar.close()
-            self._warn(self.history[first:])
+            self._warn(steps)
         return self.history
 
     def step(self) -> OuterStep:
-        """Train, differentiate, move; an error leaves everything as it was."""
+        """Train, differentiate, move.
+
+        Where the hyperparameters are those of the last record, after a step that had to
+        be taken back, the new record replaces it.
+
+        Raises:
+            DivergedError: As in :meth:`run`.
+        """  # noqa: DOC502
         hparams = {k: h.detach().clone() for k, h in self.hparams.items()}
         try:
             params = self.train(
@@ -208,6 +217,8 @@ class HypergradientDescent:
             found.converged,
         )
         self.params, self._solution = params, found.solution
+        if self._is_last(hparams):
+            self.history.pop()
         self.history.append(record)
         if self.best is None or record.val_loss < self.best.step.val_loss:
             self.best = Best(record, {k: p.clone() for k, p in params.items()})
@@ -287,17 +298,29 @@ class HypergradientDescent:
         if state["best"] is not None:
             self.best = Best(OuterStep(**state["best"][0]), _cloned(state["best"][1]))
 
+    def _is_last(self, hparams: Params) -> bool:
+        if not self.history:
+            return False
+        last = self.history[-1].hparams
+        return all(torch.equal(h, last[k]) for k, h in hparams.items())
+
     def _go_back(self, error: NonFiniteLossError) -> None:
         tried = {k: h.detach().tolist() for k, h in self.hparams.items()}
-        if self.history:
+        remedy = "Start at other hyperparameters."
+        if self.history and not self._is_last(self.hparams):
             with torch.no_grad():
                 for name, h in self.hparams.items():
                     h.copy_(self.history[-1].hparams[name])
-        rate = self._optimizer.param_groups[0]["lr"]
+            group = self._optimizer.param_groups[0]
+            rate, group["lr"] = group["lr"], group["lr"] / 10
+            remedy = (
+                "Parameters and hyperparameters are those of the last record again, "
+                f"and the learning rate is {group['lr']:g} (it was {rate:g}): call run "
+                "to go on."
+            )
         raise DivergedError(
             f"Step {len(self.history)} met a value that is not finite at {tried}: "
-            f"{error} Parameters and hyperparameters are those of the last record "
-            f"again; go on with learning_rate={rate / 10:g} (it is {rate:g}).",
+            f"{error} {remedy}",
             self,
         ) from error
 

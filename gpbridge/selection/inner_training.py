@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpbridge.checks import check_count, check_share
+from gpbridge.checks import check_choice, check_count, check_share
 from gpbridge.selection.loss_curvature import (
     CurvatureOperator,
     flatten,
@@ -39,6 +39,7 @@ class LBFGSTraining:
         tolerance: Of the relative inner gradient.
         max_iterations: At most so many, rounded up to tens.
         history_size: Pairs of steps and gradient changes that are kept.
+        curvature: Of the relative inner gradient: that of the hypergradient.
 
     References:
         Liu and Nocedal, On the limited memory BFGS method for large scale optimization,
@@ -48,11 +49,13 @@ class LBFGSTraining:
     tolerance: float = 1e-3
     max_iterations: int = 500
     history_size: int = 20
+    curvature: str = "hessian"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_share(tolerance=self.tolerance)
         check_count(max_iterations=self.max_iterations, history_size=self.history_size)
+        check_choice("curvature", self.curvature, ("hessian", "ggn"))
 
     def __call__(
         self,
@@ -122,6 +125,7 @@ class LBFGSTraining:
             like=like,
             hparams=hparams,
             loss=loss,
+            curvature=self.curvature,
             batches=batches,
         )
         return relative_inner_gradient(operator, theta.grad) <= self.tolerance

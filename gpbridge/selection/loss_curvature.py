@@ -243,7 +243,13 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> Params:
 
 @torch.no_grad()
 def relative_inner_gradient(operator: CurvatureOperator, gradient: Tensor) -> float:
-    """Norm of the gradient over that of H w - gradient, the right-hand side for w."""
-    wanted = operator._matmul(operator.theta[:, None])[:, 0] - gradient
+    """Norm of the gradient over that of H w - gradient, the right-hand side for w.
+
+    H without damping: what the training loss itself says.
+    """
+    theta = operator.theta
+    wanted = (
+        operator._matmul(theta[:, None])[:, 0] - operator.damping * theta - gradient
+    )
     size = gradient.norm()
     return float(size / wanted.norm().clamp_min(torch.finfo(size.dtype).tiny))

@@ -20,7 +20,7 @@ from botorch.models.model import Model
 from gpytorch.likelihoods import Likelihood
 from gpytorch.mlls import InducingPointKernelAddedLossTerm
 from gpytorch.models import GP, ApproximateGP, ExactGP
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from gpbridge.likelihoods import is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
@@ -39,12 +39,16 @@ from gpbridge.selection.variational_bound import (
 )
 
 EXACT, BOUND, APPROXIMATION = "exact", "lower bound", "approximation"
+ESTIMATE = "estimated lower bound"
 
 
 class EvidenceParts(NamedTuple):
     r"""A log evidence in total nats, ``value = fit - complexity``, and what it is.
 
-    ``kind`` is ``"exact"``, ``"lower bound"`` or ``"approximation"``, which is neither.
+    ``kind`` is ``"exact"``, ``"lower bound"``, ``"approximation"``, which is neither,
+    or ``"estimated lower bound"`` where the likelihood of a variational GP, such as
+    gpytorch's softmax, is averaged over 256 draws; ``standard_error`` is the error of
+    that average in total nats, and zero elsewhere.
 
     ===============  =====================================  ==========================
     model            fit                                    complexity
@@ -70,6 +74,7 @@ class EvidenceParts(NamedTuple):
     effective_dimension: Tensor
     log_prior: Tensor
     num_targets: int
+    standard_error: Tensor | float = 0.0
 
 
 def log_evidence(
@@ -77,6 +82,8 @@ def log_evidence(
     X: Tensor | None = None,
     Y: Tensor | None = None,
     likelihood: Likelihood | None = None,
+    *,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Log marginal likelihood of a model's training data, in total nats.
 
@@ -91,6 +98,8 @@ def log_evidence(
         X: Inputs ``n x d``, for variational GPs, which keep no data.
         Y: Targets, ``n x m`` or ``n``, untransformed.
         likelihood: For gpytorch's own variational GPs, which have none.
+        generator: Of draws for a likelihood without closed form or quadrature; by
+            default one with seed 0, so that two calls give the same.
 
     Returns:
         A scalar, differentiable in the hyperparameters; a batch for batched models,
@@ -116,8 +125,8 @@ def log_evidence(
         _check_no_data(model, X, Y)
         return log_density(gaussian_marginal(model)) + _added_terms(model)
     if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
-        fit, divergence = expected_fit(model, *prepared(model, X, Y, likelihood))
-        return fit - divergence
+        bound = expected_fit(model, *prepared(model, X, Y, likelihood), generator)
+        return bound.fit - bound.complexity
     raise TypeError(
         "log_evidence needs a LinearizedGP, a gpytorch ExactGP with training data, or "
         f"a variational GP with X and Y, but model is {type(model).__name__}."
@@ -129,6 +138,8 @@ def evidence_parts(
     X: Tensor | None = None,
     Y: Tensor | None = None,
     likelihood: Likelihood | None = None,
+    *,
+    generator: Generator | None = None,
 ) -> EvidenceParts:
     """The log evidence, its parts, and whether it is exact, a bound or neither.
 
@@ -137,6 +148,7 @@ def evidence_parts(
         X: As for :func:`log_evidence`.
         Y: As for :func:`log_evidence`.
         likelihood: As for :func:`log_evidence`.
+        generator: As for :func:`log_evidence`.
 
     Returns:
         The parts; ``value`` equals :func:`log_evidence`. Batched where it is.
@@ -162,19 +174,21 @@ def evidence_parts(
         return _parts_of_exact(model)
     if isinstance(model, ApproximateGP | ApproximateGPyTorchModel):
         X, Y, likelihood = prepared(model, X, Y, likelihood)
-        fit, divergence = expected_fit(model, X, Y, likelihood)
+        fit, divergence, error = expected_fit(model, X, Y, likelihood, generator)
         strategy = inducing_strategy(model)
         prior = log_prior(model, fit)
         if all(likelihood is not module for module in model.modules()):
             prior = prior + log_prior(likelihood, fit)
+        kind = BOUND if error is None else ESTIMATE
         return EvidenceParts(
             fit - divergence,
-            APPROXIMATION if is_point_estimate(strategy) else BOUND,
+            APPROXIMATION if is_point_estimate(strategy) else kind,
             fit,
             divergence,
             learnt_directions(strategy),
             prior,
             Y.numel(),
+            0.0 if error is None else error,
         )
     raise TypeError(
         "evidence_parts needs a LinearizedGP, a gpytorch ExactGP or a variational GP, "

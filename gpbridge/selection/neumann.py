@@ -20,6 +20,7 @@ from gpbridge.types import Solution
 
 _GROWN = 1 + 1e-3  # terms of a convergent series never grow; round-off may
 _RESTARTS = 5
+_READ_EVERY = 10  # terms
 
 
 class SeriesDivergedError(RuntimeError):
@@ -36,7 +37,8 @@ class NeumannSeries:
     gradients need few. The series converges where :math:`0 < a < 2 / h_{\max}`; the
     default is :math:`a = 1 / h_{\max}` by power iteration. A larger step is refused,
     and terms that grow are an error: the sum would be finite and wrong. One product per
-    term, and one for the residual.
+    term, those of the power iteration, one for the sign of the curvature, and one for
+    the residual.
 
     Args:
         num_terms: K, the number of terms after the first.
@@ -101,11 +103,14 @@ class NeumannSeries:
         start = torch.zeros_like(rhs) if initial is None else initial.to(rhs)
         residual = rhs - operator._matmul(start) if initial is not None else rhs
         largest = self._largest_eigenvalue(operator, rhs)
+        # One for the sign of the curvature, one for the residual.
+        passes = self.power_iterations + 2.0 + (initial is not None)
         for _ in range(_RESTARTS):
             step = 1 / largest if self.step_size is None else self.step_size
             if step * largest >= 2:
                 self._refuse(step, largest)
-            total, found = self._sum(operator, residual, step)
+            total, found, count = self._sum(operator, residual, step)
+            passes += count
             if found is None:
                 break
             if self.step_size is not None:
@@ -119,44 +124,56 @@ class NeumannSeries:
         relative = left / torch.where(norms > 0, norms, 1.0)
         worst = float(relative.max())
         converged = self.tolerance is None or worst <= self.tolerance
-        passes = self.num_terms + self.power_iterations + 1.0
         return Solution(value, worst, self.num_terms, converged, passes, relative)
 
     def _sum(
         self, operator: LinearOperator, rhs: Tensor, step: float
-    ) -> tuple[Tensor, float | None]:
-        """The sum, or where terms grow the eigenvalue that makes them."""
+    ) -> tuple[Tensor, float | None, int]:
+        """The sum, where terms grow the eigenvalue that makes them, and products."""
         v = step * rhs
         total = v.clone()
-        for _ in range(self.num_terms):
+        facts = []
+        for k in range(1, self.num_terms + 1):
             product = operator._matmul(v)
             after = v - step * product
-            before, size = v.norm(), after.norm()
-            if not bool(size <= _GROWN * before):  # so that NaN counts as growth
-                _check_positive_curvature(v, product)
-                return total, float(product.norm() / before)
+            facts.append(
+                torch.stack(
+                    [v.norm(), after.norm(), product.norm(), (v * product).sum()]
+                )
+            )
             v = after
             total = total + v
-        return total, None
+            # Reading a number waits for the device.
+            if k % _READ_EVERY == 0 or k == self.num_terms:
+                for before, size, bent, inner in torch.stack(facts).tolist():
+                    if not size <= _GROWN * before:  # so that NaN counts as growth
+                        _check_positive_curvature(inner, before * bent)
+                        return total, bent / before, k
+                facts = []
+        return total, None, self.num_terms
 
     def _largest_eigenvalue(self, operator: LinearOperator, like: Tensor) -> float:
         """A lower bound of it, by power iteration."""
         generator = torch.Generator().manual_seed(self.seed)
         v = torch.randn(len(like), 1, generator=generator, dtype=torch.float64)
         v = v.to(like)
-        largest = 0.0
+        norms = []
         for _ in range(self.power_iterations):
             v = v / v.norm()
-            product = operator._matmul(v)
-            largest = float(product.norm())
-            if not 0 < largest < float("inf"):
+            v = operator._matmul(v)
+            norms.append(v.norm())
+        norms = torch.stack(norms).tolist()
+        for norm in norms:
+            if not 0 < norm < float("inf"):
                 raise ValueError(
-                    f"The operator maps a random vector to one of norm {largest}: it "
+                    f"The operator maps a random vector to one of norm {norm}: it "
                     "is zero or not finite, so that no step size can be found."
                 )
-            v = product
-        _check_positive_curvature(v, operator._matmul(v))
-        return largest
+        product = operator._matmul(v)
+        _check_positive_curvature(
+            float((v * product).sum()), float(v.norm() * product.norm())
+        )
+        return norms[-1]
 
     def _refuse(self, step: float, largest: float) -> None:
         raise SeriesDivergedError(
@@ -166,7 +183,8 @@ class NeumannSeries:
         )
 
 
-def _check_positive_curvature(v: Tensor, product: Tensor) -> None:
-    curvature = float((v * product).sum() / (v.norm() * product.norm()))
+def _check_positive_curvature(inner: float, norms: float) -> None:
+    """Of v'Hv and the product of the norms of v and H v."""
+    curvature = inner / norms if norms else 0.0
     if curvature < -1e-6:
         raise_indefinite(f"a direction of curvature {curvature:.1e}")

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from gpytorch.likelihoods import (
+    BernoulliLikelihood,
     GaussianLikelihood,
     Likelihood,
     MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
 )
 from torch import Tensor
 
@@ -30,7 +33,12 @@ from gpbridge.checks import check_memory
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import is_gaussian, log_prob, noise_variances
+from gpbridge.likelihoods import (
+    LogisticLikelihood,
+    is_gaussian,
+    log_prob,
+    noise_variances,
+)
 from gpbridge.linearized.data_curvature import (
     CHUNK_BYTES,
     curvature_roots,
@@ -46,6 +54,8 @@ from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.types import Evidence
 
 OnlineStructure = Kronecker | Diagonal | Exact
+
+_LABELS = (SoftmaxLikelihood, BernoulliLikelihood, LogisticLikelihood)
 
 
 class FullCurvature:
@@ -239,14 +249,14 @@ def check_learnable(likelihood: Likelihood) -> None:
     Raises:
         NotImplementedError: If noise is fixed per point, correlated, or predicted.
     """
-    kind = type(likelihood).__name__
     if isinstance(likelihood, MultitaskGaussianLikelihood):
         fine = likelihood.has_task_noise and likelihood.rank == 0
     elif is_gaussian(likelihood):
         fine = type(likelihood) is GaussianLikelihood
     else:
-        fine = "Gaussian" not in kind
+        fine = isinstance(likelihood, _LABELS)
     if not fine:
+        kind = type(likelihood).__name__
         raise NotImplementedError(
             f"fit_online learns one noise variance per output, which this {kind} does "
             "not have. Pass GaussianLikelihood(), MultitaskGaussianLikelihood(m, "
@@ -255,21 +265,35 @@ def check_learnable(likelihood: Likelihood) -> None:
         )
 
 
-def noise_of(likelihood: Likelihood, like: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Noise variances ``m``, their floor, and whether they are learnt.
+class Noise(NamedTuple):
+    """Noise variances ``m``, float64, their bounds, and whether they are learnt."""
+
+    variance: Tensor
+    floor: Tensor
+    ceiling: Tensor
+    is_learnt: bool
+
+
+def noise_of(likelihood: Likelihood, like: Tensor) -> Noise:
+    """The noise of a likelihood, and where its constraint lets it be.
 
     Args:
         likelihood: A Gaussian likelihood that ``check_learnable`` accepts.
         like: One row of outputs, ``1 x m``, float64.
 
     Returns:
-        The variances, float64, the floor of each, and whether a parameter is free.
+        The variances; those that are learnt start inside of the bounds.
     """
     noise = noise_variances(likelihood, like).detach()[0].double().clone()
     if isinstance(likelihood, GaussianLikelihood):
         constraint = likelihood.noise_covar.raw_noise_constraint
     else:
         constraint = likelihood.raw_task_noises_constraint
-    floor = constraint.lower_bound.to(noise).expand_as(noise).clamp_min(1e-300)
-    learnt = any(p.requires_grad for p in likelihood.parameters())
-    return noise, floor * (1 + 1e-6), learnt
+    # A value on a bound has no finite inverse transform.
+    floor = constraint.lower_bound.to(noise).clamp_min(1e-300) * (1 + 1e-6)
+    ceiling = constraint.upper_bound.to(noise) * (1 - 1e-6)
+    floor, ceiling = floor.expand_as(noise), ceiling.expand_as(noise)
+    is_learnt = any(p.requires_grad for p in likelihood.parameters())
+    if is_learnt:
+        noise = noise.clamp(floor, ceiling)
+    return Noise(noise, floor, ceiling, is_learnt)

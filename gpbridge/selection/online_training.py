@@ -1,13 +1,9 @@
 r"""The state of a training run that learns its own prior and noise.
 
-Weights descend on the mean negative log posterior,
-
-.. math::
-    \frac1n \Big( -\log p(y \mid f(w)) + \tfrac12 w^\top S^{-1} w \Big),
-
-by any optimiser; every few epochs prior variances and noise ascend the evidence at the
-weights of the moment, by Adam on their logarithms. How the weights depend on the
-hyperparameters is left out of that gradient.
+Weights descend on the mean negative log posterior, by any optimiser; every few epochs
+prior variances and noise ascend the evidence at the weights of the moment, by Adam on
+their logarithms. How the weights depend on the hyperparameters is left out of that
+gradient.
 
 In: a network, batches, options. Out: one more epoch, and a state from which the next
 gives the same bits. Next: ``online`` runs it.
@@ -21,32 +17,28 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from gpytorch.likelihoods import Likelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from gpbridge.checks import warn_user
 from gpbridge.dnn.replica_input import drawn_seed
-from gpbridge.dnn.run_key import checksum, described, difference, structure
+from gpbridge.dnn.run_key import check_same_run, checksum, described, structure
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.kernels.tangent import Groups, weight_groups
-from gpbridge.likelihoods import is_gaussian, log_prob
-from gpbridge.linearized.noise import release_noise, set_noise
 from gpbridge.selection.online_evidence import (
     OnlineEvidence,
     OnlineStructure,
     check_learnable,
     check_structure,
     measure_evidence,
-    noise_of,
 )
+from gpbridge.selection.online_hyperparameters import OnlineHyperparameters
+from gpbridge.selection.online_loss import BatchLoss, add_prior_gradient
 from gpbridge.selection.scale_free import scale_free_groups
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory, weight_optimizer
 from gpbridge.types import Evidence
-
-_LOG_BOUND = 25.0  # of a log prior variance: beyond it a group is pruned, or free
 
 
 class OnlineStep(NamedTuple):
@@ -71,9 +63,12 @@ class OnlineTraining:
     Attributes:
         network: The trained copy.
         groups: Names of the weights that share a prior variance.
+        hyperparameters: Prior variances and noise.
         losses: Mean negative log likelihood of each epoch, in nats per datum.
         steps: One entry for each update of the hyperparameters.
     """
+
+    Step = OnlineStep  # the kind of the records
 
     def __init__(
         self,
@@ -94,11 +89,10 @@ class OnlineTraining:
         self.batches, self.net = batches, batches.net
         self.network = copy_without_hooks(network)
         self.likelihood = copy.deepcopy(batches.likelihood)
-        self.is_gaussian = is_gaussian(self.likelihood)
         self.groups = weight_groups(self.net, groups)
         self.curvature = curvature
         check_learnable(self.likelihood)
-        check_structure(self.net, curvature)
+        self._check_structure()
         if curvature.jacobian_dtype is not None:
             self.net.to(curvature.jacobian_dtype)
         self.burn_in, self.every, self.hyper_steps = burn_in, every, hyper_steps
@@ -116,16 +110,14 @@ class OnlineTraining:
 
         like = torch.zeros(1, self.net.num_outputs, dtype=torch.float64)
         like = like.to(batches.device)
-        self.log_prior = like.new_full((len(self.groups),), math.log(prior_variance))
-        learnt = [self.log_prior.requires_grad_()]
-        self.log_noise = self._floor = None
-        self.learns_noise = False
-        if self.is_gaussian:
-            noise, floor, self.learns_noise = noise_of(self.likelihood, like)
-            self.log_noise, self._floor = noise.log(), floor.log()
-            if self.learns_noise:
-                learnt.append(self.log_noise.requires_grad_())
-        self.hyper_optimizer = torch.optim.Adam(learnt, lr=hyper_learning_rate)
+        self.hyperparameters = OnlineHyperparameters(
+            self.likelihood,
+            len(self.groups),
+            like,
+            prior_variance,
+            hyper_learning_rate,
+        )
+        learnt = torch.cat([t.detach() for t in self.hyperparameters.learnt])
         self._options = {
             "groups": self.groups,
             "structure": repr(curvature),
@@ -138,7 +130,7 @@ class OnlineTraining:
             "optimizer": [type(self.optimizer).__name__, described(optimizer)],
             "schedule": described(schedule),
             "likelihood": type(self.likelihood).__name__,
-            "first hyperparameters": checksum(torch.cat([t.detach() for t in learnt])),
+            "first hyperparameters": checksum(learnt),
             "network": structure(self.network),
             "first weights": checksum(self.net.flatten(self.net.params)),
             "seed": self._seed,
@@ -152,24 +144,25 @@ class OnlineTraining:
     @property
     def prior_variance(self) -> Tensor:
         """One per group."""
-        return self.log_prior.detach().exp()
+        return self.hyperparameters.prior_variance
 
     @property
     def noise_variance(self) -> Tensor | None:
         """One per output, of Gaussian noise."""
-        return None if self.log_noise is None else self.log_noise.detach().exp()
+        return self.hyperparameters.noise_variance
 
     def advance(self) -> None:
         """Train one epoch and, where it is time, update the hyperparameters.
 
         Raises:
-            NonFiniteError: If something is not finite; the state then is that before.
+            NonFiniteError: If something is not finite. Weights and hyperparameters then
+                are those before; optimisers and generators have moved on, so that
+                another run starts from a state that was saved.
         """
+        trains, updates = self._plan()
         try:
-            loss = self._train_epoch()
-            step, done = None, self.epoch + 1 - self.burn_in
-            if done > 0 and done % self.every == 0:
-                step = self._update()
+            loss = self._train_epoch() if trains else self.losses[-1]
+            step = self._update() if updates else None
         except BaseException:
             self.network.eval()
             self._restore(self._good)
@@ -181,38 +174,47 @@ class OnlineTraining:
         self._good = self._values()
 
     def evidence(self) -> Evidence:
-        """The evidence of the state, without a gradient; one pass over the data."""
+        """The evidence of the state, without a gradient; one pass over the data.
+
+        It changes nothing that the next epoch depends on.
+        """
+        noise = self._noise.get_state()
         measured = self._measure()
+        self._noise.set_state(noise)
         with torch.no_grad():
             return measured(self.prior_variance, self.noise_variance, True)
 
     def trained_likelihood(self) -> Likelihood:
         """A copy of the likelihood with the noise of the state."""
-        likelihood = copy.deepcopy(self.likelihood)
-        if self.is_gaussian:
-            set_noise(likelihood, self.noise_variance.to(self.batches.dtype))
-            if self.learns_noise:
-                release_noise(likelihood)
-        return likelihood
+        return self.hyperparameters.applied_to(self.likelihood, self.batches.dtype)
 
     # -- one epoch -------------------------------------------------------------------
+
+    def _plan(self) -> tuple[bool, bool]:
+        """Whether this epoch trains weights, and whether it updates the rest."""
+        done = self.epoch + 1 - self.burn_in
+        return True, done > 0 and done % self.every == 0
+
+    def _outputs(self, X: Tensor) -> Tensor:
+        return self.network(X)
 
     def _train_epoch(self) -> float:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if self.schedule is not None:
                 group["lr"] = rate * float(self.schedule(self.epoch))
-        unit, ratio, constant = self._loss_units()
-        decays = (unit / (self.batches.num_rows * self.prior_variance)).tolist()
+        batch_loss = BatchLoss(self.likelihood, self.noise_variance, self.batches.dtype)
+        n = self.batches.num_rows
+        decays = (batch_loss.unit / (n * self.prior_variance)).tolist()
         m, total, seen = self.net.num_outputs, 0.0, 0
         self.network.train()
         with isolated_randomness(self._noise, self.batches.device):
             for X, Y in self.batches.shuffled(self.generator):
                 self.optimizer.zero_grad()
                 # Networks may squeeze: always n x m, also for a batch of one row.
-                outputs = self.network(X).reshape(len(X), m)
-                loss = self._loss(outputs, Y, ratio)
+                outputs = self._outputs(X).reshape(len(X), m)
+                loss = batch_loss(outputs, Y)
                 loss.backward()
-                self._add_prior(decays)
+                add_prior_gradient(self._weights, decays)
                 self.optimizer.step()
                 total, seen = total + len(X) * loss.detach(), seen + len(X)
         self.network.eval()
@@ -221,46 +223,20 @@ class OnlineTraining:
                 "No batch was trained on: batch normalisation needs batches of two "
                 "rows or more. Choose larger batches."
             )
-        value = float(total) / seen / unit + constant
-        weights = (p.detach().sum() for group in self._weights for p in group)
-        if not math.isfinite(value) or not math.isfinite(float(sum(weights))):
+        value = batch_loss.in_nats(float(total) / seen)
+        if not math.isfinite(value):
             raise NonFiniteError(f"a mean loss of {value:.3g} nats")
+        weights = (p.detach().sum() for group in self._weights for p in group)
+        if not math.isfinite(float(sum(weights))):
+            raise NonFiniteError(
+                f"weights that are not finite, after a mean loss of {value:.3g} nats,"
+            )
         return value
 
-    @torch.no_grad()
-    def _add_prior(self, decays: list[float]) -> None:
-        """Add its gradient by hand: an optimiser's own decay may be a decoupled one."""
-        for weights, decay in zip(self._weights, decays, strict=True):
-            for p in weights:
-                if p.grad is None:  # not part of this batch's graph
-                    p.grad = torch.zeros_like(p)
-            torch._foreach_add_([p.grad for p in weights], weights, alpha=decay)
-
-    def _loss_units(self) -> tuple[float, Tensor | None, float]:
-        """Nats per unit of the loss inverted, weights of outputs, constant in nats.
-
-        A Gaussian loss is in squared units of the targets: half the squared residual,
-        whatever the noise, so that a learning rate keeps its meaning.
-        """
-        if not self.is_gaussian:
-            return 1.0, None, 0.0
-        noise = self.noise_variance
-        unit = noise.mean()
-        constant = 0.5 * (2 * math.pi * noise).log().sum()
-        ratio = None if len(noise) == 1 else (unit / noise).to(self.batches.dtype)
-        return float(unit), ratio, float(constant)
-
-    def _loss(self, outputs: Tensor, Y: Tensor, ratio: Tensor | None) -> Tensor:
-        if isinstance(self.likelihood, SoftmaxLikelihood):
-            return F.cross_entropy(outputs, Y)  # the same, in one kernel
-        if not self.is_gaussian:
-            return -log_prob(self.likelihood, outputs, Y).mean()
-        if ratio is None:
-            return 0.5 * F.mse_loss(outputs, Y)
-        squares = (outputs - Y).square() * ratio
-        return squares.sum() * (0.5 / len(Y))
-
     # -- the hyperparameters ---------------------------------------------------------
+
+    def _check_structure(self) -> None:
+        check_structure(self.net, self.curvature)
 
     def _measure(self) -> OnlineEvidence:
         self._copy_weights()
@@ -281,18 +257,7 @@ class OnlineTraining:
 
     def _update(self) -> OnlineStep:
         try:
-            measured = self._measure()
-            for _ in range(self.hyper_steps):
-                self.hyper_optimizer.zero_grad()
-                noise = None if self.log_noise is None else self.log_noise.exp()
-                (-measured(self.log_prior.exp(), noise).value).backward()
-                self.hyper_optimizer.step()
-                with torch.no_grad():
-                    self.log_prior.clamp_(-_LOG_BOUND, _LOG_BOUND)
-                    if self.learns_noise:
-                        self.log_noise.clamp_(min=self._floor)
-            with torch.no_grad():
-                found = measured(self.prior_variance, self.noise_variance, True)
+            found = self.hyperparameters.ascend(self._measure(), self.hyper_steps)
         except torch.linalg.LinAlgError as error:
             raise NonFiniteError("a curvature that cannot be factorised") from error
         values = [float(value) for value in found[:4]]
@@ -325,7 +290,9 @@ class OnlineTraining:
             "losses": list(self.losses),
             "steps": [list(step) for step in self.steps],
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "hyper_optimizer": copy.deepcopy(self.hyper_optimizer.state_dict()),
+            "hyper_optimizer": copy.deepcopy(
+                self.hyperparameters.optimizer.state_dict()
+            ),
             "generator": self.generator.get_state(),
             "noise": self._noise.get_state(),
             "run": {**self._options, **self.batches.key()},
@@ -336,39 +303,33 @@ class OnlineTraining:
 
         Raises:
             ValueError: If the state is of another run.
-        """
-        for name, now in {**self._options, **self.batches.key()}.items():
-            before = state["run"].get(name)
-            if before != now:
-                raise ValueError(
-                    f"The state is of another run: {difference(name, before, now)}. "
-                    "Pass the same arguments, or start anew."
-                )
+        """  # noqa: DOC502
+        now = {**self._options, **self.batches.key()}
+        remedy = "Pass the same arguments, or start anew."
+        check_same_run(state["run"], now, remedy)
         self._restore(state)
         # They keep the tensors, and would move them in the caller's state.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.hyper_optimizer.load_state_dict(copy.deepcopy(state["hyper_optimizer"]))
+        self.hyperparameters.optimizer.load_state_dict(
+            copy.deepcopy(state["hyper_optimizer"])
+        )
         self.generator.set_state(state["generator"].cpu())
         self._noise.set_state(state["noise"].cpu())
         self.epoch, self.losses = state["epoch"], list(state["losses"])
-        self.steps = [OnlineStep(*step) for step in state["steps"]]
+        self.steps = [self.Step(*step) for step in state["steps"]]
         self._good = self._values()
-
-    def _hyperparameters(self) -> list[Tensor]:
-        noise = [] if self.log_noise is None else [self.log_noise]
-        return [value.detach() for value in (self.log_prior, *noise)]
 
     def _values(self) -> dict[str, Any]:
         """Weights and hyperparameters, copied."""
         return {
             "network": {k: v.clone() for k, v in self.network.state_dict().items()},
-            "hyperparameters": [value.clone() for value in self._hyperparameters()],
+            "hyperparameters": [v.clone() for v in self.hyperparameters.values],
         }
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self.network.state_dict().items():
             value.copy_(state["network"][name])
-        own = self._hyperparameters()
+        own = self.hyperparameters.values
         for value, kept in zip(own, state["hyperparameters"], strict=True):
             value.copy_(kept)

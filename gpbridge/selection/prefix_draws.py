@@ -50,7 +50,8 @@ def arriving_log_densities(
     """Log densities of arriving blocks at weights that have seen those before.
 
     Memory is p and n m numbers per chain, and what products with the Jacobian take. A
-    block costs one system, of all chains, on the data before it.
+    block costs one system, of all chains, on the data before it. Features are formed
+    for twice as many data whenever those held are used up: 3 n points in all at most.
 
     Args:
         model: A checked model.
@@ -79,14 +80,20 @@ def arriving_log_densities(
         leave=False,
         disable=None if progress else True,
     )
+    size = 0  # of the data whose features are held: seen, new, and some to come
     for start in bar:
+        stop = min(start + block_size, n)
+        if stop > size:
+            size = min(max(2 * size, stop), n)
+            data = DataFeatures(net, X[:size])
         if start:
-            seen = slice(start)
-            operator = PrecisionOperator(root[seen], std, DataFeatures(net, X[seen]))
-            rhs = prior + operator.to_weights(target[seen] + noise[seen])
+            seen = root[:size].clone()
+            seen[start:] = 0.0  # what has not arrived says nothing
+            operator = PrecisionOperator(seen, std, data)
+            rhs = prior + operator.to_weights(target[:size] + noise[:size])
             omega = solve_within(solver, operator, rhs, lambda _: limit, omega).value
-        new = slice(start, start + block_size)
-        values = DataFeatures(net, X[new]).matmul(std[:, None] * omega)
+        new = slice(start, stop)
+        values = data.matmul(std[:, None] * omega)[new]
         off = target[new] - root[new].mT @ values  # b x m x s
         constant = scale[new].sum() - 0.5 * math.log(2 * math.pi) * off[..., 0].numel()
         found.append(constant - 0.5 * off.square().sum((0, 1)))

@@ -38,6 +38,7 @@ from gpbridge.checks import (
 from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.prediction import apply_root, factorise, whiten
+from gpbridge.selection.gaussian_marginal import MEMORY_BUDGET, check_no_added_terms
 
 _LEAST = 256  # rows that weight space takes in at a time, at least
 
@@ -91,7 +92,8 @@ def check_model(model: Model) -> None:
 
     Raises:
         TypeError: If it is no LinearizedGP, ExactGP or LinearModel, or has no data.
-        NotImplementedError: If its noise is not Gaussian.
+        NotImplementedError: If its noise is not Gaussian, or its kernel has inducing
+            points.
         ShapeError: If it is a batch of models.
         ValueError: If a variance is not positive.
     """
@@ -121,6 +123,7 @@ def check_model(model: Model) -> None:
             "model must be a LinearizedGP, a gpytorch ExactGP, or a LinearModel of "
             f"features and targets, but is {type(model).__name__}."
         )
+    check_no_added_terms(model, "The bound")
     if not is_gaussian(model.likelihood):
         raise NotImplementedError(
             "The bound averages over exact posteriors of the first data, which need "
@@ -243,6 +246,14 @@ def _of_network(model: LinearizedGP) -> WhitenedData:
 
 
 def _of_process(model: GP) -> WhitenedData:
+    count = model.train_targets.numel()
+    check_memory(
+        f"The prior covariance of {count} targets",
+        3 * 8.0 * count**2,
+        MEMORY_BUDGET,
+        "Choose fewer points, or a LinearModel of features, in whose space the data "
+        "need no matrix of their own.",
+    )
     training = model.training
     model.train()
     try:

@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpbridge.checks import NotConvergedWarning, check_finite, check_tensor, warn_user
-from gpbridge.selection.ascent import ascend, load_values, parameter_values
+from gpbridge.selection.ascent import (
+    ascend,
+    load_buffers,
+    load_values,
+    parameter_values,
+)
 from gpbridge.selection.marginal_likelihood import log_evidence
+from gpbridge.selection.named_values import Setter, read, setter_of
 
-Setter = Callable[[nn.Module, float], object]
 EvidenceFn = Callable[[nn.Module], Tensor]
 
 _GOLDEN = (math.sqrt(5.0) - 1) / 2
@@ -103,6 +108,8 @@ def scan(
         parameter: A name in natural units as ``model.initialize`` takes it
             (``"covar_module.base_kernel.period_length"``), or ``setter(model, value)``
             that puts a value in place. Parameters that the setter moves are held.
+            After an error parameters and buffers are put back; an attribute that is
+            neither stays at the last value that was set.
         grid: At least two values; 18 or more over the range where maxima are many.
         evidence_fn: Total nats of the model; batches are summed. With hyperpriors:
             ``lambda model: log_evidence(model) + log_prior``.
@@ -158,8 +165,9 @@ class _Scan:
         self.model, self.evidence_fn, self.steps = model, evidence_fn, refit_steps
         self.named = isinstance(parameter, str)
         self.name = parameter if self.named else getattr(parameter, "__name__", "value")
-        self.set = _setter(parameter) if self.named else parameter
+        self.set = setter_of(parameter) if self.named else parameter
         self.initial = parameter_values(model)
+        self.buffers = {name: b.clone() for name, b in model.named_buffers()}
         self.required = {n: p.requires_grad for n, p in model.named_parameters()}
 
     def run(
@@ -171,13 +179,18 @@ class _Scan:
             maxima = _local_maxima(curve)
             if not maxima:
                 raise ValueError(
-                    "No grid value has a finite evidence; the model is as it was. "
-                    "Check the data, the noise and the range of the grid."
+                    "No grid value has a finite evidence; parameters and buffers of "
+                    "the model are as they were. Check the data, the noise and the "
+                    "range of the grid."
                 )
             polished, ends = [], []
             for place in maxima[:polish]:
-                follow = self._joint if self.named else self._golden
-                record, end = follow(place, states[place], held, polish_steps, curve)
+                if self.named:
+                    record, end = self._joint(
+                        place, states[place], held, polish_steps, curve
+                    )
+                else:
+                    record, end = self._golden(place, states[place], held, curve)
                 polished.append(record)
                 ends.append((record.evidence, record.value, end))
             place = maxima[0]
@@ -187,6 +200,7 @@ class _Scan:
             self._restore(*best[2], held)
         except BaseException:
             load_values(self.model, self.initial)
+            load_buffers(self.model, self.buffers)
             raise
         finally:
             for name, parameter in self.model.named_parameters():
@@ -261,7 +275,7 @@ class _Scan:
         if found < float(curve[place]):  # an ascent that broke down
             found, end = float(curve[place]), state
             self._restore(start, state, held)
-        value = _read(self.model, self.name)
+        value = read(self.model, self.name)
         self._hold(held)
         return Polished(start, value, found), (None, end)
 
@@ -270,7 +284,6 @@ class _Scan:
         place: int,
         state: dict[str, Tensor],
         held: set[str],
-        steps: int,
         curve: Tensor,
     ) -> tuple[Polished, tuple]:
         """Golden section between the neighbours, everything else refitted."""
@@ -316,30 +329,6 @@ class _Scan:
 
     def _ascend(self, steps: int) -> float:
         return ascend(self.model, lambda: self.evidence_fn(self.model).sum(), steps)
-
-
-def _setter(name: str) -> Setter:
-    def set_value(model: nn.Module, value: float) -> None:
-        try:
-            # A Python float would pass through float32.
-            model.initialize(**{name: torch.tensor(value, dtype=torch.float64)})
-        except AttributeError as error:
-            known = [n.replace("raw_", "") for n, _ in model.named_parameters()]
-            raise ValueError(
-                f"The model has no parameter {name!r}. It has {', '.join(known)}."
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(f"{name} cannot be {value:g}: {error}") from error
-
-    return set_value
-
-
-def _read(model: nn.Module, name: str) -> float | list[float]:
-    value = model
-    for part in name.split("."):
-        value = value[int(part)] if part.isdigit() else getattr(value, part)
-    numbers = value.detach().reshape(-1).tolist()
-    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _local_maxima(curve: Tensor) -> list[int]:

@@ -26,15 +26,13 @@ import torch
 from torch import Generator, Tensor
 
 from gpbridge.checks import (
-    ShapeError,
     check_count,
     check_generator,
-    check_not_empty,
-    check_tensor,
 )
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Sampled
 from gpbridge.randomness import fresh, standard_normal
+from gpbridge.selection.orders import permutations
 from gpbridge.selection.prefix_draws import arriving_log_densities
 from gpbridge.selection.prefix_posteriors import (
     LinearModel,
@@ -108,8 +106,9 @@ def training_speed_bound(
             ``Sampled`` inference its own solver.
         block_size: Data that arrive together, with a solver. Blocks cost one solve each
             and loosen the bound.
-        generator: Source of all randomness. Without one, draws are fresh on each call;
-            the global random state is left alone in either case.
+        generator: Source of all randomness. Without one, random orders are those of
+            seed 0, the same for every model, and draws are fresh on each call; the
+            global random state is left alone in either case.
         progress: Whether to show a bar, if there is a terminal.
 
     Returns:
@@ -136,13 +135,14 @@ def training_speed_bound(
     _check_options(model, num_samples, num_repeats, solver, block_size)
     n, device = _size(model)
     _check_burn_in(burn_in, n, block_size)
+    if generator is not None:
+        check_generator(generator, device)
+    random = isinstance(orders, int)
+    orders = permutations(orders, n, generator).to(device)
     generator = fresh(generator, device)
-    check_generator(generator, device)
     if solver is None and isinstance(getattr(model, "inference", None), Sampled):
         solver = model.inference.solver
         _check_options(model, num_samples, num_repeats, solver, block_size)
-    random = isinstance(orders, int)
-    orders = _permutations(orders, n, generator).to(device)
 
     found = []  # blocks x repeats, for each order
     if solver is None:
@@ -203,33 +203,6 @@ def _size(model: Model) -> tuple[int, torch.device]:
         return len(model.features), model.features.device
     X = model.train_inputs[0]
     return X.shape[-2], X.device
-
-
-def _permutations(orders: int | Tensor | None, n: int, generator: Generator) -> Tensor:
-    if orders is None:
-        return torch.arange(n)[None]
-    if isinstance(orders, int):
-        check_count(orders=orders)
-        device = generator.device
-        drawn = [
-            torch.randperm(n, generator=generator, device=device) for _ in range(orders)
-        ]
-        return torch.stack(drawn)
-    check_tensor(orders=orders)
-    check_not_empty(orders=orders)
-    if orders.dim() != 2 or orders.shape[1] != n:
-        raise ShapeError(
-            f"orders must be ``orders x {n}`` row numbers, but has shape "
-            f"{tuple(orders.shape)}. For one order try orders[None]."
-        )
-    every = torch.arange(n, device=orders.device)
-    bad = (orders.sort(-1).values != every).any(-1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"Each row of orders must be a permutation of 0 .. {n - 1}, but row "
-            f"{int(torch.nonzero(bad)[0])} is not. Try torch.randperm({n})."
-        )
-    return orders.long()
 
 
 def _check_options(

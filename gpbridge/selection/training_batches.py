@@ -19,6 +19,7 @@ from gpbridge.checks import (
     check_inputs,
     check_not_empty,
     check_same_device,
+    check_same_dtype,
     check_same_length,
     check_tensor,
 )
@@ -50,7 +51,8 @@ class TrainingBatches:
         num_rows: The number n of data in one pass.
 
     Raises:
-        TypeError: If data are none of both, or a loader is used up by one pass.
+        TypeError: If data are none of both, a loader is used up by one pass, or targets
+            of a regression have another dtype than inputs.
         ShapeError: If data, network and likelihood disagree.
     """
 
@@ -90,7 +92,12 @@ class TrainingBatches:
         if likelihood is None:
             likelihood = default_likelihood(Y, m, self.dtype)
         Y = check_targets(likelihood, Y, m, self.num_rows, self.dtype)
-        self.likelihood, self._targets = likelihood, checksum(Y)
+        if is_gaussian(likelihood):
+            check_same_dtype("train_Y", Y, self.dtype)
+        # The order of a loader may be another each time.
+        known = Y if self.is_tensors else Y.sort(0).values
+        self.likelihood, self._targets = likelihood, checksum(known)
+        self._inputs: str | None = None
         if self.is_tensors:
             self.X, self.Y = shaped(X, self.input_shape), Y
             # Refuses batches that batch norm cannot do with.
@@ -131,14 +138,18 @@ class TrainingBatches:
         return [(self.X, self.Y)] if self.is_tensors else self._pass()
 
     def key(self) -> dict[str, object]:
-        """What a continued run must have in common with the one before."""
-        inputs = checksum(self.X) if self.is_tensors else "a loader"
+        """What a continued run must have in common with the one before.
+
+        Of a loader the targets of one pass, in any order: its inputs may be augmented
+        by draws of its own.
+        """
+        if self._inputs is None:  # at the first save: it reads all inputs
+            self._inputs = checksum(self.X) if self.is_tensors else "a loader"
         size = self.batch_size if self.is_tensors else "of the loader"
         return {
             "number of rows": self.num_rows,
-            "inputs": inputs,
-            # The order of a loader may be another each time.
-            "targets": self._targets if self.is_tensors else "of the loader",
+            "inputs": self._inputs,
+            "targets": self._targets,
             "batch size": size,
             "input shape": str(self.input_shape),
         }

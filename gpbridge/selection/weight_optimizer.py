@@ -6,12 +6,14 @@ no decay of its own. Next: ``online_training``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from gpbridge.checks import check_positive
+from gpbridge.dnn.training import adam
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -30,19 +32,24 @@ def weight_optimizer(
         The optimiser.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is none, or one that evaluates the loss by itself.
         ValueError: If it moves other weights, or decays them.
     """
     if factory is None:
-        # One fused kernel per step.
-        fused = all(p.device.type in ("cpu", "cuda") for p in weights)
-        return torch.optim.Adam(weights, lr=learning_rate, fused=fused)
+        return adam(weights, learning_rate)
     optimizer = factory(weights)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a function of a list of parameters that returns a "
             "torch.optim.Optimizer, such as lambda params: torch.optim.SGD(params, "
             f"lr=0.1), but returned {type(optimizer).__name__}."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} asks for a closure that evaluates the loss "
+            "again, but training takes one step per batch. Pass an optimizer that "
+            "steps along a gradient, such as SGD or Adam."
         )
     groups = optimizer.param_groups
     moved = {id(p) for group in groups for p in group["params"]}

@@ -47,7 +47,7 @@ def test_a_structure_has_dimensions_too():
     model = ready(inference=Diagonal())
     found = group_dimensions(model)
     total = model.evidence().effective_dimension.to(found)
-    torch.testing.assert_close(found.sum(), total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.sum(), total, rtol=1e-12, atol=0)
 
 
 def test_one_group_has_all_of_it_also_from_a_spectrum():

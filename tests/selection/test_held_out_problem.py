@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from torch import nn
 
 from gpbridge.checks import ShapeError
@@ -200,8 +201,8 @@ X, Y = rows()
 BAD = {
     "rows": ((X, Y[:3], X, Y), {}, ShapeError, "train_X has 30, train_Y has 3"),
     "held-out width": ((X, Y, X[:, :1], Y), {}, ShapeError, "val_X must have 2 col"),
-    "nothing held out": ((X, Y, X[:0], Y[:0]), {}, Exception, "val_X has no rows"),
-    "NaN": ((X / 0 * 0, Y, X, Y), {}, Exception, "train_X contains NaN"),
+    "nothing held out": ((X, Y, X[:0], Y[:0]), {}, InputDataError, "val_X has no rows"),
+    "NaN": ((X / 0 * 0, Y, X, Y), {}, InputDataError, "train_X contains NaN"),
     "dtype": ((X.float(), Y, X.float(), Y), {}, TypeError, "network.to"),
     "decay": ((X, Y, X, Y), {"weight_decay": 0.0}, ValueError, "must be positive"),
     "copies": ((X, Y, X, Y), {"num_copies": 0}, ValueError, "num_copies must be a wh"),
@@ -220,7 +221,7 @@ BAD = {
     "first value": (
         (X, Y, X, Y),
         {"augmentation": Augmentation(lost, {"a": float("nan")})},
-        Exception,
+        InputDataError,
         "a contains NaN",
     ),
 }

@@ -6,6 +6,7 @@ import pickle
 import gpytorch
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from gpytorch.mlls import LeaveOneOutPseudoLikelihood
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
@@ -23,6 +24,7 @@ from gpbridge.selection.hypergradient import NonFiniteLossError
 from gpbridge.solvers import Cholesky, ConjugateGradients
 from gpbridge.solvers.factors import IndefiniteError
 from gpbridge.testing import assert_module_unchanged
+from gpbridge.types import Solution
 from tests import oracles_selection as closed
 
 TIGHT = ConjugateGradients(tolerance=1e-12, preconditioner_rank=0)
@@ -392,6 +394,31 @@ def test_the_relative_inner_gradient_has_no_units():
     torch.testing.assert_close(other.grads, plain.grads, rtol=1e-3, atol=0.0)
 
 
+def test_damping_does_not_hide_that_training_has_not_converged():
+    train_loss, val_loss = ridge_losses(*ridge_data())
+    hparams = {"decay": torch.tensor(0.3).double()}
+    w = {"w": torch.full((5,), 0.1).double()}
+    losses = (lambda p, h: 1e-3 * train_loss(p, h)), val_loss
+    plain, damped = (
+        hypergradient(*losses, w, hparams, damping=damping, inner_tolerance=10.0)
+        for damping in (0.0, 10.0)
+    )
+    assert damped.relative_inner_gradient == pytest.approx(
+        plain.relative_inner_gradient
+    )
+    with pytest.warns(NotConvergedWarning, match="inner training has not converged"):
+        hypergradient(*losses, w, hparams, damping=10.0)
+
+
+def test_any_function_that_says_that_it_did_not_converge_is_a_solver():
+    def one_step(operator, rhs, initial=None):
+        return Solution(0.1 * rhs, 0.9, 1, False)
+
+    with pytest.warns(NotConvergedWarning, match="one_step stopped after 1 .* 9.0e-01"):
+        found = ridge(torch.tensor(0.3).double(), ridge_data(), solver=one_step)
+    assert not found.converged
+
+
 def test_a_solve_that_stops_early_is_warned_of_with_its_true_residual():
     data = ridge_data()
     decay = torch.tensor(0.01).double()
@@ -464,12 +491,12 @@ BAD = {
     ),
     "NaN in a parameter": (
         {"params": {"w": torch.full((5,), torch.nan).double()}},
-        Exception,
+        InputDataError,
         "NaN or Inf",
     ),
     "NaN in a hyperparameter": (
         {"hparams": {"decay": torch.nan * ONE}},
-        Exception,
+        InputDataError,
         "NaN or Inf",
     ),
     "NaN in a loss": (

@@ -5,7 +5,16 @@ import torch
 
 from gpbridge.checks import NotConvergedWarning
 from gpbridge.dnn.divergence import DivergedError
-from gpbridge.selection import HypergradientDescent, LBFGSTraining, NeumannSeries
+from gpbridge.selection import (
+    CompositeLoss,
+    HypergradientDescent,
+    LBFGSTraining,
+    NeumannSeries,
+)
+from gpbridge.selection.loss_curvature import (
+    CurvatureOperator,
+    relative_inner_gradient,
+)
 from gpbridge.solvers import ConjugateGradients
 from gpbridge.storage import load_state, save_state
 from tests import oracles_selection as closed
@@ -153,6 +162,61 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state():
     exact = closed.ridge_weights(X, y, last.hparams["log_decay"].exp())
     torch.testing.assert_close(loop.params["w"], exact, rtol=1e-2, atol=1e-3)
     assert all(torch.isfinite(loop.trace("val_loss")))
+
+
+def test_a_run_goes_on_after_a_step_that_was_too_large():
+    def breaks(params, hparams):
+        limit = torch.where(hparams["log_decay"] > -2.65, torch.nan, 1.0)
+        return val_loss(params, hparams) * limit
+
+    start = {"log_decay": torch.tensor(-3.0).double()}
+    loop = HypergradientDescent(train_loss, breaks, START, start)
+    message = r"the learning rate is 0.01 \(it was 0.1\): call run to go on"
+    with pytest.raises(DivergedError, match=message):
+        loop.run(20, progress=False)
+    before = [float(step.hparams["log_decay"]) for step in loop.history]
+    loop.run(2, progress=False)
+    after = [float(step.hparams["log_decay"]) for step in loop.history]
+    # The last record was made again, and no value stands twice.
+    assert after[:-1] == before and len(set(after)) == len(after)
+    assert 0 < after[-1] - after[-2] <= 0.011
+    bad = HypergradientDescent(
+        train_loss, breaks, START, {"log_decay": torch.zeros(()).double()}
+    )
+    for _ in range(2):
+        with pytest.raises(DivergedError, match="Start at other hyperparameters"):
+            bad.step()
+
+
+def test_training_is_judged_by_the_curvature_of_the_hypergradient():
+    loss = CompositeLoss(
+        lambda p, h: torch.tanh(p["w"]),
+        lambda f, p, h: (f - 2).square().sum() + h["a"] * p["w"].square().sum(),
+    )
+    start = {"w": torch.ones(3).double()}
+    h = {"a": torch.tensor(0.1).double()}
+    theta = 0.2 * torch.ones(3).double()
+    relative = {}
+    for curvature in ("ggn", "hessian"):
+        operator = CurvatureOperator(
+            theta,
+            theta.new_zeros(()),
+            like=start,
+            hparams=h,
+            loss=loss,
+            curvature=curvature,
+        )
+        slope = torch.func.grad(lambda w: loss({"w": w}, h))(theta)
+        relative[curvature] = relative_inner_gradient(operator, slope)
+        train = LBFGSTraining(curvature=curvature, tolerance=0.86)
+        theta.grad = slope
+        found = train._converged(loss, theta, start, h, None)
+        assert found == (relative[curvature] <= 0.86)
+    assert relative["hessian"] < 0.86 < relative["ggn"]
+    made = HypergradientDescent(loss, loss, start, h, curvature="ggn")
+    assert made.train.curvature == "ggn"
+    with pytest.raises(ValueError, match="curvature must be one of"):
+        LBFGSTraining(curvature="fisher")
 
 
 def test_training_that_does_not_converge_is_one_warning_per_run():

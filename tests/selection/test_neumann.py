@@ -3,6 +3,7 @@
 import pytest
 import torch
 from linear_operator import to_linear_operator
+from linear_operator.operators import DenseLinearOperator
 
 from gpbridge.checks import NotConvergedWarning
 from gpbridge.selection import NeumannSeries, SeriesDivergedError, hypergradient
@@ -100,6 +101,31 @@ def test_growing_terms_are_seen_where_power_iteration_fell_short():
         NeumannSeries(60, 0.8, power_iterations=1)(to_linear_operator(matrix), rhs)
     itself = NeumannSeries(60, power_iterations=1)
     assert itself(to_linear_operator(matrix), rhs).converged
+
+
+class Counting(DenseLinearOperator):
+    """Counts its products."""
+
+    count = 0
+
+    def _matmul(self, rhs):
+        Counting.count += 1
+        return super()._matmul(rhs)
+
+
+def test_passes_are_products_those_of_sums_begun_anew_included():
+    short = torch.diag(torch.tensor([1.0] * 400 + [3.0])).double()
+    for matrix, rhs, options in (
+        (H, b, {}),
+        (H, b, {"step_size": 0.2}),
+        (short, torch.ones(401, 1).double(), {"power_iterations": 1}),
+    ):
+        for start in (None, 0.1 * rhs):
+            Counting.count = 0
+            found = NeumannSeries(15, tolerance=None, **options)(
+                Counting(matrix), rhs, start
+            )
+            assert found.passes == Counting.count
 
 
 def test_negative_curvature_is_named():

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
-from gpytorch.constraints import GreaterThan
+from gpytorch.constraints import GreaterThan, Interval
 from gpytorch.likelihoods import (
+    BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
+    LaplaceLikelihood,
     MultitaskGaussianLikelihood,
 )
 from torch import nn
@@ -22,11 +24,18 @@ from gpbridge.checks import ShapeError
 from gpbridge.dnn import DivergedError
 from gpbridge.kernels.tangent import weight_groups
 from gpbridge.linearized import Diagonal, Exact, Kronecker, LowRank
-from gpbridge.selection import OnlineFit, fit_evidence, fit_online, online_training
-from gpbridge.selection.online_evidence import measure_evidence
+from gpbridge.selection import (
+    OnlineFit,
+    fit_evidence,
+    fit_online,
+    online_training,
+    training_batches,
+)
+from gpbridge.selection.online_evidence import check_learnable, measure_evidence
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.testing import assert_module_unchanged
 from tests import oracles_selection as oracles
+from tests.oracles_curvature import kronecker_of_two_layers, softmax_hessians
 
 D = 3
 
@@ -164,6 +173,33 @@ def test_value_and_gradient_are_those_of_the_dense_formula(case, groups, structu
         assert gradient[i].item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-7)
 
 
+@pytest.mark.parametrize("groups", ["all", "layer"])
+@pytest.mark.parametrize("kind, m", [("gaussian", 1), ("softmax", 3)])
+def test_kronecker_is_the_determinant_of_the_dense_factors(kind, m, groups):
+    net, X = tanh_net(m), points(15)
+    batches = TrainingBatches((X, labels(kind, X, m)), net, None, 5, None)
+    names = weight_groups(batches.net, groups)
+    evidence = measure_evidence(batches.net, batches, names, Kronecker(), 0)
+    at = torch.tensor([0.5, 2.0]).double()[: len(names)]
+    noise = torch.tensor([0.25]).double() if kind == "gaussian" else None
+    found = evidence(at, noise, True)
+    hessians = torch.eye(1).double().expand(15, 1, 1) / 0.25
+    if kind == "softmax":
+        hessians = softmax_hessians(net(X).detach())
+    M = kronecker_of_two_layers(net, X, hessians)
+    group_of = {name: g for g, group in enumerate(names) for name in group}
+    S = torch.cat(
+        [at[group_of[name]].expand(p.numel()) for name, p in net.named_parameters()]
+    )
+    H = S.sqrt()[:, None] * M * S.sqrt()
+    eye = torch.eye(len(H)).double()
+    assert found.complexity.item() == pytest.approx(
+        0.5 * torch.linalg.slogdet(eye + H).logabsdet.item(), rel=1e-10
+    )
+    dimension = torch.linalg.solve(eye + H, H).trace().item()
+    assert found.effective_dimension.item() == pytest.approx(dimension, rel=1e-10)
+
+
 STRUCTURES = [
     Kronecker(),
     Kronecker(eigenvalue_correction=True),
@@ -299,6 +335,54 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, kind):
         run(net, data_of(kind), every=1, **options)
 
 
+def test_other_targets_of_a_loader_are_another_run(tmp_path):
+    X = points(24)
+    Y, options = labels("gaussian", X, 1), {"checkpoint": tmp_path / "run"}
+    run(None, loader(X, Y, 8, shuffle=True), **options)
+    run(None, loader(X.flip(0), Y.flip(0), 8, shuffle=True), **options)  # the same
+    with pytest.raises(ValueError, match="its targets is .* checksum"):
+        run(None, loader(X, Y + 5, 8, shuffle=True), **options)
+
+
+def test_inputs_are_hashed_once_and_only_for_checkpoints(tmp_path, monkeypatch):
+    checksum, seen = training_batches.checksum, []
+
+    def counted(value):
+        seen.append(value.shape)
+        return checksum(value)
+
+    monkeypatch.setattr(training_batches, "checksum", counted)
+    run()
+    assert seen == [(24, 1)]
+    run(checkpoint=tmp_path / "run", checkpoint_every=1)
+    assert seen[1:] == [(24, 1), (24, D)]
+
+
+def test_a_callback_that_looks_at_the_evidence_changes_nothing():
+    net, X = Nested().double(), points(24)
+    data = (X, labels("gaussian", X, 1))  # with dropout
+    found = run(net, data, callback=lambda training: training.evidence() is None)
+    assert equal(found, run(net, data))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_noise_stays_between_both_bounds_of_its_constraint(m):
+    X = points(24)
+    Y = labels("gaussian", X, m)
+    bounds = Interval(1e-6, 0.02)
+    likelihood = GaussianLikelihood(noise_constraint=bounds)
+    if m == 2:
+        likelihood = MultitaskGaussianLikelihood(
+            2, noise_constraint=bounds, has_global_noise=False
+        )
+    fit = run(tanh_net(m), (X, Y), likelihood=likelihood.double(), epochs=8)
+    # The residuals of an untrained network ask for more.
+    assert fit.noise_variance.tolist() == pytest.approx([0.02] * m, rel=1e-5)
+    own = fit.likelihood.noise if m == 1 else fit.likelihood.task_noises
+    torch.testing.assert_close(own.reshape(-1), fit.noise_variance)
+    assert all(p.isfinite().all() for p in fit.likelihood.parameters())
+
+
 def test_a_finished_run_can_be_prolonged(tmp_path):
     short = {"checkpoint": tmp_path / "run", "epochs": 3}
     run(**short)
@@ -369,6 +453,15 @@ def test_divergence_raises_and_keeps_the_last_good_fit():
     assert isinstance(good, OnlineFit) and good.evidence is None
     assert "unknown" in repr(good)
     assert equal(good, run(epochs=2))
+
+
+def test_weights_that_are_not_finite_are_named():
+    message = (
+        r"weights that are not finite, after a mean loss of \d\S* nats, in epoch 1"
+    )
+    with pytest.raises(DivergedError, match=message):
+        # One batch: the loss is that before the step.
+        run(schedule=lambda epoch: math.nan if epoch else 1.0, epochs=5)
 
 
 def test_an_evidence_that_is_not_finite_keeps_the_last_good_fit(monkeypatch):
@@ -451,6 +544,7 @@ class Shrinking:
 
 
 FIXED = FixedNoiseGaussianLikelihood(torch.ones(24))
+MIXED = (points(4), points(4)[:, :1].float())
 BAD = [
     (dict(network=3), TypeError, "network must be a torch.nn.Module, but is int"),
     (dict(data=points(4)), TypeError, "pair of tensors .* but is Tensor"),
@@ -478,6 +572,9 @@ BAD = [
     (dict(optimizer=lambda p: 3), TypeError, "torch.optim.Optimizer, .* returned int"),
     (dict(optimizer=lambda p: torch.optim.SGD(p[:1], 0.1)), ValueError, "moves 1 tens"),
     (dict(optimizer=lambda p: torch.optim.AdamW(p)), ValueError, "weight_decay=0.01"),
+    (dict(optimizer=torch.optim.LBFGS), TypeError, "LBFGS asks for a closure"),
+    (dict(data=MIXED), TypeError, "train_Y must be torch.float64 .* is torch.float32"),
+    (dict(data=[MIXED]), TypeError, "train_Y must be torch.float64"),
     (dict(checkpoint="/nowhere/run"), FileNotFoundError, "folder of checkpoint"),
 ]  # fmt: skip
 
@@ -486,6 +583,15 @@ BAD = [
 def test_bad_input_says_what_to_do(options, error, message):
     with pytest.raises(error, match=message):
         run(**options)
+
+
+def test_a_likelihood_is_known_by_its_type():
+    class GaussianLabels(BernoulliLikelihood):
+        """Labels, whatever its name."""
+
+    check_learnable(GaussianLabels())
+    with pytest.raises(NotImplementedError, match="this LaplaceLikelihood does not"):
+        check_learnable(LaplaceLikelihood())
 
 
 def test_correlated_noise_is_refused():

@@ -229,6 +229,24 @@ def test_values_without_a_finite_evidence_are_left_out_and_named():
     assert model.x.item() == -3 and model.inner["y"].item() == 0
 
 
+def test_after_an_error_buffers_are_as_they_were_too():
+    class Shifted(Hills):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.tensor(0.5).double())
+
+        def forward(self):
+            return math.nan * self.shift
+
+    def shift(model, value):
+        model.shift.fill_(value)
+
+    model = Shifted()
+    with pytest.raises(ValueError, match="parameters and buffers of the model are as"):
+        scan(model, shift, [2, 3], evidence)
+    assert model.shift.item() == 0.5
+
+
 def test_a_polish_that_breaks_down_keeps_the_grid_value():
     calls = []
 

@@ -8,7 +8,12 @@ import torch
 from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.kernels import MaternKernel, MultitaskKernel, ScaleKernel
+from gpytorch.kernels import (
+    InducingPointKernel,
+    MaternKernel,
+    MultitaskKernel,
+    ScaleKernel,
+)
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
@@ -20,8 +25,14 @@ from torch import nn
 
 from gpbridge import Exact, LinearizedGP
 from gpbridge.checks import ShapeError
+from gpbridge.data_features import DataFeatures
 from gpbridge.linearized import Sampled
-from gpbridge.selection import LinearModel, log_evidence, training_speed_bound
+from gpbridge.selection import (
+    LinearModel,
+    log_evidence,
+    prefix_posteriors,
+    training_speed_bound,
+)
 from gpbridge.selection.prefix_posteriors import (
     WhitenedData,
     predict_in_order,
@@ -310,7 +321,10 @@ def test_the_same_seed_gives_the_same_and_none_a_fresh_one():
     for mine, yours in zip(one, same, strict=True):
         assert torch.equal(mine, yours)
     other = training_speed_bound(model, **options)
-    assert not torch.equal(one.orders, other.orders)
+    assert torch.equal(one.orders, other.orders)  # the same for every model
+    assert not torch.equal(one.terms, other.terms)
+    moved = training_speed_bound(model, generator=seeded(1), **options)
+    assert not torch.equal(one.orders, moved.orders)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -382,6 +396,20 @@ def test_optimised_chains_of_a_network_agree_with_the_closed_form(name):
         model, num_repeats=600, generator=seeded(), progress=False
     )
     agrees(found, exact)
+
+
+def test_features_are_formed_for_three_times_the_data_at_most(monkeypatch):
+    formed, form = [], DataFeatures._form
+
+    def counted(self, X):
+        formed.append(len(X))
+        return form(self, X)
+
+    monkeypatch.setattr(DataFeatures, "_form", counted)
+    model, solver = linear(40, 3), ConjugateGradients(preconditioner_rank=0)
+    training_speed_bound(model, num_repeats=2, solver=solver, generator=seeded())
+    probes = 2 * 7  # two points for each size of the features
+    assert 40 <= sum(formed) - probes <= 120
 
 
 # -- what it is for -------------------------------------------------------------------
@@ -533,6 +561,20 @@ def test_a_linear_model_of_bad_data_is_refused(change, error, message):
 def test_labels_are_refused_with_what_to_use_instead():
     with pytest.raises(NotImplementedError, match="TrainingSpeed ranks training runs"):
         training_speed_bound(build("softmax"))
+
+
+def test_a_kernel_with_inducing_points_is_refused():
+    X = inputs()
+    kernel = InducingPointKernel(MaternKernel(1.5), X[:4], GaussianLikelihood())
+    model = SingleTaskGP(X, targets("gaussian", X), covar_module=kernel)
+    with pytest.raises(NotImplementedError, match="The bound .* InducingPointKernel"):
+        training_speed_bound(model)
+
+
+def test_a_process_beyond_the_memory_budget_is_refused(monkeypatch):
+    monkeypatch.setattr(prefix_posteriors, "MEMORY_BUDGET", 24 * N**2 - 1)
+    with pytest.raises(MemoryError, match=f"prior covariance of {N} targets"):
+        training_speed_bound(process())
 
 
 def test_what_is_no_model_is_refused():
