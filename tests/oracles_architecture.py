@@ -60,6 +60,12 @@ def convolutional_kernel(images1, images2, patch_shape, weights, lengthscale):
     return K / len(weights) ** 2
 
 
+def squared_exponential_gram(X, Z, lengthscale, variance):
+    """The kernel ``n x m`` of rows; Rasmussen and Williams 2006, eq. (4.9)."""
+    difference = (X[..., :, None, :] - Z[..., None, :, :]) / lengthscale
+    return variance * torch.exp(-0.5 * difference.square().sum(-1))
+
+
 def sparse_posterior(Kuu, Kuf, Kff, mean, covariance):
     """Mean and covariance of f given q(u); Hensman et al., AISTATS 2015, eq. (6)."""
     projection = torch.linalg.solve(Kuu, Kuf).mT
@@ -82,10 +88,10 @@ def sparse_layer_values(X, Z, lengthscale, variance, jitter, m, L, noise):
     Given whitened means ``h x M``, factors ``h x M x M`` and normals ``s x n x h``.
     Dense and one output at a time; the layer's mean is not in it.
     """
-    Kuu = squared_exponential(Z, Z, lengthscale, variance)
+    Kuu = squared_exponential_gram(Z, Z, lengthscale, variance)
     Kuu = Kuu + jitter * variance * torch.eye(len(Z), dtype=Z.dtype)
-    Kuf = squared_exponential(Z.expand(len(X), -1, -1), X, lengthscale, variance)
-    Kff = squared_exponential(X, X, lengthscale, variance)
+    Kuf = squared_exponential_gram(Z.expand(len(X), -1, -1), X, lengthscale, variance)
+    Kff = squared_exponential_gram(X, X, lengthscale, variance)
     C = torch.linalg.cholesky(Kuu)
     parts = []
     for o in range(len(m)):

@@ -72,7 +72,7 @@ def dense(model):
     q, K = layer.variational_strategy, layer.covar_module
     scale, length = K.outputscale.item(), K.base_kernel.lengthscale.detach()
     Z = q.inducing_points.detach()
-    Kuu = oracles.squared_exponential(Z, Z, length, scale)
+    Kuu = oracles.squared_exponential_gram(Z, Z, length, scale)
     Kuu = Kuu + JITTER * scale * torch.eye(len(Z))
     C = torch.linalg.cholesky(Kuu)
     mean, L = q.mean[0].detach(), q.factor[0].detach()
@@ -82,8 +82,8 @@ def dense(model):
 def test_one_layer_has_the_bound_of_a_sparse_gp():
     model, X, Y = one_layer()
     Z, length, scale, Kuu, mean, V = dense(model)
-    Kuf = oracles.squared_exponential(Z, X, length, scale)
-    Kff = oracles.squared_exponential(X, X, length, scale)
+    Kuf = oracles.squared_exponential_gram(Z, X, length, scale)
+    Kff = oracles.squared_exponential_gram(X, X, length, scale)
     noise = model.likelihood.noise.item()
     y = Y[:, 0] - 0.3
     expected = oracles.sparse_bound(Kuu, Kuf, Kff, mean, V, y, noise)
@@ -94,8 +94,8 @@ def test_one_layer_has_the_posterior_of_a_sparse_gp():
     model, _, _ = one_layer()
     Z, length, scale, Kuu, mean, V = dense(model)
     x = normal(7, 2, seed=9)
-    Kuf = oracles.squared_exponential(Z, x, length, scale)
-    Kff = oracles.squared_exponential(x, x, length, scale)
+    Kuf = oracles.squared_exponential_gram(Z, x, length, scale)
+    Kff = oracles.squared_exponential_gram(x, x, length, scale)
     mean, V = oracles.sparse_posterior(Kuu, Kuf, Kff, mean, V)
     f = model.posterior(x)
     torch.testing.assert_close(f.mean, mean + 0.3, rtol=0, atol=1e-10)
@@ -339,13 +339,13 @@ def test_a_kernel_may_have_inducing_points_in_a_domain_of_its_own():
     assert isinstance(K, ScaleKernel)
     assert torch.isfinite(model.elbo(X, Y))
     length, scale = K.base_kernel.base.lengthscale.detach(), K.outputscale.item()
-    Kuu = oracles.squared_exponential(Z, Z, length, scale) + JITTER * scale * torch.eye(
-        6
-    )
+    Kuu = oracles.squared_exponential_gram(
+        Z, Z, length, scale
+    ) + JITTER * scale * torch.eye(6)
     parts = X.reshape(-1, 1)
-    Kuf = oracles.squared_exponential(Z, parts, length, scale)
+    Kuf = oracles.squared_exponential_gram(Z, parts, length, scale)
     Kuf = Kuf.unflatten(-1, X.shape).mean(-1)
-    Kff = oracles.squared_exponential(parts, parts, length, scale)
+    Kff = oracles.squared_exponential_gram(parts, parts, length, scale)
     Kff = Kff.unflatten(-1, X.shape).unflatten(0, X.shape).mean((1, 3))
     C, L = torch.linalg.cholesky(Kuu), q.factor[0].detach()
     u = C @ q.mean[0].detach(), C @ L @ L.mT @ C.mT
