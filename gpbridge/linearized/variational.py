@@ -75,6 +75,14 @@ class Refinement(NamedTuple):
     network_loss: Tensor
     step_size: Tensor
 
+    def __repr__(self) -> str:
+        """Its bound and loss, not its numbers."""
+        steps, (n, _) = len(self.bounds) - 1, self.curvature.shape[:2]
+        return (
+            f"{type(self).__name__}(steps={steps}, bound={float(self.bounds[-1]):.6g}, "
+            f"loss={float(self.losses[-1]):.4g}, n={n})"
+        )
+
     def fits(self, prior_variance: Tensor, mean: str) -> bool:
         """Whether it is that of a model with these settings."""
         now, then = prior_variance.detach().double(), self.prior_variance.double()

@@ -57,6 +57,11 @@ class LeaveOneOut(NamedTuple):
     mean: Tensor  # ... x n x m
     variance: Tensor  # of the target, noise included, ... x n x m
 
+    def __repr__(self) -> str:
+        """Its value and size, not its numbers."""
+        n, value = self.log_density.shape[-1], self.value.tolist()
+        return f"{type(self).__name__}(value={value}, n={n})"
+
 
 class ConditionalEvidence(NamedTuple):
     """The log probability of the other points given the first ones, in total nats.

@@ -78,7 +78,7 @@ class HeldOutProblem(nn.Module):
               + \tfrac12 \sum_g \lambda_g \|w_g\|^2
 
     The loss of a point and the decay are those of :func:`gpbridge.dnn.fit_map`, so
-    that a decay found here can be passed to it. Owns a copy of the network in eval
+    that the one decay of ``groups="all"`` can be passed to it as a number. Owns a copy of the network in eval
     mode: batch-norm statistics are fixed and dropout is off. Its hypergradients take
     the Hessian, which is exact at a minimum: train to a relative inner gradient of
     about 1e-5, where it was positive for networks on digits. Further from a minimum it

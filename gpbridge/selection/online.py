@@ -21,7 +21,12 @@ import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import check_count, check_positive, warn_user
+from gpbridge.checks import (
+    ReliabilityWarning,
+    check_count,
+    check_positive,
+    warn_user,
+)
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.training import USUAL_RATE
 from gpbridge.kernels.tangent import Groups
@@ -234,6 +239,7 @@ def fit_online(
 
     Warns:
         UserWarning: If a group holds only weights whose scale a normalisation removes.
+        ReliabilityWarning: If there were too few epochs to learn a hyperparameter.
         RuntimeWarning: If it is interrupted from the keyboard after its first epoch.
 
     Example:
@@ -296,6 +302,13 @@ def fit_online(
             diverged_message(training, error, learning_rate, USUAL_RATE),
             _result(training, None),
         ) from error
+    if burn_in < epochs < burn_in + every and not training.steps:
+        warn_user(
+            f"In {epochs} epochs prior variances and noise never moved: the first "
+            f"update is after epoch {burn_in + every}. Choose more epochs, or a "
+            "smaller every= or burn_in=.",
+            ReliabilityWarning,
+        )
     return _result(training, training.evidence())
 
 

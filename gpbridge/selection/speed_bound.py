@@ -64,6 +64,15 @@ class SpeedBound(NamedTuple):
     terms: Tensor
     orders: Tensor
 
+    def __repr__(self) -> str:
+        """Its value and size, not its numbers."""
+        orders, n = self.orders.shape
+        value, error = float(self.value), float(self.std_error)
+        return (
+            f"{type(self).__name__}(value={value:.6g}, std_error={error:.3g}, "
+            f"orders={orders}, n={n})"
+        )
+
 
 def training_speed_bound(
     model: Model,
