@@ -78,9 +78,9 @@ class HeldOutProblem(nn.Module):
               + \tfrac12 \sum_g \lambda_g \|w_g\|^2
 
     The loss of a point and the decay are those of :func:`gpbridge.dnn.fit_map`, so
-    that the one decay of ``groups="all"`` can be passed to it as a number. Owns a copy of the network in eval
-    mode: batch-norm statistics are fixed and dropout is off. Its hypergradients take
-    the Hessian, which is exact at a minimum: train to a relative inner gradient of
+    that the one decay of ``groups="all"`` can be passed to it as a number. Owns a copy
+    of the network in eval mode: batch-norm statistics are fixed and dropout is off. Its
+    hypergradients take the Hessian, which is exact at a minimum: train to a relative inner gradient of
     about 1e-5, where it was positive for networks on digits. Further from a minimum it
     seldom is, which is an error; ``curvature="ggn"`` always works and is biased: for
     the first layer of a network on 100 digits it gave -0.006 where the Hessian gives
