@@ -1,5 +1,6 @@
 """Augmentations: learnable distributions over transformations of the inputs."""
 
+from gpbridge.augmentation.averaged import AveragedNetwork
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
 from gpbridge.augmentation.images import AffineAugmentation2d
 from gpbridge.augmentation.vectors import Rotation2d
@@ -7,6 +8,7 @@ from gpbridge.augmentation.vectors import Rotation2d
 __all__ = [
     "AffineAugmentation2d",
     "Augmentation",
+    "AveragedNetwork",
     "DifferenceLaw",
     "Rotation2d",
 ]
