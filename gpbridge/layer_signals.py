@@ -65,6 +65,9 @@ def record_signals(
 
     Returns:
         The outputs, and by layer its inputs and signals ``n x m`` (or r) ``x T x o``.
+
+    Raises:
+        Uncontractible: If a layer is not called once, with all points.
     """
     taken: dict[str, tuple[Tensor, Tensor, int]] = {}
 

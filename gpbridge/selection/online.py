@@ -15,21 +15,20 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from gpbridge.checks import check_count, check_positive, warn_user
-from gpbridge.dnn.divergence import DivergedError, rate_advice
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.kernels.tangent import Groups
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact, Inference
 from gpbridge.linearized.structures import Kronecker
 from gpbridge.selection.online_evidence import OnlineStructure
+from gpbridge.selection.online_run import check_folder, diverged_message, run_epochs
 from gpbridge.selection.online_training import (
     NonFiniteError,
     OnlineStep,
@@ -37,7 +36,6 @@ from gpbridge.selection.online_training import (
 )
 from gpbridge.selection.training_batches import Data, TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory
-from gpbridge.storage import load_state, save_state
 from gpbridge.types import Evidence
 
 _USUAL_RATE = 5e-3
@@ -73,9 +71,9 @@ class OnlineFit:
     def history(self) -> dict[str, Tensor]:
         """One row per update of each entry of a step, and ``loss`` per epoch."""
         found = {"loss": torch.tensor(self.losses, dtype=torch.float64)}
-        for name in OnlineStep._fields:
+        for name in self.steps[0]._fields if self.steps else ():
             values = [getattr(step, name) for step in self.steps]
-            if values and values[0] is not None:
+            if values[0] is not None:
                 dtype = torch.long if name == "epoch" else torch.float64
                 found[name] = torch.tensor(values, dtype=dtype)
         return found
@@ -266,10 +264,7 @@ def fit_online(
         hyper_learning_rate=hyper_learning_rate,
         learning_rate=learning_rate,
     )
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of checkpoint={str(checkpoint)!r} does not exist."
-        )
+    check_folder(checkpoint)
     batches = TrainingBatches(data, network, likelihood, batch_size, input_shape)
     training = OnlineTraining(
         network,
@@ -286,42 +281,21 @@ def fit_online(
         schedule,
         generator,
     )
-    if checkpoint is not None and Path(checkpoint).exists():
-        _continue(training, checkpoint, epochs)
-    bar = tqdm(
-        range(training.epoch, epochs),
-        desc="fit_online",
-        leave=False,
-        disable=None if progress else True,
-    )
     try:
-        for epoch in bar:
-            training.advance()
-            if not bar.disable:
-                bar.set_postfix_str(f"loss {training.losses[-1]:.3g}", refresh=False)
-            last = callback is not None and callback(training) is True
-            last = last or epoch + 1 == epochs
-            if checkpoint is not None and (last or (epoch + 1) % checkpoint_every == 0):
-                save_state(training.state_dict(), checkpoint)
-            if last:
-                break
+        run_epochs(
+            training,
+            epochs,
+            "fit_online",
+            checkpoint,
+            checkpoint_every,
+            callback,
+            progress,
+        )
     except NonFiniteError as error:
         raise DivergedError(
-            f"Training found {error} in epoch {training.epoch}. The fit as it was "
-            "before is .last_good of this error. Standardise inputs and targets, or "
-            f"try {rate_advice(learning_rate, _USUAL_RATE)}.",
+            diverged_message(training, error, learning_rate, _USUAL_RATE),
             _result(training, None),
         ) from error
-    except KeyboardInterrupt:
-        if not training.epoch:
-            raise
-        warn_user(
-            f"Training was interrupted after {training.epoch} of {epochs} epochs; the "
-            "fit so far is returned.",
-            RuntimeWarning,
-        )
-    finally:
-        bar.close()
     return _result(training, training.evidence())
 
 
@@ -342,21 +316,3 @@ def _result(training: OnlineTraining, evidence: Evidence | None) -> OnlineFit:
 def _short(values: Tensor) -> str:
     return ", ".join(f"{value:.3g}" for value in values.tolist())
 
-
-def _continue(
-    training: OnlineTraining, checkpoint: str | PathLike, epochs: int
-) -> None:
-    state = load_state(checkpoint, training.batches.device)
-    try:
-        training.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} cannot be continued. {error} For a new "
-            "run pass another file."
-        ) from error
-    if training.epoch > epochs:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} has {training.epoch} epochs already, and "
-            f"epochs is {epochs}. Pass epochs={training.epoch} or more, or another "
-            "file."
-        )

@@ -75,6 +75,8 @@ class OnlineTraining:
         steps: One entry for each update of the hyperparameters.
     """
 
+    Step = OnlineStep  # the kind of the records
+
     def __init__(
         self,
         network: nn.Module,
@@ -98,7 +100,7 @@ class OnlineTraining:
         self.groups = weight_groups(self.net, groups)
         self.curvature = curvature
         check_learnable(self.likelihood)
-        check_structure(self.net, curvature)
+        self._check_structure()
         if curvature.jacobian_dtype is not None:
             self.net.to(curvature.jacobian_dtype)
         self.burn_in, self.every, self.hyper_steps = burn_in, every, hyper_steps
@@ -165,11 +167,10 @@ class OnlineTraining:
         Raises:
             NonFiniteError: If something is not finite; the state then is that before.
         """
+        trains, updates = self._plan()
         try:
-            loss = self._train_epoch()
-            step, done = None, self.epoch + 1 - self.burn_in
-            if done > 0 and done % self.every == 0:
-                step = self._update()
+            loss = self._train_epoch() if trains else self.losses[-1]
+            step = self._update() if updates else None
         except BaseException:
             self.network.eval()
             self._restore(self._good)
@@ -197,6 +198,14 @@ class OnlineTraining:
 
     # -- one epoch -------------------------------------------------------------------
 
+    def _plan(self) -> tuple[bool, bool]:
+        """Whether this epoch trains weights, and whether it updates the rest."""
+        done = self.epoch + 1 - self.burn_in
+        return True, done > 0 and done % self.every == 0
+
+    def _outputs(self, X: Tensor) -> Tensor:
+        return self.network(X)
+
     def _train_epoch(self) -> float:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if self.schedule is not None:
@@ -209,7 +218,7 @@ class OnlineTraining:
             for X, Y in self.batches.shuffled(self.generator):
                 self.optimizer.zero_grad()
                 # Networks may squeeze: always n x m, also for a batch of one row.
-                outputs = self.network(X).reshape(len(X), m)
+                outputs = self._outputs(X).reshape(len(X), m)
                 loss = self._loss(outputs, Y, ratio)
                 loss.backward()
                 self._add_prior(decays)
@@ -262,6 +271,9 @@ class OnlineTraining:
 
     # -- the hyperparameters ---------------------------------------------------------
 
+    def _check_structure(self) -> None:
+        check_structure(self.net, self.curvature)
+
     def _measure(self) -> OnlineEvidence:
         self._copy_weights()
         with isolated_randomness(self._noise, self.batches.device):
@@ -281,18 +293,7 @@ class OnlineTraining:
 
     def _update(self) -> OnlineStep:
         try:
-            measured = self._measure()
-            for _ in range(self.hyper_steps):
-                self.hyper_optimizer.zero_grad()
-                noise = None if self.log_noise is None else self.log_noise.exp()
-                (-measured(self.log_prior.exp(), noise).value).backward()
-                self.hyper_optimizer.step()
-                with torch.no_grad():
-                    self.log_prior.clamp_(-_LOG_BOUND, _LOG_BOUND)
-                    if self.learns_noise:
-                        self.log_noise.clamp_(min=self._floor)
-            with torch.no_grad():
-                found = measured(self.prior_variance, self.noise_variance, True)
+            found = self._ascend(self._measure())
         except torch.linalg.LinAlgError as error:
             raise NonFiniteError("a curvature that cannot be factorised") from error
         values = [float(value) for value in found[:4]]
@@ -305,6 +306,20 @@ class OnlineTraining:
             self.prior_variance.tolist(),
             None if noise is None else noise.tolist(),
         )
+
+    def _ascend(self, measured: OnlineEvidence) -> Evidence:
+        """Move the hyperparameters at a fixed curvature; the evidence after it."""
+        for _ in range(self.hyper_steps):
+            self.hyper_optimizer.zero_grad()
+            noise = None if self.log_noise is None else self.log_noise.exp()
+            (-measured(self.log_prior.exp(), noise).value).backward()
+            self.hyper_optimizer.step()
+            with torch.no_grad():
+                self.log_prior.clamp_(-_LOG_BOUND, _LOG_BOUND)
+                if self.learns_noise:
+                    self.log_noise.clamp_(min=self._floor)
+        with torch.no_grad():
+            return measured(self.prior_variance, self.noise_variance, True)
 
     def _warn_if_not_identified(self) -> None:
         for names in scale_free_groups(self.network, self.batches.first, self.groups):
@@ -351,7 +366,7 @@ class OnlineTraining:
         self.generator.set_state(state["generator"].cpu())
         self._noise.set_state(state["noise"].cpu())
         self.epoch, self.losses = state["epoch"], list(state["losses"])
-        self.steps = [OnlineStep(*step) for step in state["steps"]]
+        self.steps = [self.Step(*step) for step in state["steps"]]
         self._good = self._values()
 
     def _hyperparameters(self) -> list[Tensor]:

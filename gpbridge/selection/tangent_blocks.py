@@ -1,4 +1,4 @@
-r"""Log determinants of the tangent kernel by blocks of its rows: bounds for minibatches.
+r"""Log determinants of the tangent kernel by blocks of its rows, which are bounds.
 
 By Sylvester's identity the complexity of the evidence is
 :math:`\tfrac12 \log\det(I + K)` with :math:`K = R^\top J S J^\top R`, a row for each
