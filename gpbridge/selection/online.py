@@ -315,4 +315,3 @@ def _result(training: OnlineTraining, evidence: Evidence | None) -> OnlineFit:
 
 def _short(values: Tensor) -> str:
     return ", ".join(f"{value:.3g}" for value in values.tolist())
-

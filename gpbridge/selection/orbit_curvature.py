@@ -91,9 +91,7 @@ class OrbitCurvature:
         self.net, self.likelihood, self.num_rows = net, likelihood, num_rows
         self.is_gaussian = is_gaussian(likelihood)
         self.num_groups = 1 + max(block.group for block in net.blocks)
-        index = [
-            torch.full((block.o * block.i,), block.group) for block in net.blocks
-        ]
+        index = [torch.full((block.o * block.i,), block.group) for block in net.blocks]
         self.group_of_entry = torch.cat(index).to(next(net.net.parameters()).device)
         self.structure = _resolved(structure, net, num_rows)
         self._check_memory()
@@ -155,9 +153,7 @@ class OrbitCurvature:
                 )
                 channels = chosen if self.is_gaussian else 0 * chosen
                 joint = options.outputs == "joint"
-                gram = gram_block(
-                    J, self.net.blocks, self.num_groups, channels, joint
-                )
+                gram = gram_block(J, self.net.blocks, self.num_groups, channels, joint)
                 if leaves:
                     own = BlockCurvature([gram], scale, False)
                     complexity = 0.5 * own.logdet(prior_variance, weights)
@@ -400,4 +396,3 @@ def _add(gradients: Params, objective: Tensor, leaves: Params) -> None:
     )
     for name, gradient in zip(leaves, found, strict=True):
         gradients[name] += gradient
-
