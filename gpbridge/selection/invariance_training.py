@@ -175,7 +175,9 @@ class InvarianceTraining(OnlineTraining):
                     measured.evidence(self.prior_variance, self.noise_variance, True)
                 )
         self.augmentation.noise.copy_(saved)
-        mean = [torch.stack(values).mean(0) for values in list(zip(*found, strict=True))[:4]]
+        mean = [
+            torch.stack(values).mean(0) for values in list(zip(*found, strict=True))[:4]
+        ]
         return Evidence(*mean, found[0].lower_bound)
 
     # -- one epoch ---------------------------------------------------------------------

@@ -171,6 +171,8 @@ class OrbitCurvature:
     def _by_sums(self, data, prior_variance, noise_variance, leaves):
         channels = self.net.net.num_outputs if self.is_gaussian else 1
         chunks = self._chunks(data)
+        if leaves and len(chunks) == 1 and isinstance(self.structure, Exact):
+            return self._in_one_pass(data, prior_variance, noise_variance, leaves)
         totals: list[Tensor] = []
         noisy: list[bool] = []
         misfit, gradients = self._no_misfit(), _zeros(leaves)
@@ -210,6 +212,23 @@ class OrbitCurvature:
                 fit = self._log_likelihood(value, part.Y, noise_variance)
                 _add(gradients, fit - inner, leaves)
         return curvature, misfit, gradients
+
+    def _in_one_pass(self, data, prior_variance, noise_variance, leaves):
+        """Few data: the whole graph is held, and nothing is computed twice."""
+        channels = self.net.net.num_outputs if self.is_gaussian else 1
+        weights, gradients = (
+            self._weights(prior_variance, noise_variance),
+            _zeros(leaves),
+        )
+        with torch.enable_grad():
+            value, J = self._jacobian(data, self._roots, leaves)
+            (scatter,) = self._sums(J, channels)
+            curvature = FullCurvature(scatter, self.group_of_entry)
+            complexity = 0.5 * curvature.logdet(prior_variance, weights)
+            fit = self._log_likelihood(value, data.Y, noise_variance)
+            _add(gradients, fit - complexity, leaves)
+        curvature = FullCurvature(scatter.detach(), self.group_of_entry)
+        return curvature, self._misfit(value.detach(), data.Y), gradients
 
     def _sums(self, J: list[BlockJacobian], channels: int) -> list[Tensor]:
         """What the log determinant is a function of, linear in the data."""
