@@ -33,6 +33,7 @@ from gpbridge.linearized.weight_blocks import (
     WeightBlock,
     weight_blocks,
 )
+from gpbridge.tracing import traceable
 from gpbridge.types import Params
 
 Roots = Callable[[Tensor], Tensor]
@@ -64,7 +65,8 @@ def orbits(
     def one(row: Tensor, own: Tensor) -> Tensor:
         return functional_call(augmentation, {**values, "noise": own}, (row[None],))[0]
 
-    return vmap(one)(X, noise)
+    with traceable():
+        return vmap(one)(X, noise)
 
 
 def row_noise(
