@@ -30,10 +30,10 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
-n, epochs, width = (30, 4, 8) if options.smoke else (100, 150, 30)
-samples = 3 if options.smoke else 12
+n, epochs, width = (30, 4, 8) if options.smoke else (150, 250, 30)
+samples = 3 if options.smoke else 10
 arcs = (20, 120) if options.smoke else (20, 60, 120, 200, 280, 360)
-grid = (10, 90) if options.smoke else (5, 20, 40, 60, 80, 110, 145, 175)
+grid = (10, 90) if options.smoke else (5, 20, 40, 60, 75, 95, 130, 170)
 
 torch.set_num_threads(1)
 

@@ -100,7 +100,7 @@ def learn_invariance(
     every: int = 1,
     hyper_steps: int = 1,
     hyper_learning_rate: float = 0.1,
-    augmentation_learning_rate: float = 0.1,
+    augmentation_learning_rate: float = 0.05,
     final_augmentation_learning_rate: float = 1e-3,
     learning_rate: float = _USUAL_RATE,
     batch_size: int = 100,

@@ -78,18 +78,21 @@ def test_the_evidence_widens_the_law_for_a_circle_and_not_for_a_short_arc():
     found = {}
     for arc in (360, 10):
         fit = run(
-            tanh_net(12),
-            rings(60, arc),
-            Rotation2d(6, init=0.4),
-            epochs=40,
-            learning_rate=0.05,
-            batch_size=60,
+            tanh_net(20),
+            rings(80, arc),
+            Rotation2d(6, init=0.3),
             orbit="fixed",
+            prior_variance=20.0,
+            burn_in=30,
+            epochs=60,
+            learning_rate=0.1,
+            augmentation_learning_rate=0.15,
+            batch_size=80,
         )
         found[arc] = math.degrees(fit.learnt["bound"].item())
-        assert fit.steps[-1].evidence > fit.steps[0].evidence + 2
-    start = math.degrees(0.4)
-    assert found[360] > 2 * start and found[10] < 0.8 * start
+        assert fit.steps[-1].evidence > fit.steps[0].evidence + 3
+    start = math.degrees(0.3)
+    assert found[360] > 2 * start and found[10] < 0.5 * start
 
 
 @pytest.mark.slow
