@@ -182,7 +182,7 @@ def law(samples: int, width: float) -> AffineAugmentation2d:
 def options(n: int, epochs: int, seed: int) -> dict[str, object]:
     """Of all models alike."""
     return {
-        "structure": TangentBlocks(block_size=104, outputs="sampled", num_blocks=1),
+        "structure": TangentBlocks(block_size=78, outputs="sampled", num_blocks=1),
         "orbit": "resampled",
         "epochs": epochs,
         "burn_in": epochs // 4,
@@ -275,7 +275,7 @@ def image_table(
     """Print the models, mean and spread over seeds, and paired differences."""
     print(
         f"\n### {name}, {n} images turned by up to 90 degrees, {samples} samples, "
-        f"{epochs} epochs, evidence by blocks of 104 and one output\n"
+        f"{epochs} epochs, evidence by blocks of 78 and one output\n"
     )
     runs: dict[str, list[Score]] = {model: [] for model in MODELS}
     for seed in range(seeds):
@@ -317,7 +317,7 @@ def cost_table(path: Path, n: int, samples: int) -> None:
     print(
         f"\nAn epoch with an update costs {ratio:.2f} times one without (pairs: "
         f"{min(ratios):.2f} to {max(ratios):.2f}); {n} images, {samples} samples, one "
-        "block of 104 and one output. Target: at most 3.",
+        "block of 78 and one output. Target: at most 3.",
         flush=True,
     )
 

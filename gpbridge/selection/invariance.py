@@ -189,6 +189,7 @@ def learn_invariance(
         FileNotFoundError: If the folder of the checkpoint does not exist.
 
     Example:
+        >>> import torch
         >>> from gpbridge.augmentation import Rotation2d
         >>> angle, label = torch.linspace(0, 6, 20), torch.tensor([0, 1] * 10)
         >>> X = torch.stack([angle.cos(), angle.sin()], -1) * (1 + label[:, None])
