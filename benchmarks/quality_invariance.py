@@ -187,6 +187,7 @@ def options(n: int, epochs: int, seed: int) -> dict[str, object]:
         "epochs": epochs,
         "burn_in": epochs // 4,
         "hyper_steps": 2,
+        "augmentation_learning_rate": 0.15,
         "learning_rate": 1e-2,
         "batch_size": 104,
         "input_shape": (1, SIDE, SIDE),

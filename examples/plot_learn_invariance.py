@@ -3,10 +3,14 @@
 Two classes lie on circles of which only an arc is seen. A network averaged over
 rotations of its inputs, by angles up to a half-width, is trained together with that
 half-width: weights by the likelihood and a prior, the half-width by the evidence with
-gradients through the curvature, without validation data. About half the arc is right.
+gradients through the curvature, without validation data.
 
-The evidence has more than one maximum in principle, so the right panel scans it: one
-training with the half-width held at each value of a grid.
+The gradient holds the weights, so that learning ends where no small change of the law
+helps this network. The right panel asks for more: one training with the half-width held
+at each value of a grid. Its maximum can lie elsewhere, and several starts
+(``learn_invariance_from``) are safer than one. That a short arc ends near nothing, the
+circle at everything and 120 degrees between them is what to expect; that the half-width
+is half the arc is not.
 """
 
 # %% Set up: two rings and a blob, seen under an arc
