@@ -8,6 +8,7 @@ Next: ``layer_features`` contracts them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,26 @@ def is_contractible(module: nn.Module) -> bool:
 
 
 def record_signals(
-    net: FrozenNet, rows: Tensor, layer_names: tuple[str, ...]
+    net: FrozenNet,
+    rows: Tensor,
+    layer_names: tuple[str, ...],
+    directions: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Run forward once and backward once per output; read inputs and signals."""
+    """Run forward once and backward once per output; read inputs and signals.
+
+    Args:
+        net: The network.
+        rows: Inputs ``n x d``.
+        layer_names: Of the layers to read.
+        directions: Maps the outputs ``n x m`` to combinations of them, ``n x m x r``,
+            to send back instead of each output.
+
+    Returns:
+        The outputs, and by layer its inputs and signals ``n x m`` (or r) ``x T x o``.
+
+    Raises:
+        Uncontractible: If a layer is not called once, with all points.
+    """
     taken: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def tap(name: str):
@@ -74,12 +92,15 @@ def record_signals(
             value = net(rows if keep_graph else rows.detach())  # n x m
             taps = [output for _, output, _ in taken.values()]
             signals = []
-            for j in range(value.shape[1]):
-                last = j == value.shape[1] - 1
+            sent = None if directions is None else directions(value)
+            count = value.shape[1] if sent is None else sent.shape[-1]
+            for j in range(count):
+                last = j == count - 1
                 signals.append(
                     torch.autograd.grad(
-                        value[:, j].sum(),
+                        value[:, j].sum() if sent is None else value,
                         taps,
+                        None if sent is None else sent[..., j],
                         retain_graph=keep_graph or not last,
                         create_graph=keep_graph,
                         materialize_grads=True,

@@ -93,7 +93,23 @@ def _prelu(input, weight):
     return torch.where(input > 0, input, weight.reshape(shape) * input)
 
 
+def _affine_grid(theta, size, align_corners=None):
+    if len(size) != 4:
+        return F.affine_grid(theta, size, align_corners)
+    sides = []
+    for length in size[-2:]:
+        steps = torch.arange(length, dtype=theta.dtype, device=theta.device)
+        if align_corners:
+            sides.append(2 * steps / max(1, length - 1) - (length > 1))
+        else:
+            sides.append((2 * steps + 1) / length - 1)
+    y, x = torch.meshgrid(*sides, indexing="ij")
+    places = torch.stack([x, y, torch.ones_like(x)], -1)  # h x w x 3
+    return places @ theta.mT[:, None]
+
+
 _ELEMENTARY = {
+    F.affine_grid: _affine_grid,
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.prelu: _prelu,

@@ -1,5 +1,6 @@
 """Hyperparameters and models chosen by marginal likelihood, and by held-out data."""
 
+from gpbridge.selection.augerino import augerino_penalty
 from gpbridge.selection.compare import Comparison, compare
 from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gradient
 from gpbridge.selection.deep_kernel import fit_deep_kernel
@@ -22,6 +23,12 @@ from gpbridge.selection.held_out_problem import (
 from gpbridge.selection.hypergradient import Hypergradient, hypergradient
 from gpbridge.selection.hypergradient_descent import HypergradientDescent, OuterStep
 from gpbridge.selection.inner_training import LBFGSTraining
+from gpbridge.selection.invariance import (
+    InvarianceFit,
+    learn_invariance,
+    learn_invariance_from,
+)
+from gpbridge.selection.invariance_training import InvarianceStep
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.loss_curvature import CompositeLoss
 from gpbridge.selection.marginal_likelihood import (
@@ -38,6 +45,7 @@ from gpbridge.selection.prefix_posteriors import LinearModel
 from gpbridge.selection.scan import ScanResult, scan
 from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
+from gpbridge.selection.tangent_blocks import TangentBlocks
 from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
@@ -53,6 +61,8 @@ __all__ = [
     "HeldOutProblem",
     "Hypergradient",
     "HypergradientDescent",
+    "InvarianceFit",
+    "InvarianceStep",
     "IterativeFit",
     "LBFGSTraining",
     "LaplaceEvidence",
@@ -68,7 +78,9 @@ __all__ = [
     "SeriesDivergedError",
     "SpeedBound",
     "SubsetStart",
+    "TangentBlocks",
     "TrainingSpeed",
+    "augerino_penalty",
     "compare",
     "conditional_log_evidence",
     "evidence_gradient",
@@ -82,6 +94,8 @@ __all__ = [
     "held_out_log_density",
     "hypergradient",
     "input_noise",
+    "learn_invariance",
+    "learn_invariance_from",
     "leave_one_out",
     "log_evidence",
     "multi_start",

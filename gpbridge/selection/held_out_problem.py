@@ -80,12 +80,12 @@ class HeldOutProblem(nn.Module):
     The loss of a point and the decay are those of :func:`gpbridge.dnn.fit_map`, so
     that the one decay of ``groups="all"`` can be passed to it as a number. Owns a copy
     of the network in eval mode: batch-norm statistics are fixed and dropout is off. Its
-    hypergradients take the Hessian, which is exact at a minimum: train to a relative inner gradient of
-    about 1e-5, where it was positive for networks on digits. Further from a minimum it
-    seldom is, which is an error; ``curvature="ggn"`` always works and is biased: for
-    the first layer of a network on 100 digits it gave -0.006 where the Hessian gives
-    -0.001 nats per unit of log decay. Every product passes over all training data;
-    memory is that of one gradient.
+    hypergradients take the Hessian, which is exact at a minimum: train to a relative
+    inner gradient of about 1e-5, where it was positive for networks on digits. Further
+    from a minimum it seldom is, which is an error; ``curvature="ggn"`` always works and
+    is biased: for the first layer of a network on 100 digits it gave -0.006 where the
+    Hessian gives -0.001 nats per unit of log decay. Every product passes over all
+    training data; memory is that of one gradient.
 
     Args:
         network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m``. Never changed.

@@ -1,0 +1,363 @@
+r"""Learning which transformations a network is invariant to, while it is trained.
+
+In: a network, data, an augmentation. Out: an :class:`InvarianceFit`: a trained network,
+averaged over orbits whose widths the evidence chose, without validation data.
+Next: ``InvarianceFit.model`` makes a Gaussian process of it.
+
+References:
+    Immer, van der Ouderaa, Rätsch, Fortuin, van der Wilk, Invariance learning in deep
+    neural networks with differentiable Laplace approximations, NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from gpytorch.likelihoods import Likelihood
+from torch import Generator, Tensor, nn
+
+from gpbridge.augmentation.averaged import AveragedNetwork
+from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.dnn.divergence import DivergedError
+from gpbridge.frozen import copy_without_hooks
+from gpbridge.functional import FunctionalNet
+from gpbridge.kernels.tangent import Groups, weight_groups
+from gpbridge.linearized.inference import Exact
+from gpbridge.selection.invariance_training import (
+    ORBITS,
+    PHASES,
+    InvarianceTraining,
+)
+from gpbridge.selection.online import OnlineFit
+from gpbridge.selection.online_run import check_folder, diverged_message, run_epochs
+from gpbridge.selection.online_training import NonFiniteError
+from gpbridge.selection.orbit_curvature import OrbitStructure
+from gpbridge.selection.training_batches import TrainingBatches
+from gpbridge.selection.weight_optimizer import OptimizerFactory
+from gpbridge.types import Evidence
+
+_USUAL_RATE = 5e-3
+
+
+@dataclass(frozen=True, repr=False)
+class InvarianceFit(OnlineFit):
+    """A network and the law of its augmentation, learnt together.
+
+    Attributes:
+        network: The trained copy, an :class:`~gpbridge.augmentation.AveragedNetwork` of
+            rows ``n x d`` in eval mode. Predictions average over orbits.
+        learnt: Parameters of the augmentation by name, in natural units, as ``bound``.
+        block_size: Data of the blocks of which the evidence was made; the number of
+            all data where the log determinant has no blocks. Evidences of different
+            block sizes are not comparable.
+    """
+
+    learnt: dict[str, Tensor]
+    block_size: int
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The learnt law."""
+        return self.network.augmentation
+
+    def __repr__(self) -> str:
+        """What was learnt, and the evidence with its block size."""
+        found = {
+            name: [round(x, 4) for x in value.flatten().tolist()]
+            for name, value in self.learnt.items()
+        }
+        value = "unknown"
+        if self.evidence is not None:
+            bound = "at least " if self.evidence.lower_bound else ""
+            value = f"{bound}{float(self.evidence.value):.5g} nats"
+        shown = ", ".join(f"{name} {numbers}" for name, numbers in found.items())
+        return (
+            f"{type(self).__name__}({type(self.network.network).__name__}, "
+            f"{type(self.augmentation).__name__}, {shown or 'nothing learnt'}; "
+            f"{len(self.losses)} epochs, {len(self.steps)} updates; evidence {value}, "
+            f"block size {self.block_size})"
+        )
+
+
+def learn_invariance(
+    network: nn.Module,
+    data: tuple[Tensor, Tensor],
+    augmentation: Augmentation,
+    likelihood: Likelihood | None = None,
+    *,
+    groups: Groups = "all",
+    structure: OrbitStructure = Exact(),
+    orbit: str = "per_datum",
+    phases: str = "online",
+    prior_variance: float = 1.0,
+    epochs: int = 300,
+    burn_in: int = 0,
+    every: int = 1,
+    hyper_steps: int = 1,
+    hyper_learning_rate: float = 0.1,
+    augmentation_learning_rate: float = 0.05,
+    final_augmentation_learning_rate: float = 1e-3,
+    learning_rate: float = _USUAL_RATE,
+    batch_size: int = 100,
+    optimizer: OptimizerFactory | None = None,
+    schedule: Callable[[int], float] | None = None,
+    input_shape: Sequence[int] | None = None,
+    generator: Generator | None = None,
+    checkpoint: str | PathLike | None = None,
+    checkpoint_every: int = 10,
+    callback: Callable[[InvarianceTraining], object] | None = None,
+    progress: bool = True,
+) -> InvarianceFit:
+    r"""Train a network averaged over orbits, and the law of the orbits, by evidence.
+
+    .. math::
+        \bar f(x) = \tfrac1s \sum_a f(T_a x; w), \qquad
+        E = \log p(y \mid \bar f(w)) - \tfrac12 w^\top S^{-1} w
+            - \tfrac12 \log\det(I + S^{1/2} M S^{1/2}),
+
+    with the curvature M of the averaged network. Weights descend on minus the first two
+    terms, the augmentation held; prior variances S and noise ascend E with M held; the
+    augmentation's parameters with ``requires_grad`` ascend E by its gradient through
+    M, which is what keeps them from ignoring the invariance. How the optimal weights
+    depend on any of these is left out. All as in :func:`fit_online` where it is not
+    said otherwise.
+
+    E has several optima in the parameters: compare the evidence of several starts
+    (:func:`learn_invariance_from`). M is differentiated twice through the network, so
+    that smooth activations (tanh, softplus, GELU) are right and ReLU almost.
+
+    An epoch of training costs s times one of the plain network. An update costs one
+    forward and m backward passes over all orbits, differentiated once more; with
+    ``TangentBlocks(outputs="sampled", num_blocks=k)`` one backward pass over k blocks.
+
+    Args:
+        network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or ``n``. It is
+            copied, never changed.
+        data: Inputs ``n x d``, or in the shape of the network, and targets.
+        augmentation: Of flat inputs ``n x d``; copied. If nothing of it requires a
+            gradient, it stays, and this is training with a fixed augmentation.
+        likelihood: As for :func:`fit_online`.
+        groups: Weights that share a prior variance, as there.
+        structure: Of M: ``Exact()`` by weights or by data, whichever are fewer;
+            :class:`TangentBlocks`, lower bounds; ``Kronecker()``, no bound;
+            ``Diagonal()``, a lower bound.
+        orbit: ``"per_datum"`` draws an orbit of its own for every row and step,
+            ``"resampled"`` one for all rows per epoch, ``"fixed"`` keeps that of the
+            augmentation, so that nothing is random but the batches.
+        phases: ``"online"`` updates after every ``every``-th epoch of training;
+            ``"toggle"`` alternates ``every`` epochs of training and as many updates.
+        prior_variance: Where learning starts.
+        epochs: Passes over the data; with ``"toggle"`` the updates count as such.
+        burn_in: Epochs before anything but the weights moves.
+        every: Epochs from one update to the next.
+        hyper_steps: Steps of Adam for prior and noise in an update. The augmentation
+            takes one.
+        hyper_learning_rate: Of these, for the logarithms.
+        augmentation_learning_rate: Of Adam for the augmentation's raw parameters, at
+            the start.
+        final_augmentation_learning_rate: At the end; between them a cosine.
+        learning_rate: Of the default optimiser of the weights, Adam.
+        batch_size: Rows per step.
+        optimizer: Function of a list of parameters that returns their optimiser.
+        schedule: Factor of the learning rate of an epoch.
+        input_shape: Shape of one input of the network; default that of the rows of X,
+            or of the augmentation's images where X has more than two dimensions.
+        generator: Source of all randomness; None is a fresh one with seed 0.
+        checkpoint: A file from which, if it exists, the run continues to the same bits.
+            ``epochs`` must be that of before while an augmentation is learnt.
+        checkpoint_every: Epochs.
+        callback: Called after each epoch with the state of the run; True ends it.
+        progress: Whether to show a bar, if there is a terminal.
+
+    Returns:
+        The averaged network, hyperparameters, and their history.
+
+    Raises:
+        DivergedError: If a loss, a weight, an evidence or a gradient is not finite; its
+            ``last_good`` is the fit as it was an epoch before.
+        ShapeError: If data, network and augmentation do not fit together.
+        TypeError: If data are not a pair of tensors, or an argument is of another type.
+        ValueError: If an option is out of range, or the checkpoint is of another run.
+        NotImplementedError: If the likelihood has another kind of noise, or orbits
+            cannot be drawn per datum.
+        MemoryError: If the structure does not fit into its budget.
+        FileNotFoundError: If the folder of the checkpoint does not exist.
+
+    Example:
+        >>> import torch
+        >>> from gpbridge.augmentation import Rotation2d
+        >>> angle, label = torch.linspace(0, 6, 20), torch.tensor([0, 1] * 10)
+        >>> X = torch.stack([angle.cos(), angle.sin()], -1) * (1 + label[:, None])
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> fit = learn_invariance(net, (X, label), Rotation2d(4), epochs=3)
+        >>> sorted(fit.learnt), len(fit.steps)
+        (['bound'], 3)
+
+    References:
+        Immer, van der Ouderaa, Rätsch, Fortuin, van der Wilk, Invariance learning in
+        deep neural networks with differentiable Laplace approximations, NeurIPS 2022,
+        algorithm 1. Immer, van der Ouderaa, van der Wilk, Rätsch, Schölkopf, Stochastic
+        marginal likelihood gradients using neural tangent kernels, ICML 2023.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"network must be a torch.nn.Module, but is {type(network).__name__}."
+        )
+    if not isinstance(augmentation, Augmentation):
+        raise TypeError(
+            "augmentation must be a gpbridge.augmentation.Augmentation, but is "
+            f"{type(augmentation).__name__}."
+        )
+    X, Y, input_shape = _rows(data, augmentation, input_shape)
+    check_choice("orbit", orbit, ORBITS)
+    check_choice("phases", phases, PHASES)
+    check_count(
+        epochs=epochs,
+        every=every,
+        hyper_steps=hyper_steps,
+        batch_size=batch_size,
+        checkpoint_every=checkpoint_every,
+    )
+    if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+        raise ValueError(f"burn_in must be a number of epochs, but is {burn_in!r}.")
+    check_positive(
+        prior_variance=prior_variance,
+        hyper_learning_rate=hyper_learning_rate,
+        augmentation_learning_rate=augmentation_learning_rate,
+        final_augmentation_learning_rate=final_augmentation_learning_rate,
+        learning_rate=learning_rate,
+    )
+    check_folder(checkpoint)
+    own = FunctionalNet(network, input_shape=input_shape)
+    names = [[f"network.{n}" for n in group] for group in weight_groups(own, groups)]
+    averaged = AveragedNetwork(
+        copy_without_hooks(network), copy.deepcopy(augmentation), input_shape
+    )
+    # Weights alone are random: the augmentation has parameters, too.
+    frozen = copy.deepcopy(averaged)
+    frozen.augmentation.requires_grad_(False)
+    batches = TrainingBatches((X, Y), frozen, likelihood, batch_size, None)
+    training = InvarianceTraining(
+        averaged,
+        batches,
+        names,
+        structure,
+        orbit,
+        phases,
+        epochs,
+        (augmentation_learning_rate, final_augmentation_learning_rate),
+        prior_variance,
+        burn_in,
+        every,
+        hyper_steps,
+        hyper_learning_rate,
+        learning_rate,
+        optimizer,
+        schedule,
+        generator,
+    )
+    try:
+        run_epochs(
+            training,
+            epochs,
+            "learn_invariance",
+            checkpoint,
+            checkpoint_every,
+            callback,
+            progress,
+        )
+    except NonFiniteError as error:
+        raise DivergedError(
+            diverged_message(training, error, learning_rate, _USUAL_RATE),
+            _result(training, None),
+        ) from error
+    return _result(training, training.evidence())
+
+
+def learn_invariance_from(
+    starts: Iterable[float | Sequence[float] | Tensor],
+    network: nn.Module,
+    data: tuple[Tensor, Tensor],
+    augmentation: Augmentation,
+    likelihood: Likelihood | None = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> list[InvarianceFit]:
+    """Learn from several half-widths, since the evidence has several optima in them.
+
+    All runs have the same seed, so that their evidences are of the same draws.
+
+    Args:
+        starts: Half-widths, one number or one for each parameter of the augmentation.
+        network: As for :func:`learn_invariance`.
+        data: As there.
+        augmentation: With a ``bound``.
+        likelihood: As there.
+        seed: Of every run.
+        **options: As there; no ``generator``.
+
+    Returns:
+        One fit per start, that of the largest evidence first.
+
+    Raises:
+        ValueError: If there are no starts.
+        TypeError: If the augmentation has no half-width.
+    """
+    starts = list(starts)
+    if not starts:
+        raise ValueError("starts must name at least one half-width.")
+    if not hasattr(augmentation, "bound"):
+        raise TypeError(
+            f"{type(augmentation).__name__} has no bound to start from. Call "
+            "learn_invariance."
+        )
+    fits = []
+    for start in starts:
+        own = copy.deepcopy(augmentation)
+        own.bound = start
+        generator = Generator().manual_seed(seed)
+        fits.append(
+            learn_invariance(
+                network, data, own, likelihood, generator=generator, **options
+            )
+        )
+    return sorted(fits, key=lambda fit: -float(fit.evidence.value))
+
+
+def _rows(
+    data: object, augmentation: Augmentation, input_shape: Sequence[int] | None
+) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """Flat inputs, targets, and the shape of one input of the network."""
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    if not pair or not all(isinstance(part, Tensor) for part in data):
+        raise TypeError(
+            "data must be a pair of tensors (X, Y), but is "
+            f"{type(data).__name__}. Blocks and orbits need all rows at hand."
+        )
+    X, Y = data
+    if input_shape is None and X.dim() > 2:
+        input_shape = getattr(augmentation, "output_shape", X.shape[1:])
+    shape = None if input_shape is None else tuple(input_shape)
+    return (X.flatten(1) if X.dim() > 2 else X), Y, shape
+
+
+def _result(training: InvarianceTraining, evidence: Evidence | None) -> InvarianceFit:
+    return InvarianceFit(
+        training.network,
+        training.trained_likelihood(),
+        training.groups,
+        training.prior_variance,
+        training.noise_variance,
+        evidence,
+        training.losses,
+        training.steps,
+        None,
+        training.natural_values(),
+        training.block_size,
+    )

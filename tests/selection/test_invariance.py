@@ -1,0 +1,359 @@
+"""Learning the invariance of a network: direction, state, phases, doors."""
+
+import copy
+import math
+
+import pytest
+import torch
+from gpytorch.likelihoods import GaussianLikelihood
+from torch import nn
+
+from gpbridge import LinearizedGP
+from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork, Rotation2d
+from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import ShapeError
+from gpbridge.dnn import DivergedError
+from gpbridge.linearized import Diagonal, Exact, Kronecker
+from gpbridge.selection import (
+    InvarianceFit,
+    TangentBlocks,
+    augerino_penalty,
+    fit_online,
+    learn_invariance,
+    learn_invariance_from,
+)
+from gpbridge.selection.orbit_curvature import OrbitCurvature
+from gpbridge.testing import assert_module_unchanged
+
+N = 24
+
+
+class Nested(nn.Module):
+    """Layers in modules, batch norm, and an output of shape n."""
+
+    def __init__(self, m=2):
+        super().__init__()
+        self.body = nn.ModuleDict({"first": nn.Linear(2, 6), "norm": nn.BatchNorm1d(6)})
+        self.head = nn.Linear(6, m)
+
+    def forward(self, x):
+        return self.head(self.body["norm"](self.body["first"](x)).tanh()).squeeze(-1)
+
+
+def tanh_net(width=6, m=2, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, m))
+
+
+def rings(n, arc, seed=0):
+    """Two classes on two circles, and some of the second at the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    half = n // 2
+    radius, label = torch.full((n,), 0.5), torch.zeros(n, dtype=torch.long)
+    label[half:], radius[half:] = 1, 1.0
+    radius[half + (n - half) * 2 // 3 :] = 0.0
+    angle = torch.rand(n, generator=generator) * math.radians(arc)
+    X = radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
+    return X + 0.06 * torch.randn(n, 2, generator=generator), label
+
+
+def run(network=None, data=None, augmentation=None, **options):
+    options = {"epochs": 4, "progress": False} | options
+    augmentation = Rotation2d(3) if augmentation is None else augmentation
+    network = tanh_net() if network is None else network
+    return learn_invariance(network, data or rings(N, 120), augmentation, **options)
+
+
+def equal(fit, other):
+    a, b = fit.network.state_dict(), other.network.state_dict()
+    same = all(torch.equal(a[name], b[name]) for name in a)
+    return same and fit.losses == other.losses and fit.steps == other.steps
+
+
+# -- what it learns --------------------------------------------------------------------
+
+
+def test_the_evidence_widens_the_law_for_a_circle_and_not_for_a_short_arc():
+    found = {}
+    for arc in (360, 10):
+        fit = run(
+            tanh_net(20),
+            rings(80, arc),
+            Rotation2d(6, init=0.3),
+            orbit="fixed",
+            prior_variance=20.0,
+            burn_in=30,
+            epochs=60,
+            learning_rate=0.1,
+            augmentation_learning_rate=0.15,
+            batch_size=80,
+        )
+        found[arc] = math.degrees(fit.learnt["bound"].item())
+        assert fit.steps[-1].evidence > fit.steps[0].evidence + 3
+    start = math.degrees(0.3)
+    assert found[360] > 2 * start and found[10] < 0.5 * start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arc, low, high", [(120, 40, 70), (360, 170, 180), (20, 0, 5)])
+def test_half_widths_are_those_of_the_arc(arc, low, high):
+    fit = run(
+        tanh_net(50),
+        rings(150, arc),
+        Rotation2d(30),
+        epochs=300,
+        learning_rate=0.05,
+        batch_size=150,
+    )
+    assert low <= math.degrees(fit.learnt["bound"].item()) <= high
+
+
+def test_a_law_of_no_width_trains_as_the_plain_network_does():
+    """With the augmentation held at nothing, this is fit_online."""
+    X, Y = rings(N, 120)
+    data, network = (X.double(), Y), tanh_net().double()
+    law = Rotation2d(3, init=1e-6).double().requires_grad_(False)
+    options = {"epochs": 6, "progress": False, "every": 2, "hyper_steps": 3}
+    options |= {"structure": Exact(space="weight")}
+    mine = learn_invariance(network, data, law, orbit="fixed", **options)
+    theirs = fit_online(network, data, **options)
+    torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        mine.evidence.value, theirs.evidence.value, rtol=1e-5, atol=0
+    )
+    assert mine.learnt == {} and mine.steps[0].augmentation is None
+
+
+STRUCTURES = {
+    "functions": Exact(space="function"),
+    "sampled": TangentBlocks(block_size=10, outputs="sampled", num_blocks=1),
+    "kronecker": Kronecker(),
+    "diagonal": Diagonal(),
+}
+
+
+@pytest.mark.parametrize(
+    "structure, orbit",
+    [
+        *((structure, "per_datum") for structure in STRUCTURES.values()),
+        (STRUCTURES["sampled"], "fixed"),
+        (STRUCTURES["sampled"], "resampled"),
+    ],
+)
+def test_every_structure_moves_the_law_and_says_its_block_size(structure, orbit):
+    fit = run(structure=structure, orbit=orbit, epochs=2)
+    moved = fit.learnt["bound"].item() - Rotation2d(3).bound.item()
+    assert abs(moved) > 1e-3
+    size = 10 if isinstance(structure, TangentBlocks) else N
+    assert fit.block_size == size and f"block size {size})" in repr(fit)
+    assert [step.block_size for step in fit.steps] == [size] * 2
+    bound = isinstance(structure, Diagonal | TangentBlocks)
+    assert fit.evidence.lower_bound == bound
+    assert ("at least" in repr(fit)) == bound
+    assert torch.isfinite(fit.evidence.effective_dimension)
+
+
+def test_defaults_serve_regression_and_a_nested_module():
+    X, _ = rings(N, 120)
+    Y = X.norm(dim=-1, keepdim=True)
+    fit = run(Nested(1), (X, Y))
+    assert fit.noise_variance.numel() == 1 and fit.losses[-1] < fit.losses[0]
+    assert len(fit.steps) == 4 and "InvarianceFit(Nested, Rotation2d" in repr(fit)
+    assert fit.history["augmentation"].shape == (4, 1)
+    assert fit.history["block_size"].tolist() == [N] * 4
+
+
+def test_the_fit_gives_the_averaged_network_and_its_gaussian_process():
+    X, Y = rings(N, 120)
+    fit = run(groups="layer", epochs=3)
+    assert isinstance(fit.network, AveragedNetwork) and not fit.network.training
+    orbit = fit.augmentation(X)
+    mean = fit.network.network(orbit).mean(-2)
+    torch.testing.assert_close(fit.network(X), mean)
+    model = fit.model(X, Y)
+    assert isinstance(model, LinearizedGP)
+    weights = sum(p.numel() for p in fit.network.network.parameters())
+    assert model.problem.net.num_params == weights  # the law is no weight
+    assert model.predict(X[:3]).probs.shape == (3, 2)
+    torch.testing.assert_close(
+        model.prior_variance.double(), fit.prior_variance, rtol=1e-4, atol=0
+    )
+
+
+def test_images_come_flat_or_in_their_shape():
+    generator = torch.Generator().manual_seed(0)
+    X, Y = torch.rand(12, 1, 6, 6, generator=generator), torch.arange(12) % 3
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3))
+    law = AffineAugmentation2d((6, 6), ["rotation", "tx"], num_samples=2, padding=1)
+    structure = TangentBlocks(block_size=6, outputs="independent")
+    fits = [
+        run(net, (data, Y), law, epochs=2, structure=structure, input_shape=shape)
+        for data, shape in ((X, None), (X.flatten(1), (1, 8, 8)))
+    ]
+    assert equal(*fits)
+    assert fits[0].learnt["bound"].shape == (2,)
+    assert fits[0].network(X.flatten(1)).shape == (12, 3)
+
+
+# -- when ------------------------------------------------------------------------------
+
+
+def test_phases_say_when_weights_and_when_the_law_move():
+    online = run(epochs=5, burn_in=1, every=2)
+    assert [step.epoch for step in online.steps] == [3, 5]
+    toggle = run(epochs=7, burn_in=1, every=2, phases="toggle")
+    assert [step.epoch for step in toggle.steps] == [4, 5]
+    # Epochs of updates train nothing.
+    assert len(set(toggle.losses)) == 5
+
+
+def test_the_rate_of_the_law_falls_as_a_cosine():
+    seen = []
+
+    def watch(training):
+        seen.append(training.augmentation_optimizer.param_groups[0]["lr"])
+
+    rates = {
+        "augmentation_learning_rate": 0.1,
+        "final_augmentation_learning_rate": 0.02,
+    }
+    run(epochs=5, callback=watch, **rates)
+    expected = [0.02 + 0.04 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    assert seen == pytest.approx(expected)
+
+
+# -- state -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orbit", ["fixed", "resampled", "per_datum"])
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, orbit):
+    sampled = TangentBlocks(block_size=9, outputs="sampled", num_blocks=2)
+    options = {"epochs": 5, "orbit": orbit, "structure": sampled, "batch_size": 10}
+    file = {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
+    whole = run(**options)
+
+    class Killed(Exception):
+        pass
+
+    def kill(training):
+        if training.epoch == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(callback=kill, **options, **file)
+    assert equal(run(**options, **file), whole)
+    with pytest.raises(ValueError, match="its orbit is"):
+        other = "fixed" if orbit != "fixed" else "per_datum"
+        run(**options | {"orbit": other}, **file)
+    with pytest.raises(ValueError, match="its number of epochs is 5, and now it is 6"):
+        run(**options | {"epochs": 6}, **file)
+
+
+def test_nothing_of_the_users_changes_and_seeds_decide():
+    network, law = Nested().train(), Rotation2d(3).train()
+    state = torch.get_rng_state()
+
+    def fit(seed):
+        return run(
+            network, augmentation=law, generator=torch.Generator().manual_seed(seed)
+        )
+
+    with assert_module_unchanged(network), assert_module_unchanged(law):
+        first, again, other = fit(1), fit(1), fit(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(first, again) and not equal(first, other)
+    assert law.raw_bound.requires_grad and copy.deepcopy(first.network) is not None
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_last_good_fit(monkeypatch):
+    measure, calls = OrbitCurvature.measure, []
+
+    def broken(self, *args):
+        found = measure(self, *args)
+        calls.append(found)
+        if len(calls) == 3:
+            found.gradients["raw_bound"].fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(OrbitCurvature, "measure", broken)
+    message = "a gradient of the augmentation of .nan. nats in epoch 2"
+    with pytest.raises(DivergedError, match=message) as info:
+        run(epochs=5, augmentation_learning_rate=0.1)
+    monkeypatch.undo()
+    good = info.value.last_good
+    assert isinstance(good, InvarianceFit) and "unknown" in repr(good)
+    assert len(good.steps) == 2 and len(good.losses) == 2
+    assert good.learnt["bound"].item() == pytest.approx(good.steps[-1].augmentation[0])
+
+
+# -- several starts, the baseline ------------------------------------------------------
+
+
+def test_several_starts_are_ordered_by_evidence():
+    data = rings(N, 120)
+    fits = learn_invariance_from(
+        [0.1, 2.0], tanh_net(), data, Rotation2d(3), epochs=2, progress=False
+    )
+    values = [float(fit.evidence.value) for fit in fits]
+    assert values == sorted(values, reverse=True)
+    bounds = sorted(fit.learnt["bound"].item() for fit in fits)
+    assert bounds[0] < 0.2 and bounds[1] > 1.5
+    with pytest.raises(ValueError, match="at least one half-width"):
+        learn_invariance_from([], tanh_net(), data, Rotation2d(3))
+    with pytest.raises(TypeError, match="has no bound to start from"):
+        learn_invariance_from([1.0], tanh_net(), data, Augmentation(2))
+
+
+def test_augerino_rewards_the_norm_of_twice_the_half_widths():
+    law = AffineAugmentation2d((4, 4), ["rotation", "tx"], init=0.3)
+    penalty = augerino_penalty(law, 0.2)
+    assert penalty.item() == pytest.approx(-0.2 * 0.6 * math.sqrt(2))
+    penalty.backward()
+    assert (law.raw_bound.grad < 0).all()  # descent widens
+    with pytest.raises(TypeError, match="with uniform laws.*Augmentation"):
+        augerino_penalty(Augmentation(2))
+    with pytest.raises(ValueError, match="reg must be positive"):
+        augerino_penalty(law, 0.0)
+
+
+# -- doors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"orbit": "some"}, ValueError, "orbit must be one of 'fixed'"),
+        ({"phases": "never"}, ValueError, "phases must be one of 'online'"),
+        ({"epochs": 0}, ValueError, "epochs must be a whole number"),
+        ({"burn_in": -1}, ValueError, "burn_in must be a number of epochs"),
+        ({"augmentation_learning_rate": 0.0}, ValueError, "augmentation_learning_rate"),
+        ({"structure": "full"}, TypeError, "but is str"),
+        ({"checkpoint": "/nowhere/run"}, FileNotFoundError, "does not exist"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        run(**options)
+
+
+def test_arguments_of_another_type_are_refused():
+    X, Y = rings(N, 120)
+    with pytest.raises(TypeError, match="network must be a torch.nn.Module"):
+        learn_invariance(X, (X, Y), Rotation2d(3))
+    with pytest.raises(TypeError, match="augmentation must be .* but is Linear"):
+        learn_invariance(tanh_net(), (X, Y), nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="data must be a pair of tensors"):
+        learn_invariance(tanh_net(), [(X, Y)], Rotation2d(3))
+    with pytest.raises(ShapeError, match="Rotation2d needs two columns"):
+        learn_invariance(
+            nn.Linear(3, 2), (X[:4].repeat(1, 2)[:, :3], Y[:4]), Rotation2d(3)
+        )
+
+
+def test_a_likelihood_with_its_own_noise_is_copied():
+    X, _ = rings(N, 120)
+    likelihood = GaussianLikelihood()
+    fit = run(tanh_net(m=1), (X, X[:, :1]), likelihood=likelihood)
+    assert fit.likelihood is not likelihood
+    assert fit.likelihood.noise.item() != pytest.approx(likelihood.noise.item())

@@ -1,0 +1,362 @@
+"""The evidence of averaged networks: values, bounds, gradients in the curvature."""
+
+import functools
+import math
+
+import pytest
+import torch
+from gpytorch.likelihoods import (
+    GaussianLikelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
+from torch import nn
+
+from gpbridge.augmentation import AffineAugmentation2d, Rotation2d
+from gpbridge.augmentation.base import Augmentation
+from gpbridge.linearized import Diagonal, Exact, Kronecker
+from gpbridge.selection import TangentBlocks
+from gpbridge.selection.orbit_curvature import OrbitCurvature, OrbitData
+from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
+from gpbridge.selection.tangent_blocks import BlockCurvature, GramBlock
+from tests import oracles_invariance as oracles
+
+N, S = 9, 4
+PRIOR = torch.tensor([0.7, 1.3], dtype=torch.float64)
+
+
+class Nested(nn.Module):
+    """Contractible layers, a normalisation, and a weight that no layer owns."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.body = nn.ModuleDict({"first": nn.Linear(2, 5), "norm": nn.LayerNorm(5)})
+        self.head = nn.Linear(5, m)
+        self.scale = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x):
+        return self.head(self.body["norm"](self.body["first"](x).tanh())) * self.scale
+
+
+def points(n=N, d=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+def network(m, seed=1):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Nested(m).double()
+
+
+@functools.cache
+def problem(kind, m=3):
+    """Network on orbits, data, likelihood, noise."""
+    net, X = network(m), points()
+    names = [n for n, _ in net.named_parameters()]
+    groups = [names[:3], names[3:]]
+    augmentation = Rotation2d(S).double()
+    augmentation.bound = 0.9
+    on_orbits = OrbitNet(net, augmentation, groups, None, X)
+    if kind == "softmax":
+        likelihood = SoftmaxLikelihood(num_classes=m, mixing_weights=False)
+        return on_orbits, X, torch.arange(N) % m, likelihood, None
+    likelihood = MultitaskGaussianLikelihood(m, rank=0)
+    noise = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64)[:m]
+    return on_orbits, X, X[:, :1].sin() * torch.ones(m).double(), likelihood, noise
+
+
+def jittered(X, on_orbits):
+    return row_noise(on_orbits.augmentation, len(X), torch.Generator().manual_seed(4))
+
+
+def evidence_at(bound, kind, structure, per_datum=True, gradient=False, seed=0):
+    on_orbits, X, Y, likelihood, noise = problem(kind)
+    on_orbits.augmentation.bound = bound
+    data = OrbitData(X, Y, jittered(X, on_orbits) if per_datum else None)
+    curvature = OrbitCurvature(on_orbits, likelihood, structure, N)
+    values = dict(on_orbits.augmentation.named_parameters()) if gradient else {}
+    generator = torch.Generator().manual_seed(seed)
+    measured = curvature.measure(data, PRIOR, noise, values, generator)
+    return measured.evidence(PRIOR, noise, True), measured.gradients
+
+
+def dense(kind, per_datum=True):
+    """Everything that the oracle needs, by plain loops."""
+    on_orbits, X, Y, likelihood, noise = problem(kind)
+    drawn = jittered(X, on_orbits) if per_datum else None
+    images = orbits(on_orbits.augmentation, X, None, drawn)
+    net = on_orbits.net.network
+    w = torch.cat([p.detach().flatten() for p in net.parameters()])
+    names = [n for n, _ in net.named_parameters()]
+    sizes = [p.numel() for p in net.parameters()]
+    per_tensor = torch.tensor([PRIOR[0 if k < 3 else 1] for k in range(len(names))])
+    variance = per_tensor.double().repeat_interleave(torch.tensor(sizes))
+    f, J = oracles.averaged_jacobian(net, images)
+    return kind, f, J, Y, w, variance, noise
+
+
+KINDS = ["softmax", "gaussian"]
+STRUCTURES = {
+    "weights": Exact(space="weight"),
+    "functions": Exact(space="function"),
+    "blocks": TangentBlocks(block_size=4),
+    "independent": TangentBlocks(block_size=4, outputs="independent"),
+    "sampled": TangentBlocks(block_size=4, outputs="sampled"),
+    "drawn": TangentBlocks(block_size=4, num_blocks=2),
+    "diagonal": Diagonal(),
+    "kronecker": Kronecker(),
+}
+
+
+# -- orbits ----------------------------------------------------------------------------
+
+
+def test_noise_of_each_row_gives_each_row_its_own_orbit():
+    X, augmentation = points(), Rotation2d(S).double()
+    noise = row_noise(augmentation, N, torch.Generator().manual_seed(0))
+    assert noise.shape == (N, S, 1) and noise.abs().max() <= 1
+    found = orbits(augmentation, X, None, noise)
+    for row in range(N):
+        augmentation.noise.copy_(noise[row])
+        expected = augmentation(X[row : row + 1])[0]
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-14)
+
+
+def test_noise_of_rows_is_uniform_and_evenly_spread():
+    augmentation = Rotation2d(S).double()
+    noise = row_noise(augmentation, 4000, torch.Generator().manual_seed(0))[..., 0]
+    assert noise.mean().abs() < 0.02
+    assert noise.var().item() == pytest.approx(1 / 3, rel=0.02)
+    gaps = noise.sort(-1).values.diff(dim=-1)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 2 / S))
+
+
+def test_images_get_orbits_of_their_own_too():
+    augmentation = AffineAugmentation2d((5, 5), num_samples=3).double()
+    X = points(4, 25)
+    noise = row_noise(augmentation, 4, torch.Generator().manual_seed(0))
+    found = orbits(augmentation, X, None, noise)
+    augmentation.noise.copy_(noise[2])
+    torch.testing.assert_close(found[2], augmentation(X[2:3])[0], rtol=0, atol=1e-12)
+
+
+def test_noise_that_is_not_uniform_is_not_shifted():
+    with pytest.raises(NotImplementedError, match="Choose orbit='fixed'"):
+        row_noise(Augmentation(3), 2, torch.Generator())
+
+
+# -- values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_datum", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("space", ["weights", "functions"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_evidence_is_that_of_the_dense_formula(kind, space, per_datum):
+    found, _ = evidence_at(0.9, kind, STRUCTURES[space], per_datum)
+    expected = oracles.averaged_evidence(*dense(kind, per_datum))
+    torch.testing.assert_close(found.value, expected, rtol=1e-10, atol=1e-10)
+    assert not found.lower_bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_spaces_count_the_same_dimension(kind):
+    values = [
+        evidence_at(0.9, kind, STRUCTURES[s])[0] for s in ("weights", "functions")
+    ]
+    for a, b in zip(values[0][:4], values[1][:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_linear_model_has_the_evidence_of_the_exact_gp_of_averaged_inputs():
+    X, augmentation = points(12), Rotation2d(S).double()
+    augmentation.bound = 1.1
+    Y = (X[:, :1] - 0.4 * X[:, 1:]).tanh()
+    inputs = augmentation(X).mean(-2)  # the features of the averaged linear kernel
+    prior, noise = 0.8, 0.2
+    K = prior * inputs @ inputs.mT + noise * torch.eye(12)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(12).double(), K)
+    linear = nn.Linear(2, 1, bias=False).double()
+    A = inputs.mT @ inputs / noise + torch.eye(2) / prior
+    mode = torch.linalg.solve(A, inputs.mT @ Y / noise)
+    linear.weight.data = mode.mT.clone()
+    on_orbits = OrbitNet(linear, augmentation, [["weight"]], None, X)
+    for space in ("weight", "function"):
+        curvature = OrbitCurvature(
+            on_orbits, GaussianLikelihood(), Exact(space=space), 12
+        )
+        at = torch.tensor([prior]).double(), torch.tensor([noise]).double()
+        values = dict(augmentation.named_parameters())
+        generator = torch.Generator()
+        measured = curvature.measure(OrbitData(X, Y), *at, values, generator)
+        expected = exact.log_prob(Y[:, 0])
+        torch.testing.assert_close(measured.evidence(*at).value, expected)
+
+        # At the mode, moving the weights changes nothing: the whole gradient is there.
+        def log_prob(raw):
+            angles = math.pi * torch.sigmoid(raw) * augmentation.noise
+            quarter = torch.stack([-X[:, 1], X[:, 0]], -1)
+            mean = angles.cos().mean() * X + angles.sin().mean() * quarter
+            cov = prior * mean @ mean.mT + noise * torch.eye(12)
+            zero = torch.zeros(12).double()
+            return torch.distributions.MultivariateNormal(zero, cov).log_prob(Y[:, 0])
+
+        raw = augmentation.raw_bound.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(log_prob(raw), raw)
+        torch.testing.assert_close(
+            measured.gradients["raw_bound"], slope, rtol=1e-6, atol=1e-8
+        )
+
+
+# -- bounds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", ["joint", "independent"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_partition_bounds_the_evidence(kind, outputs):
+    exact = oracles.averaged_evidence(*dense(kind)).item()
+    for seed in range(8):
+        size = 1 + seed % (N - 1)
+        blocks = TangentBlocks(block_size=size, outputs=outputs)
+        found, _ = evidence_at(0.9, kind, blocks, seed=seed)
+        assert found.lower_bound
+        assert found.value.item() <= exact + 1e-9
+    assert found.value.item() < exact - 1e-3  # no equality by accident
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_block_of_all_outputs_is_the_whole(kind):
+    exact = oracles.averaged_evidence(*dense(kind))
+    found, _ = evidence_at(0.9, kind, TangentBlocks(block_size=N))
+    torch.testing.assert_close(found.value, exact, rtol=1e-10, atol=1e-10)
+    assert not found.lower_bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drawn_output_estimates_the_bound_of_independent_outputs(kind):
+    whole = TangentBlocks(block_size=N, outputs="independent")
+    expected = evidence_at(0.9, kind, whole)[0].complexity.item()
+    drawn = TangentBlocks(block_size=N, outputs="sampled")
+    found = [
+        evidence_at(0.9, kind, drawn, seed=seed)[0].complexity.item()
+        for seed in range(15)
+    ]
+    by_output = sorted({round(value, 8) for value in found})
+    assert len(by_output) == 3  # each output was drawn
+    assert sum(by_output) / 3 == pytest.approx(expected, rel=1e-7)
+
+
+def test_drawn_blocks_are_counted_as_all_are():
+    # Blocks of one datum: the mean over draws of the block is the whole sum.
+    whole = evidence_at(0.9, "softmax", TangentBlocks(block_size=1))[0]
+    one = TangentBlocks(block_size=1, num_blocks=1)
+    found = [evidence_at(0.9, "softmax", one, seed=seed)[0] for seed in range(60)]
+    assert not found[0].lower_bound
+    seen = {round(e.complexity.item(), 8): e.complexity.item() for e in found}
+    assert len(seen) == N
+    mean = sum(seen.values()) / N
+    assert mean == pytest.approx(whole.complexity.item(), rel=1e-8)
+
+
+def test_the_root_basis_bounds_where_outputs_alone_do_not():
+    """Blocks of S'KS by output bound; p - p^2 by output is lower on such problems."""
+    generator = torch.Generator().manual_seed(0)
+    worst_root, worst_plain = math.inf, math.inf
+    for _ in range(100):
+        J = 0.3 * torch.randn(6, 4, 2, generator=generator).double()
+        logits = 2 * torch.randn(6, 4, generator=generator).double()
+        exact, root, plain = oracles.output_blocks(J, logits.softmax(-1))
+        R = oracles.softmax_root(logits)
+        rows = (R.mT @ J).movedim(1, 0)  # C x n x p
+        gram = GramBlock((rows @ rows.mT)[None], torch.zeros(4, 6, dtype=torch.long))
+        one = torch.ones(1).double()
+        ours = BlockCurvature([gram], 1.0, True).logdet(one, one)
+        torch.testing.assert_close(ours, root, rtol=1e-10, atol=1e-10)
+        worst_root = min(worst_root, (root / exact).item())
+        worst_plain = min(worst_plain, (plain / exact).item())
+    assert worst_root >= 1 - 1e-9
+    assert worst_plain < 0.99  # so that the basis matters
+
+
+# -- gradients -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_the_gradient_is_that_of_finite_differences(kind, structure):
+    if kind == "gaussian" and isinstance(structure, Kronecker):
+        pytest.skip("the factors of several noises share one basis, see below")
+    bound = torch.tensor(0.9, dtype=torch.float64)
+    _, gradients = evidence_at(bound, kind, structure, gradient=True)
+    step = 1e-5
+    values = [
+        evidence_at(bound + sign * step, kind, structure)[0].value for sign in (1, -1)
+    ]
+    slope = (values[0] - values[1]).item() / (2 * step)
+    share = 0.9 / math.pi
+    by_raw = slope * math.pi * share * (1 - share)
+    assert gradients["raw_bound"].item() == pytest.approx(by_raw, rel=1e-5, abs=1e-6)
+
+
+def test_chunks_of_data_change_nothing(monkeypatch):
+    for structure in (Exact(space="weight"), Kronecker(), Diagonal()):
+        whole = evidence_at(0.9, "softmax", structure, gradient=True)
+        monkeypatch.setattr("gpbridge.selection.orbit_curvature.CHUNK_BYTES", 1)
+        parts = evidence_at(0.9, "softmax", structure, gradient=True)
+        monkeypatch.undo()
+        torch.testing.assert_close(parts[0].value, whole[0].value)
+        torch.testing.assert_close(parts[1], whole[1])
+
+
+def test_kronecker_factors_are_exact_without_spread_and_positions():
+    """A law of no width leaves one layer with one output, where K-FAC is exact."""
+    X, augmentation = points(), Rotation2d(S).double()
+    augmentation.bound = 1e-9
+    linear = nn.Linear(2, 1).double()
+    Y = X[:, :1]
+    at = torch.tensor([0.5]).double(), torch.tensor([0.1]).double()
+    found = []
+    for structure in (Kronecker(), Exact(space="weight")):
+        on_orbits = OrbitNet(linear, augmentation, [["weight", "bias"]], None, X)
+        curvature = OrbitCurvature(on_orbits, GaussianLikelihood(), structure, N)
+        data = OrbitData(X, Y)
+        measured = curvature.measure(data, *at, {}, torch.Generator())
+        found.append(measured.evidence(*at).value)
+    torch.testing.assert_close(found[0], found[1])
+
+
+# -- doors -----------------------------------------------------------------------------
+
+
+def test_structures_that_do_not_fit_are_refused():
+    on_orbits, _, _, likelihood, _ = problem("softmax")
+
+    def build(structure, n=N):
+        return OrbitCurvature(on_orbits, likelihood, structure, n)
+
+    with pytest.raises(TypeError, match="TangentBlocks.*but is str"):
+        build("full")
+    with pytest.raises(ValueError, match="curvature='ggn'"):
+        build(Kronecker(eigenvalue_correction=True))
+    with pytest.raises(ValueError, match="no log determinant"):
+        build(Exact(space="matrix_free"))
+    with pytest.raises(MemoryError, match="The full curvature of"):
+        build(Exact(space="weight", memory_budget=1.0))
+    with pytest.raises(MemoryError, match="A block of 9 data.*smaller block_size"):
+        build(Exact(space="function", memory_budget=1.0))
+    assert isinstance(build(Exact(), 1).structure, TangentBlocks)
+    assert isinstance(build(Exact(), 10**4).structure, Exact)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_size": 0}, "block_size must be a whole number"),
+        ({"outputs": "some"}, "outputs must be one of 'joint'"),
+        ({"num_blocks": 0}, "num_blocks must be a whole number"),
+        ({"memory_budget": 0.0}, "memory_budget must be positive"),
+    ],
+)
+def test_options_of_blocks_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TangentBlocks(**options)
