@@ -150,8 +150,10 @@ class InvarianceTraining(OnlineTraining):
     def evidence(self) -> Evidence:
         """The evidence of the state, by all blocks, without a gradient.
 
-        Random orbits are drawn three times, by the same seed at any state.
+        Random orbits are drawn three times, by the same seed at any state. It changes
+        nothing that the next epoch depends on.
         """
+        dropout = self._noise.get_state()
         generator = Generator().manual_seed(self._seed % 2**31)
         curvature = self._orbit_curvature
         options = curvature.structure
@@ -175,6 +177,7 @@ class InvarianceTraining(OnlineTraining):
                     measured.evidence(self.prior_variance, self.noise_variance, True)
                 )
         self.augmentation.noise.copy_(saved)
+        self._noise.set_state(dropout)
         mean = [
             torch.stack(values).mean(0) for values in list(zip(*found, strict=True))[:4]
         ]
