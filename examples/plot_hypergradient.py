@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpbridge.plots import COLORS, INK, STYLE, plot_trace
-from gpbridge.selection import Augmentation, HeldOutProblem, LBFGSTraining
+from gpbridge.selection import HeldOutProblem, LBFGSTraining, RowAugmentation
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
@@ -49,7 +49,7 @@ def shift(X, noise, hparams):
     return moved.reshape(len(X), 64)
 
 
-SHIFTS = Augmentation(shift, {"log_shift": -1.0}, noise_shape=(2,))
+SHIFTS = RowAugmentation(shift, {"log_shift": -1.0}, noise_shape=(2,))
 METHODS = {
     "one decay, grid": {"groups": "all"},
     "decay per tensor": {"groups": "tensor"},

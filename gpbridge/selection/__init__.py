@@ -15,11 +15,7 @@ from gpbridge.selection.held_out import (
     held_out_log_density,
     leave_one_out,
 )
-from gpbridge.selection.held_out_problem import (
-    Augmentation,
-    HeldOutProblem,
-    input_noise,
-)
+from gpbridge.selection.held_out_problem import HeldOutProblem
 from gpbridge.selection.hypergradient import Hypergradient, hypergradient
 from gpbridge.selection.hypergradient_descent import HypergradientDescent, OuterStep
 from gpbridge.selection.inner_training import LBFGSTraining
@@ -42,6 +38,7 @@ from gpbridge.selection.neumann import NeumannSeries, SeriesDivergedError
 from gpbridge.selection.online import OnlineFit, fit_online
 from gpbridge.selection.online_training import OnlineStep
 from gpbridge.selection.prefix_posteriors import LinearModel
+from gpbridge.selection.row_augmentation import RowAugmentation, input_noise
 from gpbridge.selection.scan import ScanResult, scan
 from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
@@ -50,7 +47,6 @@ from gpbridge.selection.training_speed import TrainingSpeed
 from gpbridge.selection.weight_decay import MatchedWeightDecay
 
 __all__ = [
-    "Augmentation",
     "Comparison",
     "CompositeLoss",
     "ConditionalEvidence",
@@ -73,6 +69,7 @@ __all__ = [
     "OnlineFit",
     "OnlineStep",
     "OuterStep",
+    "RowAugmentation",
     "SampleBasedEM",
     "ScanResult",
     "SeriesDivergedError",

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from gpytorch.likelihoods import Likelihood
@@ -36,39 +35,8 @@ from gpbridge.randomness import standard_normal
 from gpbridge.selection.hypergradient import Hypergradient, hypergradient
 from gpbridge.selection.hypergradient_descent import HypergradientDescent
 from gpbridge.selection.loss_curvature import CompositeLoss
+from gpbridge.selection.row_augmentation import RowAugmentation
 from gpbridge.types import Params
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """A random change of inputs whose parameters can be learnt.
-
-    Args:
-        function: Maps (X, noise, hparams) to the changed inputs, ``n x d``,
-            differentiably in the hyperparameters. The noise is standard normal and
-            frozen, so that training has a minimum: use it, draw none.
-        hparams: First values of its hyperparameters, by name.
-        noise_shape: Of the noise per row; default the shape of a row.
-
-    Example:
-        >>> def scale(X, noise, hparams):
-        ...     return X * (1 + hparams["log_std"].exp() * noise)
-        >>> augmentation = Augmentation(scale, {"log_std": -2.0}, noise_shape=(1,))
-    """
-
-    function: Callable[[Tensor, Tensor, Params], Tensor]
-    hparams: Mapping[str, float | Tensor] = field(default_factory=dict)
-    noise_shape: tuple[int, ...] | None = None
-
-
-def input_noise(std: float = 0.1) -> Augmentation:
-    """Gaussian noise on every input, with the standard deviation ``log_noise_std``."""
-    check_positive(std=std)
-    return Augmentation(_add_noise, {"log_noise_std": math.log(std)})
-
-
-def _add_noise(X: Tensor, noise: Tensor, hparams: Params) -> Tensor:
-    return X + hparams["log_noise_std"].exp() * noise
 
 
 class HeldOutProblem(nn.Module):
@@ -129,7 +97,7 @@ class HeldOutProblem(nn.Module):
         *,
         weight_decay: float = 1e-3,
         groups: Groups = "layer",
-        augmentation: Augmentation | None = None,
+        augmentation: RowAugmentation | None = None,
         num_copies: int = 4,
         parameters: Parameters = "all",
         input_shape: Sequence[int] | None = None,
@@ -167,7 +135,7 @@ class HeldOutProblem(nn.Module):
             self._augment_by(augmentation, num_copies, generator)
 
     def _augment_by(
-        self, augmentation: Augmentation, copies: int, generator: Generator | None
+        self, augmentation: RowAugmentation, copies: int, generator: Generator | None
     ) -> None:
         for name, value in augmentation.hparams.items():
             if name == "log_weight_decay":

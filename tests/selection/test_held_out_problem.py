@@ -10,9 +10,9 @@ from torch import nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.selection import (
-    Augmentation,
     HeldOutProblem,
     LBFGSTraining,
+    RowAugmentation,
     input_noise,
 )
 from gpbridge.testing import assert_module_unchanged
@@ -208,19 +208,19 @@ BAD = {
     "copies": ((X, Y, X, Y), {"num_copies": 0}, ValueError, "num_copies must be a wh"),
     "shape": (
         (X, Y, X, Y),
-        {"augmentation": Augmentation(lost, {"a": 0.0})},
+        {"augmentation": RowAugmentation(lost, {"a": 0.0})},
         ShapeError,
         "augmentation must keep the shape",
     ),
     "name": (
         (X, Y, X, Y),
-        {"augmentation": Augmentation(lost, {"log_weight_decay": 0.0})},
+        {"augmentation": RowAugmentation(lost, {"log_weight_decay": 0.0})},
         ValueError,
         "may not name a hyperparameter log_weight_decay",
     ),
     "first value": (
         (X, Y, X, Y),
-        {"augmentation": Augmentation(lost, {"a": float("nan")})},
+        {"augmentation": RowAugmentation(lost, {"a": float("nan")})},
         InputDataError,
         "a contains NaN",
     ),
