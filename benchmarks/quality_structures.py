@@ -164,7 +164,10 @@ def peer_nll(fitted: object, held: object, precision: Tensor) -> float:
     fitted.prior_precision = precision
     total = count = 0.0
     for x, y in held:
-        q = peers.predict(fitted, x, link_approx="probit").detach()
+        try:
+            q = peers.predict(fitted, x, link_approx="probit").detach()
+        except torch.linalg.LinAlgError:  # a small precision, a singular last layer
+            return float("inf")
         total += float(-q.gather(-1, y[:, None]).clamp_min(1e-30).log().sum())
         count += len(y)
     return total / count if total == total else float("inf")
@@ -203,7 +206,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     sets = ("digits", "mnist", "fashion_mnist")
     parser.add_argument("--sets", nargs="+", default=sets, choices=sets)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one network")
     arguments = parser.parse_args()
     timing.one_thread()
@@ -215,7 +218,7 @@ def main() -> None:
         sources.append(peer_models)
     for name in arguments.sets:
         results: dict[str, list[Score]] = {}
-        for seed in range(1 if arguments.smoke else arguments.seeds):
+        for seed in [0] if arguments.smoke else arguments.seeds:
             own = trained(name, seed, arguments.data, arguments.smoke)
             problem = own.problem
             for source in sources:
