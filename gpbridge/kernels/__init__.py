@@ -4,11 +4,13 @@ from gpbridge.kernels import random_features
 from gpbridge.kernels.compositions import draw_feature_map
 from gpbridge.kernels.deep import DeepKernel, network_body, parameter_groups
 from gpbridge.kernels.feature import FeatureKernel
+from gpbridge.kernels.infinite_width import InfiniteWidthKernel
 from gpbridge.kernels.tangent import NeuralTangentKernel
 
 __all__ = [
     "DeepKernel",
     "FeatureKernel",
+    "InfiniteWidthKernel",
     "NeuralTangentKernel",
     "network_body",
     "parameter_groups",
