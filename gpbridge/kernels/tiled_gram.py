@@ -49,8 +49,8 @@ def tiled_gram(
         values: Hyperparameters of the function.
         diagonal: None, or the diagonal ``... x n`` of a matrix whose two sets are one;
             it is symmetric then, and half of it is computed.
-        rows: Rows and columns of a tile. Within a single tile autograd takes over, and
-            second derivatives exist.
+        rows: Rows and columns of a tile. Second derivatives keep the steps of the
+            whole matrix.
 
     Returns:
         ``... x n1 x n2``.
@@ -90,20 +90,28 @@ class _TiledGram(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        own = None
+        if ctx.needs_input_grad[4]:
+            own = grad.diagonal(dim1=-2, dim2=-1).sum_to_size(ctx.own_shape)
         rows1, rows2, values = _parts(ctx.saved_tensors, ctx.counts)
         needs1, needs2, needs3 = _parts(ctx.needs_input_grad[5:], ctx.counts)
+        if torch.is_grad_enabled():  # for second derivatives, at once
+            if not rows2:
+                zero = torch.zeros_like(grad[..., 0])
+                grad = torch.diagonal_scatter(grad, zero, dim1=-2, dim2=-1)
+            needs = needs1, needs2 or needs1, needs3
+            parts = _pulled(ctx.block, (rows1, rows2 or rows1, values), needs, grad)
+            if not rows2:
+                both = zip(parts[0], parts[1], strict=True)
+                parts = [_sum(*pair) for pair in both], [], parts[2]
+            return None, None, None, None, own, *parts[0], *parts[1], *parts[2]
         totals1, totals2, totals3 = (
             [
                 torch.zeros_like(t) if need else None
                 for t, need in zip(some, needs, strict=True)
             ]
-            for some, needs in (
-                (rows1, needs1),
-                (rows2, needs2),
-                (values, needs3),
-            )
+            for some, needs in ((rows1, needs1), (rows2, needs2), (values, needs3))
         )
         for i, j in _tiles(rows1, rows2, ctx.rows):
             tile_grad = grad[..., i, j]
@@ -112,29 +120,63 @@ class _TiledGram(torch.autograd.Function):
             elif not rows2:
                 tile_grad = tile_grad.clone()
                 tile_grad.diagonal(dim1=-2, dim2=-1).zero_()
-            first = _leaves(_some(rows1, i), needs1)
-            second = _leaves(_some(rows2 or rows1, j), needs2 or needs1)
-            held = _leaves(values, needs3)
-            with torch.enable_grad():
-                tile = ctx.block(first, second, held)
-            sums = [None if t is None else t[..., i, :] for t in totals1]
-            sums += [None if t is None else t[..., j, :] for t in totals2 or totals1]
-            sums += totals3
-            into = [
-                pair
-                for pair in zip(sums, [*first, *second, *held], strict=True)
-                if pair[0] is not None
-            ]
-            found = torch.autograd.grad(
-                tile, [leaf for _, leaf in into], tile_grad, allow_unused=True
-            )
-            for (total, _), value in zip(into, found, strict=True):
-                if value is not None:
-                    total.add_(value)
-        own = None
-        if ctx.needs_input_grad[4]:
-            own = grad.diagonal(dim1=-2, dim2=-1).sum_to_size(ctx.own_shape)
+            parts = _some(rows1, i), _some(rows2 or rows1, j), values
+            needs = needs1, needs2 or needs1, needs3
+            found = _pulled(ctx.block, parts, needs, tile_grad)
+            for total, value in zip(totals1, found[0], strict=True):
+                _add(total, value, i)
+            for total, value in zip(totals2 or totals1, found[1], strict=True):
+                _add(total, value, j)
+            for total, value in zip(totals3, found[2], strict=True):
+                _add(total, value)
         return None, None, None, None, own, *totals1, *totals2, *totals3
+
+
+def _pulled(block, parts, needs, grad) -> list[list[Tensor | None]]:
+    """Derivatives of a block, which is computed again, in each of its arguments."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: variances of points are functions of the points, but are given here.
+        leaves = [
+            [
+                None
+                if t is None
+                else t.view_as(t)
+                if create
+                else t.detach().requires_grad_(need)
+                for t, need in zip(some, some_need, strict=True)
+            ]
+            for some, some_need in zip(parts, needs, strict=True)
+        ]
+        tile = block(*leaves)
+    wanted = [
+        (a, b)
+        for a, some_need in enumerate(needs)
+        for b, need in enumerate(some_need)
+        if need
+    ]
+    found = torch.autograd.grad(
+        tile,
+        [leaves[a][b] for a, b in wanted],
+        grad,
+        allow_unused=True,
+        create_graph=create,
+    )
+    pulled = [[None] * len(some) for some in parts]
+    for (a, b), value in zip(wanted, found, strict=True):
+        pulled[a][b] = value
+    return pulled
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
+
+
+def _add(total: Tensor | None, value: Tensor | None, part: slice | None = None) -> None:
+    if total is not None and value is not None:
+        (total if part is None else total[..., part, :]).add_(value)
 
 
 def _parts(tensors: Sequence, counts: tuple[int, int]) -> tuple[tuple, tuple, tuple]:
@@ -144,15 +186,6 @@ def _parts(tensors: Sequence, counts: tuple[int, int]) -> tuple[tuple, tuple, tu
 
 def _some(tensors: Sequence[Tensor], part: slice) -> list[Tensor]:
     return [t[..., part, :] for t in tensors]
-
-
-def _leaves(
-    tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    return [
-        None if t is None else t.detach().requires_grad_(need)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
 
 
 def _tiles(

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
-from gpbridge.kernels.wide_layers import (
-    Layer,
-    LayerCovariance,
-    Signal,
-    Values,
-    Weighted,
-)
+from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
+from gpbridge.kernels.wide_layers import Layer, Weighted
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,7 @@ class Conv(Weighted):
             check_positive(tap_lengthscale=self.tap_lengthscale)
 
     def initial(self) -> dict[str, float]:
+        """Initial values of its hyperparameters."""
         found = super().initial()
         if self.tap_lengthscale is not None:
             found["tap_lengthscale"] = self.tap_lengthscale
@@ -83,12 +79,14 @@ class Conv(Weighted):
         return self.kernel_size // 2 if self.padding == "same" else self.padding
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         sides = _require_image(self, signal, path)
         f, step, zeros = self.kernel_size, self.stride, self.zeros
         image = _window_sides(self, sides, f, step, zeros, path)
         return Signal(image, gaussian=True, random=True)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         f = self.kernel_size
         taps = None
         if self.tap_lengthscale is not None:
@@ -127,12 +125,14 @@ class AvgPool(Layer):
             check_count(stride=self.stride)
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         sides = _require_image(self, signal, path)
         step = self.stride or self.kernel_size
         image = _window_sides(self, sides, self.kernel_size, step, 0, path)
         return signal._replace(image=image)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         f = self.kernel_size
         window = Conv(f, self.stride or f, 0)
         ones = [1.0] * f**2
@@ -150,10 +150,12 @@ class GlobalAvgPool(Layer):
     """The mean over all pixels: as many units as channels."""
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         _require_image(self, signal, path)
         return signal._replace(image=None)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         return state.map(lambda k: k.mean((-4, -3, -2, -1)), space=0)
 
 

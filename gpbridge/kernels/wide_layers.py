@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,108 +20,7 @@ from torch import Tensor
 from gpbridge.checks import check_count, check_positive
 from gpbridge.kernels import dual_activations
 from gpbridge.kernels.dual_activations import Dual
-
-
-class Signal(NamedTuple):
-    """What passes between two layers, for checks when a network is put together.
-
-    ``image`` is (height, width), or None for flat inputs. ``gaussian``: its channels
-    are independent draws of one Gaussian. ``random``: weights stand before it.
-    """
-
-    image: tuple[int, int] | None
-    gaussian: bool = False
-    random: bool = False
-
-
-class Variances:
-    """Variances of single points at every nonlinearity, ``... x n x pixels``,
-    one pixel for flat layers.
-
-    They are recorded by a pass over points with themselves, and read, in the same
-    order, by the pass over pairs.
-    """
-
-    def __init__(self) -> None:
-        self.recorded: list[Tensor] = []
-
-    def pair(self, state: LayerCovariance) -> tuple[Tensor, Tensor]:
-        """Record, and broadcast against k."""
-        q = state.k
-        if state.space == 4:
-            q = q.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)
-        if state.space > 0:
-            q = q.flatten(-2).squeeze(-2)
-        self.recorded.append(q)
-        return _against(q, state), _against(q, state, second=True)
-
-
-class RecordedVariances:
-    """Variances of two sets of points, recorded before."""
-
-    def __init__(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        self.rest = iter(zip(first, second, strict=True))
-
-    def pair(self, state: LayerCovariance) -> tuple[Tensor, Tensor]:
-        """The next ones, broadcast against k."""
-        first, second = next(self.rest)
-        return _against(first, state), _against(second, state, second=True)
-
-
-@dataclass(frozen=True)
-class LayerCovariance:
-    """Covariances between two sets of points at one layer.
-
-    Attributes:
-        k: ``... x n1 x n2 x space``; ``... x n x 1 x space`` if aligned.
-        theta: The tangent kernel, likewise; None where no weights stand before.
-        variances: Of single points, for nonlinearities.
-        space: 0 for flat layers, 2 for ``h x w`` pixels, each with itself, and 4 for
-            ``h x w x h x w`` pairs of pixels.
-        aligned: The two sets are matched row by row.
-        tangent: Whether theta is asked for.
-    """
-
-    k: Tensor
-    theta: Tensor | None
-    variances: Variances | RecordedVariances
-    space: int
-    aligned: bool
-    tangent: bool
-
-    def map(self, function: Callable[[Tensor], Tensor], **changes) -> LayerCovariance:
-        """Apply a linear map to k and theta."""
-        k = function(self.k)
-        theta = self.theta
-        if theta is not None:
-            theta = k if theta is self.k else function(theta)
-        return replace(self, k=k, theta=theta, **changes)
-
-
-def _against(q: Tensor, state: LayerCovariance, second: bool = False) -> Tensor:
-    across = second and not state.aligned
-    if state.space == 0:
-        return q.mT if across else q
-    q = q.unflatten(-1, state.k.shape[-2:]).unsqueeze(-4 if across else -3)
-    if state.space == 4:
-        q = q[..., None, None, :, :] if second else q[..., None, None]
-    return q
-
-
-class Values:
-    """The values of a network's hyperparameters, in the order of its layers."""
-
-    def __init__(self, **groups: Tensor | None) -> None:
-        self.groups: dict[str, Iterator[Tensor]] = {
-            name: iter(values.unbind(-1))
-            for name, values in groups.items()
-            if values is not None
-        }
-
-    def take(self, name: str, state: LayerCovariance) -> Tensor:
-        """The next value, ``batch_shape``, to broadcast against covariances."""
-        value = next(self.groups[name])
-        return value.reshape(*value.shape, *[1] * (2 + state.space))
+from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
 
 
 class Layer:
@@ -145,6 +43,7 @@ class Weighted(Layer):
     """A layer with weights: the affine part that dense and convolution share."""
 
     def initial(self) -> dict[str, float]:
+        """Initial values of its hyperparameters."""
         found = {"weight_variance": self.weight_variance}
         if self.bias_variance > 0:
             found["bias_variance"] = self.bias_variance
@@ -192,6 +91,7 @@ class Dense(Weighted):
     bias_variance: float = 0.01
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         if signal.image is not None:
             raise ValueError(
                 f"Dense at {path} needs flat inputs, but an image of "
@@ -201,6 +101,7 @@ class Dense(Weighted):
         return Signal(None, gaussian=True, random=True)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         return self.mix(state, values)
 
 
@@ -212,10 +113,12 @@ class Elementwise(Layer):
         raise NotImplementedError
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         require_gaussian(self, signal, path)
         return signal._replace(gaussian=False)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         value, derivative = self.dual()(state.k, *state.variances.pair(state))
         theta = None if state.theta is None else derivative * state.theta
         return replace(state, k=value, theta=theta)
@@ -226,6 +129,7 @@ class ReLU(Elementwise):
     """max(x, 0)."""
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return dual_activations.relu
 
 
@@ -236,6 +140,7 @@ class LeakyReLU(Elementwise):
     negative_slope: float = 0.01
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return partial(dual_activations.leaky_relu, negative_slope=self.negative_slope)
 
 
@@ -244,6 +149,7 @@ class Erf(Elementwise):
     """The error function."""
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return dual_activations.erf
 
 
@@ -252,6 +158,7 @@ class GELU(Elementwise):
     """x times the normal distribution function of x."""
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return dual_activations.gelu
 
 
@@ -260,12 +167,13 @@ class Tanh(Elementwise):
     """The hyperbolic tangent, by expansion in Hermite polynomials."""
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return dual_activations.tanh
 
 
 @dataclass(frozen=True)
 class Smooth(Elementwise):
-    """Any smooth activation; see :func:`gpbridge.kernels.dual_activations.hermite_dual`.
+    """Any smooth activation, by ``dual_activations.hermite_dual``.
 
     Args:
         function: The activation.
@@ -281,6 +189,7 @@ class Smooth(Elementwise):
         check_count(num_terms=self.num_terms)
 
     def dual(self) -> Dual:
+        """The dual functions F and F'."""
         return partial(
             dual_activations.hermite_dual,
             function=self.function,
@@ -294,11 +203,13 @@ class LayerNorm(Layer):
     """Normalisation over the units, of an image at each pixel: a correlation."""
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         # After a nonlinearity the mean over units, which is subtracted, is not zero.
         require_gaussian(self, signal, path)
         return signal
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         first, second = map(dual_activations.inverse_root, state.variances.pair(state))
         return state.map(lambda k: k * first * second)
 
@@ -308,11 +219,13 @@ class Flatten(Layer):
     """All pixels side by side, as the units of a dense layer: a mean over pixels."""
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         if signal.image is None:
             return signal
         return signal._replace(image=None, gaussian=False)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         if state.space == 4:
             pixels = state.map(
                 lambda k: k.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)
@@ -347,6 +260,7 @@ class Residual(Layer):
         return hash((self.layers, self.shortcut))
 
     def trace(self, signal: Signal, path: str) -> Signal:
+        """The signal after it."""
         branch = trace_all(self.layers, signal._replace(random=False), f"{path}.layers")
         other = trace_all(self.shortcut, signal, f"{path}.shortcut")
         if not (branch.gaussian and branch.random):
@@ -364,6 +278,7 @@ class Residual(Layer):
         return Signal(branch.image, other.gaussian, True)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
+        """The covariances after it."""
         branch = apply_all(self.layers, state, values)
         other = apply_all(self.shortcut, state, values)
         theta = branch.theta
