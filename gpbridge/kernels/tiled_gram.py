@@ -17,7 +17,7 @@ from torch import Tensor
 
 Block = Callable[..., Tensor]
 
-CACHED = 2**16  # numbers of one intermediate result: 512 KiB in float64
+CACHED = 2**17  # numbers of one intermediate result: 1 MiB in float64
 LARGEST = 2**22  # where a single pair of inputs takes many
 
 

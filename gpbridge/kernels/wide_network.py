@@ -79,21 +79,30 @@ class WideNetwork:
     def gram(self, x1: Tensor, x2: Tensor | None, values: Hyperparameters) -> Tensor:
         """Covariance of all pairs, of x1 with itself if x2 is None."""
         rows = self._tile_rows(x1, x1 if x2 is None else x2, values)
-        rows1 = rows2 = x1, *self._point_variances(x1, values, rows**2)
-        diagonal = None
-        if x2 is None:
-            diagonal = self._matched_rows(rows1, rows1, values, rows**2)
-        else:
-            rows2 = x2, *self._point_variances(x2, values, rows**2)
-        return tiled_gram(self._block, rows1, rows2, values, diagonal, rows)
+        *first, own = self._points(x1, values, rows**2)
+        rows1 = rows2 = x1, *first
+        if x2 is not None:
+            *second, _ = self._points(x2, values, rows**2)
+            rows2, own = (x2, *second), None
+        return tiled_gram(self._block, rows1, rows2, values, own, rows)
 
     def matched(self, x1: Tensor, x2: Tensor, values: Hyperparameters) -> Tensor:
         """Covariance of pairs of the same row, ``... x n``."""
         rows = self._tile_rows(x1, x2, values) ** 2
-        rows1 = rows2 = x1, *self._point_variances(x1, values, rows)
-        if x2 is not x1:
-            rows2 = x2, *self._point_variances(x2, values, rows)
-        return self._matched_rows(rows1, rows2, values, rows)
+        *first, own = self._points(x1, values, rows)
+        if x2 is x1:
+            return own
+        *second, _ = self._points(x2, values, rows)
+        count = 1 + len(first)
+
+        def between(*tensors: Tensor | None) -> tuple[Tensor]:
+            (x1, *first), (x2, *second) = tensors[:count], tensors[count : 2 * count]
+            k = self._matched_products(x1, x2)
+            variances = RecordedVariances(first, second)
+            return (self._run(k, variances, tensors[2 * count :], aligned=True),)
+
+        tensors = [x1, *first, x2, *second]
+        return self._by_rows(between, tensors, values, rows)[0][..., 0]
 
     def _run(
         self,
@@ -101,45 +110,25 @@ class WideNetwork:
         variances: Variances | RecordedVariances,
         values: Hyperparameters,
         aligned: bool,
-        tangent: bool,
     ) -> Tensor:
-        """The covariance, or tangent kernel, of the outputs from that of the inputs."""
+        """The kernel of the outputs, from the covariance of the inputs."""
         space = 0 if self.input_shape is None else 4 if self.pairs else 2
-        state = LayerCovariance(k, None, variances, space, aligned, tangent)
+        state = LayerCovariance(k, None, variances, space, aligned, self.tangent)
         held = Values(**dict(zip(GROUPS, values, strict=True)))
         state = apply_all(self.layers, state, held)
-        return state.theta if tangent else state.k
+        return state.theta if self.tangent else state.k
 
-    def _point_variances(
-        self, x: Tensor, values: Hyperparameters, rows: int
-    ) -> list[Tensor]:
-        """Variances of single points at every nonlinearity, each ``... x n x P``."""
+    def _points(self, x: Tensor, values: Hyperparameters, rows: int) -> list[Tensor]:
+        """Of each point: variances ``... x n x P``, and the kernel ``... x n``."""
 
         def record(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
             variances = Variances()
-            self._run(self._matched_products(x, x), variances, values, True, False)
-            return tuple(variances.recorded)
+            k = self._matched_products(x, x)
+            own = self._run(k, variances, values, aligned=True)
+            return *variances.recorded, own
 
-        return self._by_rows(record, [x], values, rows)
-
-    def _matched_rows(
-        self,
-        rows1: Sequence[Tensor],
-        rows2: Sequence[Tensor],
-        values: Hyperparameters,
-        rows: int,
-    ) -> Tensor:
-        """Covariance of pairs of the same row, ``... x n``."""
-        count = len(rows1)
-
-        def matched(*tensors: Tensor | None) -> tuple[Tensor]:
-            (x1, *first), (x2, *second) = tensors[:count], tensors[count : 2 * count]
-            k = self._matched_products(x1, x2)
-            variances = RecordedVariances(first, second)
-            held = tensors[2 * count :]
-            return (self._run(k, variances, held, True, self.tangent),)
-
-        return self._by_rows(matched, [*rows1, *rows2], values, rows)[0][..., 0]
+        *variances, own = self._by_rows(record, [x], values, rows)
+        return [*variances, own[..., 0]]
 
     def _by_rows(
         self,
@@ -175,7 +164,7 @@ class WideNetwork:
                 formula = "...ichw,...jcuv->...ijhwuv"
             k = torch.einsum(formula, a, b).contiguous()
         variances = RecordedVariances(first, second)
-        return self._run(k, variances, values, False, self.tangent)
+        return self._run(k, variances, values, aligned=False)
 
     def _matched_products(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Inner products of matched inputs, divided by their number."""
