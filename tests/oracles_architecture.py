@@ -4,6 +4,7 @@ Nothing here imports gpbridge.
 """
 
 import itertools
+import math
 
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -100,3 +101,187 @@ def sparse_layer_values(X, Z, lengthscale, variance, jitter, m, L, noise):
         root = vectors * values.clamp_min(0).sqrt()[..., None, :]
         parts.append(mean + (root @ noise[..., o, None])[..., 0])
     return torch.stack(parts, -1)
+
+
+def dual_by_quadrature(phi, k, q1, q2, num_nodes=601):
+    """E phi(u) phi(v) of one correlated pair, by the trapezoidal rule in the plane."""
+    nodes = torch.linspace(-12, 12, num_nodes, dtype=torch.float64)
+    weights = torch.exp(-nodes * nodes / 2) / math.sqrt(2 * math.pi)
+    weights = weights * (nodes[1] - nodes[0])
+    u = math.sqrt(q1) * nodes[:, None]
+    v = k / math.sqrt(q1) * nodes[:, None] + math.sqrt(q2 - k**2 / q1) * nodes
+    return float((weights[:, None] * weights * phi(u) * phi(v)).sum())
+
+
+def arc_cosine(k, q1, q2):
+    """F and its derivative for ReLU, of numbers; Cho and Saul 2009."""
+    t = math.acos(max(-1.0, min(1.0, k / math.sqrt(q1 * q2))))
+    s = math.sqrt(max(q1 * q2 - k * k, 0.0))
+    return (s + (math.pi - t) * k) / (2 * math.pi), (math.pi - t) / (2 * math.pi)
+
+
+def relu_convolution_by_loops(images1, images2, steps, sigma, weight, bias):
+    """Covariances of all pairs of pixels of a ReLU network, pixel by pixel.
+
+    ``steps``: a list of "conv" (3 x 3, zeros around), "relu" and "pool" (2 x 2);
+    ``sigma(q, q')`` is the covariance of taps. Returns k and theta as dictionaries
+    from (pixel of x, pixel of x') for the pairs x x', x x and x' x'.
+    """
+    pairs = {"12": (images1, images2), "11": (images1,) * 2, "22": (images2,) * 2}
+    channels, height, width = images1.shape
+    pixels = list(itertools.product(range(height), range(width)))
+    k = {
+        name: {
+            (p, q): float((a[:, p[0], p[1]] * b[:, q[0], q[1]]).sum()) / channels
+            for p in pixels
+            for q in pixels
+        }
+        for name, (a, b) in pairs.items()
+    }
+    theta = {name: dict.fromkeys(k[name], 0.0) for name in pairs}
+    taps = list(itertools.product((-1, 0, 1), repeat=2))
+    for step in steps:
+        if step == "relu":
+            new_k, new_theta = {}, {}
+            for name in pairs:
+                first, second = name[0] * 2, name[1] * 2
+                values = {
+                    (p, q): arc_cosine(c, k[first][p, p], k[second][q, q])
+                    for (p, q), c in k[name].items()
+                }
+                new_k[name] = {pq: v[0] for pq, v in values.items()}
+                new_theta[name] = {
+                    pq: v[1] * theta[name][pq] for pq, v in values.items()
+                }
+            k, theta = new_k, new_theta
+            continue
+        if step == "pool":
+            height, width = height // 2, width // 2
+            pixels = list(itertools.product(range(height), range(width)))
+            window = list(itertools.product((0, 1), repeat=2))
+
+            def value(table, p, q, window=window):
+                return (
+                    sum(
+                        table[
+                            (2 * p[0] + a[0], 2 * p[1] + a[1]),
+                            (2 * q[0] + b[0], 2 * q[1] + b[1]),
+                        ]
+                        for a in window
+                        for b in window
+                    )
+                    / len(window) ** 2
+                )
+
+            k, theta = (
+                {
+                    name: {(p, q): value(t[name], p, q) for p in pixels for q in pixels}
+                    for name in pairs
+                }
+                for t in (k, theta)
+            )
+            continue
+
+        def filtered(table, p, q):
+            total = 0.0
+            for a in taps:
+                for b in taps:
+                    key = (p[0] + a[0], p[1] + a[1]), (q[0] + b[0], q[1] + b[1])
+                    if key in table:
+                        total += sigma(a, b) * table[key]
+            return total / len(taps)
+
+        new_k, new_theta = {}, {}
+        for name in pairs:
+            both = {pq: k[name][pq] + theta[name][pq] for pq in k[name]}
+            new_k[name] = {pq: weight * filtered(k[name], *pq) + bias for pq in k[name]}
+            new_theta[name] = {pq: weight * filtered(both, *pq) + bias for pq in both}
+        k, theta = new_k, new_theta
+    return k["12"], theta["12"]
+
+
+class FiniteNetwork:
+    """A random network of finite width in tangent parameterisation.
+
+    Steps: ("dense", weight variance, bias variance), ("conv", f, weight variance, bias
+    variance[, square root of the covariance of taps]), ("residual", steps), ("pool",
+    f), ("global",), ("flatten",), ("norm",), or an activation. Weights are standard
+    normal, drawn in the first pass and kept in ``weights``.
+    """
+
+    def __init__(self, steps, width, num_outputs, generator):
+        self.steps, self.width, self.num_outputs = steps, width, num_outputs
+        self.generator, self.weights = generator, []
+
+    def __call__(self, x):
+        return self._run(self.steps, x, last=True)
+
+    def _draw(self, *shape):
+        weight = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        self.weights.append(weight.requires_grad_())
+        return weight
+
+    def _run(self, steps, h, last=False):
+        for i, step in enumerate(steps):
+            name = step if callable(step) else step[0]
+            width = self.width
+            if last and i == len(steps) - 1:
+                width = self.num_outputs
+            if callable(name):
+                h = name(h)
+            elif name == "dense":
+                _, weight, bias = step
+                h = h @ self._draw(h.shape[-1], width) * (weight / h.shape[-1]) ** 0.5
+                h = h + bias**0.5 * self._draw(width)
+            elif name == "conv":
+                f, weight, bias, *root = step[1:]
+                filters = self._draw(width, h.shape[1], f, f)
+                if root:
+                    filters = torch.einsum("oiyx,ay,bx->oiab", filters, *root * 2)
+                scale = (weight / (h.shape[1] * f * f)) ** 0.5
+                h = torch.nn.functional.conv2d(h, filters * scale, padding=f // 2)
+                h = h + bias**0.5 * self._draw(width)[:, None, None]
+            elif name == "residual":
+                h = h + self._run(step[1], h)
+            elif name == "pool":
+                h = torch.nn.functional.avg_pool2d(h, step[1])
+            elif name == "global":
+                h = h.mean((-2, -1))
+            elif name == "flatten":
+                h = h.flatten(1)
+            elif name == "norm":
+                mean, var = h.mean(1, keepdim=True), h.var(1, keepdim=True)
+                h = (h - mean) / var.sqrt()
+        return h
+
+
+def monte_carlo_kernels(steps, x, width, num_networks, generator, outputs=64):
+    """Means and standard errors of both kernels over finite networks.
+
+    Returns:
+        (mean, error) of E f f', and (mean, error) of the Gram matrix of gradients.
+    """
+    covariances, tangents = [], []
+    outputs = min(outputs, width)
+    for _ in range(num_networks):
+        with torch.no_grad():
+            f = FiniteNetwork(steps, width, outputs, generator)(x)
+        covariances.append(f @ f.T / outputs)
+        network = FiniteNetwork(steps, width, 1, generator)
+        f = network(x)[:, 0]
+        rows = [
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(y, network.weights, retain_graph=True)
+                ]
+            )
+            for y in f
+        ]
+        J = torch.stack(rows)
+        tangents.append(J @ J.T)
+    found = []
+    for draws in (covariances, tangents):
+        draws = torch.stack(draws)
+        found.append((draws.mean(0), draws.std(0) / num_networks**0.5))
+    return found

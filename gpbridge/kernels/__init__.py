@@ -5,6 +5,7 @@ from gpbridge.kernels.compositions import draw_feature_map
 from gpbridge.kernels.convolutional import ConvolutionalKernel
 from gpbridge.kernels.deep import DeepKernel, network_body, parameter_groups
 from gpbridge.kernels.feature import FeatureKernel
+from gpbridge.kernels.infinite_width import InfiniteWidthKernel
 from gpbridge.kernels.invariant import InvariantKernel
 from gpbridge.kernels.tangent import NeuralTangentKernel
 
@@ -12,10 +13,11 @@ __all__ = [
     "ConvolutionalKernel",
     "DeepKernel",
     "FeatureKernel",
+    "InfiniteWidthKernel",
     "InvariantKernel",
     "NeuralTangentKernel",
+    "draw_feature_map",
     "network_body",
     "parameter_groups",
-    "draw_feature_map",
     "random_features",
 ]
