@@ -21,7 +21,8 @@ from tests.conftest import ROOT
 ORDER = """
 types
 _version checks storage randomness metrics data distributed
-tracing frozen jacobians probe functional subnetworks likelihoods heteroscedastic targets augmentation
+tracing frozen jacobians probe functional subnetworks likelihoods heteroscedastic targets
+augmentation: base vectors images orbits patches averaged
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors system refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
