@@ -30,9 +30,10 @@ SAMPLINGS = ("auto", "grid", "qmc", "fixed")
 
 
 class DifferenceLaw(NamedTuple):
-    r"""The law of :math:`T_a^{-1} T_{a'}` for independent a, a' of a group of isometries.
+    r"""The law of :math:`T_a^{-1} T_{a'}`, for independent a and a'.
 
-    A kernel that is invariant to the whole group needs only this:
+    The transformations are isometries. A kernel that is invariant to all of the group
+    needs only this:
     :math:`E\,E'\, k(T_a x, T_{a'} x') = \sum_j w_j\, k(x, T_j x')`.
     """
 
@@ -122,6 +123,10 @@ class Augmentation(gpytorch.Module):
         """The orbits of inputs that were checked, ``... x n x d`` to ``n x s x d``."""
         raise NotImplementedError
 
+    def output_width(self, width: int) -> int:
+        """The number d' of columns of an orbit of inputs with d columns."""
+        return width
+
     def difference_law(self) -> DifferenceLaw | None:
         """The law of differences, where there is one that takes fewer evaluations."""
         return None
@@ -148,7 +153,7 @@ class Augmentation(gpytorch.Module):
         return self.transform(x)
 
     def average(self, values: Tensor, dim: int = -2) -> Tensor:
-        r"""The weighted mean :math:`\frac1s \sum_a w_a v_a` along an axis of length s."""
+        r"""The weighted mean :math:`\frac1s \sum_a w_a v_a` along an axis."""
         if self.weights is None:
             return values.mean(dim)
         return torch.tensordot(values.movedim(dim, -1), self.coefficients(values), 1)
@@ -163,11 +168,12 @@ class Augmentation(gpytorch.Module):
     def resample(self, generator: Generator | None = None) -> None:
         """Redraw the transformations, for all inputs at once.
 
-        A grid is shifted as a whole, Sobol points are scrambled anew. Between two
-        draws the kernel of these orbits is another one. So this belongs between the
-        steps of an optimiser, and is refused in eval mode, where gpytorch keeps what it
-        computed with the old ones. A kernel whose orbits were redrawn behind its back,
-        while it was in eval mode, refuses to be evaluated.
+        A grid is shifted as a whole, Sobol points are scrambled anew, and nothing
+        happens where nothing is random. Between two draws the kernel of these orbits
+        is another one. So this belongs between the steps of an optimiser, and is
+        refused in eval mode, where gpytorch keeps what it computed with the old ones.
+        A kernel whose orbits were redrawn behind its back, while it was in eval mode,
+        refuses to be evaluated.
 
         Args:
             generator: Source of randomness. Without one, draws differ in each call.
@@ -182,9 +188,16 @@ class Augmentation(gpytorch.Module):
                 "Call train() on the whole model first, which clears what gpytorch "
                 "keeps."
             )
+        if self._redraw(generator):
+            self.redraws += 1
+
+    def _redraw(self, generator: Generator | None) -> bool:
+        """Draw anew; whether there was anything to draw."""
+        if self.num_parameters == 0:
+            return False
         points = self._unit_points(fresh(generator), None)
         self.noise = self._centred(points).to(self.noise)
-        self.redraws += 1
+        return True
 
     def _centred(self, points: Tensor) -> Tensor:
         """Base noise from uniform points of the unit cube; here in [-1, 1]."""

@@ -131,8 +131,12 @@ class AffineAugmentation2d(BoundedAugmentation):
         channels, height, width = self.image_shape
         return channels, height + 2 * self.padding, width + 2 * self.padding
 
+    def output_width(self, width: int) -> int:
+        """Pixels of an image of the orbit."""
+        return math.prod(self.output_shape)
+
     def matrices(self, x: Tensor) -> Tensor:
-        """The affine maps from places in the orbit to places in the image, ``s x 2 x 3``."""
+        """Affine maps from the places of the orbit to those of x, ``s x 2 x 3``."""
         exponents = torch.tensordot(self.parameters_of(x), self.basis.to(x), 1)
         return torch.matrix_exp(exponents)[:, :2]
 
