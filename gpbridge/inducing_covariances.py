@@ -60,11 +60,13 @@ def inducing_cross_covariance(kernel: Kernel, Z: Tensor, x: Tensor) -> Tensor:
     Returns:
         The matrix.
     """
-    batch = torch.broadcast_shapes(Z.shape[:-2], x.shape[:-2])
-    Z, x = (t.expand(*batch, *t.shape[-2:]) for t in (Z, x))
     if has_orbits(kernel):
-        return kernel.base_cross(Z, _selected(kernel, x))
-    return kernel(Z, x).to_dense()
+        if Z.dim() > 2 or len(kernel.batch_shape):
+            return kernel.base_cross(*_one_batch(Z, x))
+        # Convolutions are for one batch of images.
+        cross = kernel.base_cross(Z, x.reshape(-1, x.shape[-1]))  # m x (... n)
+        return cross.unflatten(-1, x.shape[:-1]).movedim(0, -2)
+    return kernel(*_one_batch(Z, x)).to_dense()
 
 
 @singledispatch
@@ -81,11 +83,9 @@ def inducing_width(kernel: Kernel, width: int) -> int:
     return kernel.augmentation.output_width(width)
 
 
-def _selected(kernel: Kernel, x: Tensor) -> Tensor:
-    """The columns that a kernel would select if it were called."""
-    if kernel.active_dims is None:
-        return x
-    return x.index_select(-1, kernel.active_dims)
+def _one_batch(Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    batch = torch.broadcast_shapes(Z.shape[:-2], x.shape[:-2])
+    return Z.expand(*batch, *Z.shape[-2:]), x.expand(*batch, *x.shape[-2:])
 
 
 @inducing_covariance.register

@@ -130,8 +130,9 @@ def orbit_covariances(
     cross = base(Z.expand(*batch, *Z.shape[-2:]), flat).to_dense()
     cross = cross.unflatten(-1, (n, C))
     # The inputs become the first axis, so that a batch of kernels meets its own.
-    own = orbits.reshape(*(1,) * max(0, len(base.batch_shape) - orbits.dim() + 3),
-                         *orbits.shape)
+    own = orbits.reshape(
+        *(1,) * max(0, len(base.batch_shape) - orbits.dim() + 3), *orbits.shape
+    )
     own = base(own.movedim(-3, 0)).to_dense().movedim(0, -3)
     weights = kernel.augmentation.weights
     if weights is not None:

@@ -125,7 +125,9 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             "function. Refit the model with the new data instead."
         )
 
-    def _expand_inputs(self, x: Tensor, inducing_points: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand_inputs(
+        self, x: Tensor, inducing_points: Tensor
+    ) -> tuple[Tensor, Tensor]:
         # Inducing points are not repeated for a batch of inputs: one Cholesky factor.
         batch = torch.broadcast_shapes(inducing_points.shape[:-2], x.shape[:-2])
         return x.expand(*batch, *x.shape[-2:]), inducing_points
@@ -167,7 +169,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             cross, own = orbit_covariances(kernel, inducing_points, inputs, elements)
             if moments:
                 return self._moments(L, cross, own, *q, prior.mean)
-            cross, own = cross.mean(-1), DiagLinearOperator(own.mean((-1, -2)))
+            cross, own = cross.mean(-1), own.mean((-1, -2))
         else:
             cross = inducing_cross_covariance(kernel, inducing_points, inputs)
             own = prior.lazy_covariance_matrix
@@ -179,9 +181,11 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             prior_covar=self.prior_distribution.lazy_covariance_matrix,
             diag=diag,
         )
-        if elements is not None:
-            covariance = DiagLinearOperator(covariance.diagonal(dim1=-2, dim2=-1))
-        covariance = SumLinearOperator(own, covariance)
+        if elements is None:
+            covariance = SumLinearOperator(own, covariance)
+        else:
+            change = covariance.diagonal(dim1=-2, dim2=-1)
+            covariance = DiagLinearOperator(own + change)
         if trace_mode.on():
             covariance = covariance.to_dense()
         return MultivariateNormal(prior.mean + mean, covariance)
