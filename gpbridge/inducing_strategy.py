@@ -1,7 +1,7 @@
 r"""Sparse variational posteriors whose inducing variables live below an average.
 
-With u = g(Z) in the space of a base kernel (``inducing_covariances``), and q(u) whitened
-by :math:`L L^\top = K_{uu} + \epsilon I` to mean m and covariance S,
+With u = g(Z) in the space of a base kernel (``inducing_covariances``), and q(u)
+whitened by :math:`L L^\top = K_{uu} + \epsilon I` to mean m and covariance S,
 
 .. math:: A = L^{-1} K_{uf}, \qquad E f = \mu + A^\top m, \qquad
     \mathrm{Cov} f = K_{ff} + A^\top (S - I) A.
@@ -57,7 +57,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
 
     Args:
         model: The variational GP.
-        inducing_points: Inducing points ``... m x d'``, in the space of the base kernel.
+        inducing_points: Inducing points ``... m x d'``, as the base kernel sees them.
         variational_distribution: Of the m whitened inducing variables.
         learn_inducing_locations: Whether they are parameters.
         jitter_val: Added to the diagonal of :math:`K_{uu}`; default gpytorch's
@@ -124,6 +124,18 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             "Inducing variables in another domain are no pseudo-observations of the "
             "function. Refit the model with the new data instead."
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What upstream keeps between predictions has a graph, and cannot be copied.
+        return {k: v for k, v in self.__dict__.items() if k != "_memoize_cache"}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InterdomainVariationalStrategy:
+        clear_cache_hook(self)  # it has the dtype and device of before
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        clear_cache_hook(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _expand_inputs(
         self, x: Tensor, inducing_points: Tensor
@@ -234,8 +246,8 @@ class InterdomainVariationalStrategy(VariationalStrategy):
         if not isinstance(covariance, LazyEvaluatedKernelTensor):
             raise TypeError(
                 "The model's forward must return MultivariateNormal(mean, "
-                "self.covar_module(x)), whose covariance is a kernel at its inputs, but "
-                f"it is a {type(covariance).__name__}. Put sums and scales into the "
+                "self.covar_module(x)), whose covariance is a kernel at its inputs, "
+                f"but it is a {type(covariance).__name__}. Put sums and scales into the "
                 "kernel, as ScaleKernel(k1 + k2), and leave "
                 "gpytorch.settings.lazily_evaluate_kernels on."
             )

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatch
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -119,9 +119,13 @@ def expected_quadratic(
     Raises:
         TypeError: If the likelihood is not quadratic.
     """
+    return _refuse(likelihood)
+
+
+def _refuse(likelihood: Likelihood) -> NoReturn:
     raise TypeError(
-        f"{type(likelihood).__name__} is not quadratic in f, so that two moments do not "
-        "give its expectation, and an estimate of them would be biased. For labels 0 "
+        f"{type(likelihood).__name__} is not quadratic in f, so that two moments do "
+        "not give its expectation, and an estimate of them would be biased. For labels 0 "
         "and 1 take PolyaGammaBernoulliLikelihood; for others the bound of Jensen, "
         "jensen=True."
     )

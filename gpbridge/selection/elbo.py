@@ -88,7 +88,8 @@ class OrbitVariationalELBO(VariationalELBO):
         >>> from gpbridge.augmentation import Rotation2d
         >>> from gpbridge.inducing_gp import SparseGP
         >>> from gpbridge.kernels import InvariantKernel
-        >>> model = SparseGP(InvariantKernel(RBFKernel(), Rotation2d()), torch.rand(5, 2))
+        >>> kernel = InvariantKernel(RBFKernel(), Rotation2d())
+        >>> model = SparseGP(kernel, torch.rand(5, 2))
         >>> elbo = OrbitVariationalELBO(model.likelihood, model, num_data=100)
         >>> elbo(torch.rand(10, 2), torch.rand(10)).shape
         torch.Size([])
@@ -122,8 +123,8 @@ class OrbitVariationalELBO(VariationalELBO):
         strategy = inducing_strategy(model)
         if not isinstance(strategy, InterdomainVariationalStrategy):
             raise TypeError(
-                "OrbitVariationalELBO needs a model on an InterdomainVariationalStrategy "
-                f"(gpbridge.inducing_gp.SparseGP), but this one has a "
+                "OrbitVariationalELBO needs a model on an "
+                "InterdomainVariationalStrategy (gpbridge.inducing_gp.SparseGP), but this one has a "
                 f"{type(strategy).__name__}."
             )
         wrapper = model.variational_strategy
@@ -132,8 +133,8 @@ class OrbitVariationalELBO(VariationalELBO):
                 hasattr(wrapper, "lmc_coefficients")
             ):
                 raise TypeError(
-                    f"{type(wrapper).__name__} mixes outputs, whose moments are then not "
-                    "known one by one. Take jensen=True, or "
+                    f"{type(wrapper).__name__} mixes outputs, whose moments are then "
+                    "not known one by one. Take jensen=True, or "
                     "IndependentMultitaskVariationalStrategy."
                 )
         self.unbiased, self.jensen = unbiased, jensen
@@ -142,8 +143,8 @@ class OrbitVariationalELBO(VariationalELBO):
         if num_orbit_samples > size or (unbiased and num_orbit_samples == 1 < size):
             at_least = 2 if unbiased and size > 1 else 1
             raise ValueError(
-                f"num_orbit_samples must be at least {at_least} and at most {size}, the "
-                f"number of elements, but is {num_orbit_samples}. Pairs of different "
+                f"num_orbit_samples must be at least {at_least} and at most {size}, "
+                f"the number of elements, but is {num_orbit_samples}. Pairs of different "
                 "elements are what an unbiased variance is made of."
             )
 
@@ -174,8 +175,8 @@ class OrbitVariationalELBO(VariationalELBO):
             generator: Source of randomness. Without one, draws differ in each call.
             elements: Take these elements instead of drawing some.
             expansion_elements: Take these for the points c of a quadratic bound.
-            **kwargs: For the likelihood's ``expected_log_prob``; ``noise`` are the fixed
-                noise variances of the batch.
+            **kwargs: For the likelihood's ``expected_log_prob``; ``noise`` are the
+                fixed noise variances of the batch.
 
         Returns:
             The bound, or its terms without ``combine_terms``.

@@ -49,7 +49,7 @@ def fit_sparse_gp(
     progress: bool = True,
     callback: Callback | None = None,
 ) -> ELBOFit:
-    r"""Maximise a variational lower bound, hyperparameters and inducing points included.
+    r"""Maximise a variational lower bound, in hyperparameters and inducing points too.
 
     Adam moves all parameters of the model and the likelihood, except those of a
     natural variational distribution: they take natural gradient steps of size
@@ -113,8 +113,8 @@ def fit_sparse_gp(
     n = len(train_X)
     if getattr(elbo, "num_data", n) != n:
         raise ValueError(
-            f"elbo was made for num_data={elbo.num_data}, but there are {n} rows: the KL "
-            f"divergence would have the wrong weight. Make it with num_data={n}."
+            f"elbo was made for num_data={elbo.num_data}, but there are {n} rows: the "
+            f"KL divergence would have the wrong weight. Make it with num_data={n}."
         )
     train_X, train_Y = train_X.detach(), train_Y.detach()
 
