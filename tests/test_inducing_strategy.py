@@ -56,7 +56,7 @@ def kernels(name):
     if name == "convolutional":
         return convolutional(), 16, 4
     if name == "rotation":
-        kernel = InvariantKernel(rbf(), Rotation2d(num_samples=5).double())
+        kernel = InvariantKernel(rbf(), Rotation2d(num_samples=4).double())
         return kernel, 2, 2
     return InvariantKernel(rbf(), FiniteOrbit.quarter_turns((3, 3))), 9, 9
 
