@@ -25,12 +25,13 @@ from gpytorch.settings import trace_mode
 from gpytorch.utils.memoize import clear_cache_hook
 from gpytorch.variational import VariationalStrategy, _VariationalDistribution
 from linear_operator.operators import (
+    BatchRepeatLinearOperator,
     DiagLinearOperator,
     LinearOperator,
     SumLinearOperator,
     TriangularLinearOperator,
 )
-from torch import Tensor
+from torch import Size, Tensor
 
 from gpbridge.checks import ShapeError, check_finite, check_floating, check_tensor
 from gpbridge.inducing_covariances import (
@@ -194,6 +195,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             diag=diag,
         )
         if elements is None:
+            own = _repeated(own, covariance.batch_shape)
             covariance = SumLinearOperator(own, covariance)
         else:
             change = covariance.diagonal(dim1=-2, dim2=-1)
@@ -266,3 +268,12 @@ class InterdomainVariationalStrategy(VariationalStrategy):
                 f"{found} (shape {tuple(self.inducing_points.shape)}). Try "
                 "gpbridge.inducing_points.initial_inducing_points."
             )
+
+
+def _repeated(covariance: LinearOperator, batch_shape: Size) -> LinearOperator:
+    """One covariance for all outputs, evaluated once, where upstream repeats inputs."""
+    missing = len(batch_shape) - len(covariance.batch_shape)
+    if missing <= 0 or covariance.batch_shape != batch_shape[missing:]:
+        return covariance
+    repeats = Size([*batch_shape[:missing], *[1] * len(covariance.batch_shape)])
+    return BatchRepeatLinearOperator(covariance, batch_repeat=repeats)

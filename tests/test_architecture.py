@@ -26,7 +26,7 @@ augmentation: base vectors images orbits patches averaged distances
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors system refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
-kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep exact_features orbit_blocks orbit_features invariant convolutional
+kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep exact_features orbit_blocks orbit_exponentials orbit_features invariant convolutional
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_draws function_space models inducing_covariances inducing_orbits inducing_strategy inducing_points inducing_gp representers
 sampled: observations covariance persistence state gp paths
 linearized: weight_blocks curvature_sums factored low_rank structured_weights structures data_curvature sampling sampled_mode links predictive labels inference g_prior construction loading training_run noise mean conditioning sampled_problem structured_problem problem mode evidence variational posterior calibration curvature_state state persistence classification derived_models gp paths subnetworks continual

@@ -111,8 +111,7 @@ class Augmentation(gpytorch.Module):
         self.num_parameters = num_parameters
         self.sampling = sampling
         self.redraws = 0  # how often the noise was redrawn; kernels compare it
-        noise = self._centred(self._unit_points(None, seed))
-        self.register_buffer("noise", noise.to(torch.get_default_dtype()))
+        self.register_buffer("noise", self._centred(self._unit_points(None, seed)))
 
     @property
     def weights(self) -> Tensor | None:
@@ -150,6 +149,9 @@ class Augmentation(gpytorch.Module):
                 f"x must be ``... x n x d``, but has shape {tuple(x.shape)}. For one "
                 "point try x[None]."
             )
+        if x.numel() == 0:
+            width = self.output_width(x.shape[-1])
+            return x.new_zeros(*x.shape[:-1], self.num_samples, width)
         return self.transform(x)
 
     def average(self, values: Tensor, dim: int = -2) -> Tensor:
@@ -198,6 +200,16 @@ class Augmentation(gpytorch.Module):
         points = self._unit_points(fresh(generator), None)
         self.noise = self._centred(points).to(self.noise)
         return True
+
+    def _apply(self, *args, **kwargs) -> Augmentation:
+        """Noise moves between devices but stays in float64.
+
+        A model that is made in float32 and turned to float64 has the exact grid.
+        """
+        noise = self.noise
+        super()._apply(*args, **kwargs)
+        self.noise = noise.to(self.noise.device)
+        return self
 
     def _centred(self, points: Tensor) -> Tensor:
         """Base noise from uniform points of the unit cube; here in [-1, 1]."""
@@ -248,13 +260,16 @@ class BoundedAugmentation(Augmentation):
         dtype = torch.get_default_dtype()
         zeros = torch.zeros(len(cap), dtype=dtype)
         self.register_parameter("raw_bound", nn.Parameter(zeros.clone()))
-        self.register_constraint("raw_bound", Interval(zeros, cap.to(dtype)))
+        limits = zeros, cap.to(dtype)
+        if len(cap) == 1:  # upstream prints numbers, but no vectors of one
+            limits = [limit[0] for limit in limits]
+        self.register_constraint("raw_bound", Interval(*limits))
         self.bound = init
 
     @property
     def cap(self) -> Tensor:
         """Upper limits of the half-widths, ``k``."""
-        return self.raw_bound_constraint.upper_bound
+        return self.raw_bound_constraint.upper_bound.expand(self.raw_bound.shape)
 
     @property
     def bound(self) -> Tensor:

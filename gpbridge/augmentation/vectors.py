@@ -155,7 +155,7 @@ class GaussianInputNoise(Augmentation):
         if gauss:
             self.sampling = sampling
             nodes, node_weights = _gauss_nodes(num_columns, num_samples)
-            self.noise, node_weights = nodes.to(dtype), node_weights.to(dtype)
+            self.noise = nodes
         self.register_buffer("node_weights", node_weights)
 
     @property

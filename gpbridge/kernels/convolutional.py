@@ -18,6 +18,7 @@ from gpbridge.augmentation.patches import PatchAugmentation
 from gpbridge.kernels.compositions import register_with_botorch
 from gpbridge.kernels.invariant import InvariantKernel
 from gpbridge.kernels.orbit_blocks import block_sizes, in_blocks
+from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
 
 
 class PatchKernel(Kernel):
@@ -55,6 +56,15 @@ class PatchKernel(Kernel):
         """The two kernels: what lies inside them is their own business."""
         yield "base_kernel", self.base_kernel
         yield "location_kernel", self.location_kernel
+
+    def __getitem__(self, index) -> PatchKernel:
+        chosen = super().__getitem__(index)
+        if chosen is not self:
+            # Upstream never shortens the batch shape of a kernel without parameters.
+            chosen.batch_shape = torch.broadcast_shapes(
+                chosen.base_kernel.batch_shape, chosen.location_kernel.batch_shape
+            )
+        return chosen
 
 
 class ConvolutionalKernel(InvariantKernel):
@@ -161,10 +171,30 @@ class ConvolutionalKernel(InvariantKernel):
         weights = self.augmentation.coefficients(x)
 
         def block(images: Tensor) -> Tensor:
+            if self._is_exponential():
+                lengthscale, shift = self._column_lengthscale(x), self._shift(x)
+                orbits = (self.augmentation(images) - shift) / lengthscale
+                return orbit_cross((Z - shift) / lengthscale, orbits, weights)
             return (self._patch_matrix(Z, images) @ weights).mT
 
         size, _ = block_sizes(P, u, self.chunk_size)
         return in_blocks(block, (x,), size, dim=-1)
+
+    def _diagonal(
+        self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
+    ) -> Tensor:
+        if not (same and self._convolves(x1, x2) and self._is_exponential()):
+            return super()._diagonal(x1, x2, same, law)
+        weights = self.augmentation.coefficients(x1)
+
+        def block(images: Tensor) -> Tensor:
+            orbits = self.augmentation(images) - self._shift(x1)
+            return orbit_variance(orbits / self._column_lengthscale(x1), weights)
+
+        P = self.augmentation.num_samples
+        width = self.augmentation.output_width(x1.shape[-1])
+        size, _ = block_sizes(P * width, 1, self.chunk_size)
+        return in_blocks(block, (x1,), size, dim=-1)
 
     def _matrix(
         self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
@@ -191,6 +221,23 @@ class ConvolutionalKernel(InvariantKernel):
         """Whether distances are taken by convolution: RBF, and no batches."""
         unbatched = x1.dim() == x2.dim() == 2 and not len(self.batch_shape)
         return unbatched and type(self._pixel_kernel()) is RBFKernel
+
+    def _is_exponential(self) -> bool:
+        """Whether k_g is one squared exponential of all columns of a patch."""
+        located = isinstance(self.base_kernel, PatchKernel)
+        return not located or type(self.base_kernel.location_kernel) is RBFKernel
+
+    def _column_lengthscale(self, like: Tensor) -> Tensor:
+        """The lengthscale of each column of a patch, places last."""
+        patches = self.augmentation
+        parts = [self._pixel_kernel().lengthscale[0].expand(patches.patch_width)]
+        if patches.locations:
+            parts.append(self.base_kernel.location_kernel.lengthscale[0].expand(2))
+        return torch.cat(parts).to(like)
+
+    def _shift(self, x: Tensor) -> Tensor:
+        # Distances do not change with a common shift, their rounding errors do.
+        return x.detach().mean()
 
     def _pixel_kernel(self) -> Kernel:
         located = isinstance(self.base_kernel, PatchKernel)

@@ -245,9 +245,10 @@ class InvariantKernel(Kernel):
 
     def train(self, mode: bool = True) -> InvariantKernel:
         """Set the mode, and remember the orbits of predictions."""
-        super().train(mode)
-        self._redraws = self.augmentation.redraws
-        return self
+        # A posterior calls eval() on a model in eval mode, which clears no cache.
+        if mode or self.training:
+            self._redraws = self.augmentation.redraws
+        return super().train(mode)
 
     def named_sub_kernels(self):
         """The base kernel only: what lies inside it is its own business."""
