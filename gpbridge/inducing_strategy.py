@@ -25,13 +25,12 @@ from gpytorch.settings import trace_mode
 from gpytorch.utils.memoize import clear_cache_hook
 from gpytorch.variational import VariationalStrategy, _VariationalDistribution
 from linear_operator.operators import (
-    BatchRepeatLinearOperator,
     DiagLinearOperator,
     LinearOperator,
     SumLinearOperator,
     TriangularLinearOperator,
 )
-from torch import Size, Tensor
+from torch import Tensor
 
 from gpbridge.checks import ShapeError, check_finite, check_floating, check_tensor
 from gpbridge.inducing_covariances import (
@@ -40,6 +39,7 @@ from gpbridge.inducing_covariances import (
     inducing_width,
 )
 from gpbridge.inducing_orbits import OrbitMoments, orbit_covariances
+from gpbridge.shared_covariance import SharedCovarianceOperator
 
 
 class InterdomainVariationalStrategy(VariationalStrategy):
@@ -195,7 +195,8 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             diag=diag,
         )
         if elements is None:
-            own = _repeated(own, covariance.batch_shape)
+            if own.batch_shape != covariance.batch_shape:
+                own = SharedCovarianceOperator(own, covariance.batch_shape)
             covariance = SumLinearOperator(own, covariance)
         else:
             change = covariance.diagonal(dim1=-2, dim2=-1)
@@ -268,12 +269,3 @@ class InterdomainVariationalStrategy(VariationalStrategy):
                 f"{found} (shape {tuple(self.inducing_points.shape)}). Try "
                 "gpbridge.inducing_points.initial_inducing_points."
             )
-
-
-def _repeated(covariance: LinearOperator, batch_shape: Size) -> LinearOperator:
-    """One covariance for all outputs, evaluated once, where upstream repeats inputs."""
-    missing = len(batch_shape) - len(covariance.batch_shape)
-    if missing <= 0 or covariance.batch_shape != batch_shape[missing:]:
-        return covariance
-    repeats = Size([*batch_shape[:missing], *[1] * len(covariance.batch_shape)])
-    return BatchRepeatLinearOperator(covariance, batch_repeat=repeats)

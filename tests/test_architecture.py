@@ -23,7 +23,7 @@ types
 _version checks storage randomness metrics data distributed
 tracing frozen jacobians probe functional subnetworks likelihoods polya_gamma heteroscedastic targets
 augmentation: base vectors images orbits patches averaged distances
-operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
+operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance shared_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors system refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
 kernels: matern buffers compositions feature_gram feature random_features tangent dual_activations infinite_width deep exact_features orbit_blocks orbit_exponentials orbit_features invariant convolutional
