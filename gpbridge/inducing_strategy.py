@@ -53,16 +53,17 @@ class InterdomainVariationalStrategy(VariationalStrategy):
 
     It stands where gpytorch's ``VariationalStrategy`` stands, wrappers for several
     outputs included. The model's ``forward`` must return the covariance as a kernel
-    evaluated at its inputs, ``self.covar_module(x)``. The jitter is added to
-    :math:`K_{uu}` only; upstream adds it to the variance of every input too.
+    evaluated at its inputs, ``self.covar_module(x)``. The jitter is
+    relative to the mean variance of u and added to :math:`K_{uu}` only; upstream's is
+    absolute, and is added to the variance of every input too.
 
     Args:
         model: The variational GP.
         inducing_points: Inducing points ``... m x d'``, as the base kernel sees them.
         variational_distribution: Of the m whitened inducing variables.
         learn_inducing_locations: Whether they are parameters.
-        jitter_val: Added to the diagonal of :math:`K_{uu}`; default gpytorch's
-            ``variational_cholesky_jitter``.
+        jitter_val: Times the mean of the diagonal of :math:`K_{uu}`, added to it;
+            default gpytorch's ``variational_cholesky_jitter``.
 
     Raises:
         ShapeError: If the inducing points have another width than the base kernel
@@ -232,10 +233,10 @@ class InterdomainVariationalStrategy(VariationalStrategy):
 
     def _root(self, covariance: Tensor) -> TriangularLinearOperator:
         """Cholesky factor with the jitter, kept between predictions in eval mode."""
-        identity = torch.eye(
-            covariance.shape[-1], dtype=covariance.dtype, device=covariance.device
-        )
-        covariance = covariance + self.jitter_val * identity
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        # Rounding errors grow with the scale of the kernel, and so must the jitter.
+        jitter = self.jitter_val * variance.mean(-1, keepdim=True)
+        covariance = covariance + torch.diag_embed(jitter.expand(variance.shape))
         L = self._cholesky_factor(covariance)
         if L.shape != covariance.shape:  # of another batch of hyperparameters
             clear_cache_hook(self)
@@ -250,8 +251,8 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             raise TypeError(
                 "The model's forward must return MultivariateNormal(mean, "
                 "self.covar_module(x)), whose covariance is a kernel at its inputs, "
-                f"but it is a {type(covariance).__name__}. Put sums and scales into the "
-                "kernel, as ScaleKernel(k1 + k2), and leave "
+                f"but it is a {type(covariance).__name__}. Put sums and scales into "
+                "the kernel, as ScaleKernel(k1 + k2), and leave "
                 "gpytorch.settings.lazily_evaluate_kernels on."
             )
         kernel = covariance.kernel

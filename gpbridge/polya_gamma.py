@@ -125,8 +125,8 @@ def expected_quadratic(
 def _refuse(likelihood: Likelihood) -> NoReturn:
     raise TypeError(
         f"{type(likelihood).__name__} is not quadratic in f, so that two moments do "
-        "not give its expectation, and an estimate of them would be biased. For labels 0 "
-        "and 1 take PolyaGammaBernoulliLikelihood; for others the bound of Jensen, "
+        "not give its expectation, and an estimate of them would be biased. For labels "
+        "0 and 1 take PolyaGammaBernoulliLikelihood; for others the bound of Jensen, "
         "jensen=True."
     )
 

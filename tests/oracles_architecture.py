@@ -68,9 +68,9 @@ def squared_exponential_gram(X, Z, lengthscale):
 
 def sparse_posterior(K_uu, K_uf, K_ff, mean, covariance, jitter):
     """Whitened sparse posterior of a zero mean GP (Hensman et al. 2015), dense."""
-    L = torch.linalg.cholesky(K_uu + jitter * torch.eye(len(K_uu), dtype=K_uu.dtype))
-    A = torch.linalg.solve(L, K_uf)
     identity = torch.eye(len(K_uu), dtype=K_uu.dtype)
+    L = torch.linalg.cholesky(K_uu + jitter * K_uu.diagonal().mean() * identity)
+    A = torch.linalg.solve(L, K_uf)
     return A.T @ mean, K_ff + A.T @ (covariance - identity) @ A
 
 

@@ -124,19 +124,19 @@ class OrbitVariationalELBO(VariationalELBO):
         if not isinstance(strategy, InterdomainVariationalStrategy):
             raise TypeError(
                 "OrbitVariationalELBO needs a model on an "
-                "InterdomainVariationalStrategy (gpbridge.inducing_gp.SparseGP), but this one has a "
-                f"{type(strategy).__name__}."
+                "InterdomainVariationalStrategy (gpbridge.inducing_gp.SparseGP), but "
+                f"this one has a {type(strategy).__name__}."
             )
         wrapper = model.variational_strategy
-        if unbiased and wrapper is not strategy:
-            if not isinstance(wrapper, IndependentMultitaskVariationalStrategy) or (
-                hasattr(wrapper, "lmc_coefficients")
-            ):
-                raise TypeError(
-                    f"{type(wrapper).__name__} mixes outputs, whose moments are then "
-                    "not known one by one. Take jensen=True, or "
-                    "IndependentMultitaskVariationalStrategy."
-                )
+        independent = wrapper is strategy or isinstance(
+            wrapper, IndependentMultitaskVariationalStrategy
+        )
+        if unbiased and not independent:
+            raise TypeError(
+                f"{type(wrapper).__name__} mixes outputs, whose moments are then not "
+                "known one by one. Take jensen=True, or "
+                "IndependentMultitaskVariationalStrategy."
+            )
         self.unbiased, self.jensen = unbiased, jensen
         self.num_orbit_samples = num_orbit_samples
         size = self.augmentation.orbit_size
@@ -144,8 +144,8 @@ class OrbitVariationalELBO(VariationalELBO):
             at_least = 2 if unbiased and size > 1 else 1
             raise ValueError(
                 f"num_orbit_samples must be at least {at_least} and at most {size}, "
-                f"the number of elements, but is {num_orbit_samples}. Pairs of different "
-                "elements are what an unbiased variance is made of."
+                f"the number of elements, but is {num_orbit_samples}. Pairs of "
+                "different elements are what an unbiased variance is made of."
             )
 
     @property
