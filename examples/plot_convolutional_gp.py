@@ -1,4 +1,4 @@
-"""Is it taller than wide? A Gaussian process that sees patches learns it from less data.
+"""Taller than wide? A Gaussian process that sees patches learns it from less data.
 
 The task of the paper on convolutional GPs: outlines of rectangles at random places, the
 class is which side is longer. A squared exponential kernel compares whole images and
@@ -20,9 +20,11 @@ matplotlib.use("Agg")
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.mlls import VariationalELBO
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from matplotlib import pyplot
 from PIL import Image
 
+from gpbridge.inducing_covariances import inducing_covariance
 from gpbridge.inducing_gp import SparseGP
 from gpbridge.inducing_points import initial_inducing_points
 from gpbridge.kernels import ConvolutionalKernel
@@ -36,7 +38,7 @@ parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "fig
 options, _ = parser.parse_known_args()
 sizes, seeds, num_steps, num_test = (50, 100, 200, 400, 800), 3, 300, 1000
 if options.smoke:
-    sizes, seeds, num_steps, num_test = (20, 40), 1, 10, 50
+    sizes, seeds, num_steps, num_test = (20,), 1, 4, 50
 side, patch, batch = 14, 3, 50
 torch.set_num_threads(1)
 
@@ -63,7 +65,7 @@ def build(name, X, generator):
         base.base_kernel.lengthscale = 1.0
         number = 16
     else:
-        base, number = RBFKernel(), min(len(X), 150)
+        base, number = RBFKernel(), min(len(X.unique(dim=0)), 150)
         base.lengthscale = 5.0
     kernel = ScaleKernel(base)
     with torch.no_grad():  # functions vary by a few logits from image to image
@@ -101,38 +103,47 @@ for row, name in enumerate(names):
         error, nll = errors[row, column].mean(), nlls[row, column].mean()
         print(f"  {name}, n = {n}: {error:.1f}, {nll:.3f}")
 
-# %% What the last convolutional model keeps: patches, by what they add to f
-strategy = model.variational_strategy
+# %% What the last convolutional model keeps: patches, by the value of g there
 with torch.no_grad():
-    Z = strategy.inducing_points
-    g = strategy._cholesky_factor(None)  # of the prediction above
-    u = (g.to_dense().float() @ strategy.variational_distribution.mean).squeeze()
-order = u.argsort()
+    strategy, kernel = model.variational_strategy, model.covar_module
+    Z, q = strategy.inducing_points.detach(), strategy.variational_distribution
+    root = psd_safe_cholesky(inducing_covariance(kernel, Z).double())  # q is whitened
+    g = root @ q.mean.double()
+order = g.argsort(descending=True)
+
+
+def mosaic(tiles, columns):
+    """Images side by side, a white frame around each."""
+    rows = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=torch.nan)
+    rows = rows.unflatten(0, (-1, columns)).movedim(2, 1)
+    return rows.flatten(0, 1).flatten(-2)
+
 
 # %% Show
 pyplot.rcParams.update(STYLE)
-figure = pyplot.figure(figsize=(11, 4.0), layout="constrained")
-data, kept, first, second = figure.subfigures(1, 4, width_ratios=(2.2, 2.4, 3.4, 3.4))
+figure = pyplot.figure(figsize=(11.5, 3.6), layout="constrained")
+parts = figure.subplots(1, 4, width_ratios=(1.5, 2.6, 3.3, 3.3))
+data, kept, first, second = parts
 bold = {"loc": "left", "fontweight": "bold", "fontsize": 11}
-chosen = [*torch.where(test_y == 1)[0][:4], *torch.where(test_y == 0)[0][:4]]
-for place, i in enumerate(chosen):
-    axes = data.add_subplot(4, 2, 2 * (place % 4) + place // 4 + 1)
-    axes.imshow(test_X[i].reshape(side, side), cmap="gray_r")
+rows = [torch.where(test_y == label)[0][:4] for label in (1, 0)]
+pixels = test_X[torch.stack(rows, -1).flatten()].reshape(-1, side, side)
+data.imshow(mosaic(pixels, 2), cmap="gray_r")
+data.set_title("Taller, wider", **bold)
+kept.imshow(
+    mosaic(Z[order].reshape(-1, patch, patch), 4), cmap="gray_r", vmin=0, vmax=1
+)
+for place, value in enumerate(g[order].tolist()):
+    row, column = divmod(place, 4)
+    at = (patch + 2) * column + (patch + 1) / 2, (patch + 2) * (row + 1) - 0.55
+    kept.text(*at, f"{value:+.0f}", fontsize=7.5, ha="center", va="center")
+kept.set_title("Inducing patches, and g", **bold)
+for axes in (data, kept):
     axes.set(xticks=[], yticks=[])
-    if place % 4 == 0:
-        axes.set_title("taller" if place < 4 else "wider", fontsize=9)
-for place, i in enumerate(order.flip(0)):
-    axes = kept.add_subplot(4, 4, place + 1)
-    axes.imshow(Z[i].reshape(patch, patch), cmap="gray_r", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(f"{u[i]:+.1f}", fontsize=8, pad=2)
-kept.suptitle("Inducing patches and g", fontweight="bold", fontsize=11)
-data.suptitle("Data", fontweight="bold", fontsize=11)
-for part, values, title in (
+    axes.spines[:].set_visible(False)
+for axes, values, title in (
     (first, errors, "Test error, %"),
     (second, nlls, "Test NLL, nats"),
 ):
-    axes = part.add_subplot()
     for row, name in enumerate(names):
         middle = values[row].mean(-1)
         axes.fill_between(
@@ -150,7 +161,7 @@ for part, values, title in (
     axes.set_ylim(bottom=0)
     axes.set_title(title, **bold)
     axes.grid(True)
-    if part is first:
+    if axes is first:
         axes.legend(frameon=False, fontsize=9)
 options.figures.mkdir(parents=True, exist_ok=True)
 path = options.figures / "plot_convolutional_gp.png"

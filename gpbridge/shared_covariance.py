@@ -9,8 +9,10 @@ In: a covariance without the batch. Out: an operator that has it. Next:
 
 from __future__ import annotations
 
-from linear_operator import LinearOperator
-from torch import Size, Tensor, broadcast_shapes
+from typing import Any
+
+from linear_operator import LinearOperator, to_linear_operator
+from torch import Size, Tensor, broadcast_shapes, empty
 
 
 class SharedCovarianceOperator(LinearOperator):
@@ -49,6 +51,19 @@ class SharedCovarianceOperator(LinearOperator):
     def _diagonal(self) -> Tensor:
         diagonal = self.base.diagonal(dim1=-2, dim2=-1)
         return diagonal.expand(*self._batch, diagonal.shape[-1])
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        rows_are_slices = isinstance(row_index, slice) and isinstance(col_index, slice)
+        if not rows_are_slices or len(self.base.batch_shape):
+            dense = self.to_dense()[(*batch_indices, row_index, col_index)]
+            return to_linear_operator(dense)
+        batch = empty(self._batch, device="meta")[batch_indices].shape
+        return type(self)(self.base[row_index, col_index], batch)
+
+    def _get_indices(
+        self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor
+    ) -> Tensor:
+        return self.to_dense()[(*batch_indices, row_index, col_index)]
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> SharedCovarianceOperator:
         return type(self)(self.base, Size(batch_shape))

@@ -161,10 +161,13 @@ def test_a_sum_has_the_sum_of_the_base_processes():
     model = sparse(invariant + plain, d).eval()
     x, Z = normal(N, d, seed=2), model.variational_strategy.inducing_points.detach()
     orbits = invariant.augmentation(x)
-    k1 = lambda a, b: dense.squared_exponential_gram(a, b, 1.5)  # noqa: E731
-    k2 = lambda a, b: (
-        plain.outputscale.item() * dense.squared_exponential_gram(a, b, 0.7)
-    )  # noqa: E731
+
+    def k1(a, b):
+        return dense.squared_exponential_gram(a, b, 1.5)
+
+    def k2(a, b):
+        return plain.outputscale.item() * dense.squared_exponential_gram(a, b, 0.7)
+
     flat = orbits.reshape(-1, d)
     single = k1(Z, flat).reshape(M, N, 4).mean(-1)
     double = k1(flat, flat).reshape(N, 4, N, 4).mean((1, 3))

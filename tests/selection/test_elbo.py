@@ -56,7 +56,10 @@ def build(name, likelihood, num_outputs=1):
 def gradients(value, model):
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(parameters, found, strict=True)
+    ]
 
 
 def likelihood_and_targets(name):

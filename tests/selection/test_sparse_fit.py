@@ -95,6 +95,7 @@ def test_a_resumed_run_is_the_run_without_a_pause(distribution, stochastic, tmp_
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
+@pytest.mark.slow
 def test_a_fit_with_few_orbit_elements_approaches_that_with_all():
     X, y = regression(40)
     fits = []
@@ -131,12 +132,12 @@ def test_a_convolutional_classifier_learns_where_an_edge_points():
         (image[where] if label else image[:, where]).fill_(1)
     X = images.flatten(1)
     kernel = ConvolutionalKernel(RBFKernel(), (6, 6), (3, 3))
-    Z = initial_inducing_points(kernel, X, 10, generator)
+    Z = initial_inducing_points(kernel, X, 6, generator)
     softmax = SoftmaxLikelihood(num_classes=2, mixing_weights=False)
     model = SparseGP(kernel, Z, softmax, num_outputs=2)
     elbo = bound(model, X)
     fit = fit_sparse_gp(
-        elbo, X, labels, epochs=12, batch_size=20, learning_rate=0.1, progress=False
+        elbo, X, labels, epochs=10, batch_size=20, learning_rate=0.1, progress=False
     )
     assert fit.model is elbo and not model.training
     with torch.no_grad():
