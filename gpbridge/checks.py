@@ -92,9 +92,12 @@ def check_inputs(X: Tensor, name: str = "train_X", width: int | None = None) -> 
             f"{name} must be ``... x n x d``, but has shape {tuple(X.shape)}. {remedy}"
         )
     if width is not None and X.shape[-1] != width:
+        remedy = "Pass the same features."
+        if X[0].numel() == width:  # images, say
+            remedy = f"Pass rows, {name}.flatten(1)."
         raise ShapeError(
             f"{name} must have {width} columns as the training inputs have, but has "
-            f"{X.shape[-1]} (shape {tuple(X.shape)}). Pass the same features."
+            f"{X.shape[-1]} (shape {tuple(X.shape)}). {remedy}"
         )
     check_finite(**{name: X})
 

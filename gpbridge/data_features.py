@@ -197,7 +197,7 @@ class _LinearModelOperator:
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:
             return self._matmul(rhs[:, None])[:, 0]
-        return rhs + self._curved(rhs)
+        return rhs + self.curved(rhs)
 
     def to_outputs(self, omega: Tensor) -> Tensor:
         r"""Product :math:`R^\top J S^{1/2} \omega`, ``p x k`` to ``n x m x k``."""
@@ -226,7 +226,8 @@ class PrecisionOperator(_LinearModelOperator):
         """``p x p``."""
         return torch.Size((self.std.numel(), self.std.numel()))
 
-    def _curved(self, rhs: Tensor) -> Tensor:
+    def curved(self, rhs: Tensor) -> Tensor:
+        """Product of the matrix without the identity, ``p x k``."""
         total = torch.zeros_like(rhs)
         for chunk in self.batches(len(self.root)):
             total += self.batch_weights(self.batch_outputs(rhs, chunk), chunk)
@@ -262,7 +263,8 @@ class OutputOperator(_LinearModelOperator):
         rows = self.root.shape[0] * self.root.shape[-1]
         return torch.Size((rows, rows))
 
-    def _curved(self, rhs: Tensor) -> Tensor:
+    def curved(self, rhs: Tensor) -> Tensor:
+        """Product of the matrix without the identity, ``(n m) x k``."""
         outputs = rhs.unflatten(0, (self.root.shape[0], -1))
         return self.to_outputs(self.to_weights(outputs)).flatten(0, 1)
 

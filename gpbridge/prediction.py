@@ -132,7 +132,7 @@ class FunctionSpaceStrategy:
         prior = features.blocks().double()
         per_point = V.unflatten(-2, features.value.shape[-2:])  # batch x t x m x nm
         blocks = prior - per_point @ per_point.mT
-        if _nothing_cancels(blocks.detach(), prior.detach(), features.value.dtype):
+        if nothing_cancels(blocks.detach(), prior.detach(), features.value.dtype):
             return Projection(features, V, False, blocks)
         return self._root_form(features, V)
 
@@ -498,7 +498,14 @@ def factorise(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _nothing_cancels(posterior: Tensor, prior: Tensor, dtype: torch.dtype) -> bool:
+def nothing_cancels(posterior: Tensor, prior: Tensor, dtype: torch.dtype) -> bool:
+    """Whether variances that are differences kept their digits.
+
+    Args:
+        posterior: Covariances ``... x m x m``.
+        prior: What something was subtracted from.
+        dtype: The precision of the subtracted products.
+    """
     # One comparison per call. What counts is the precision in which k(x, X) was formed.
     variance = posterior.diagonal(dim1=-2, dim2=-1)
     before = prior.diagonal(dim1=-2, dim2=-1)

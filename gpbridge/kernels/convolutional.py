@@ -1,7 +1,7 @@
 r"""Convolutional kernels: one function of patches, added over an image.
 
 In: a kernel of patches and the shapes of images and patches. Out: an invariant kernel
-whose orbit are the patches, with distances by convolution for a squared exponential.
+whose orbit are the patches, taken from some images at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from gpbridge.augmentation.base import DifferenceLaw
 from gpbridge.augmentation.patches import PatchAugmentation
 from gpbridge.kernels.compositions import register_with_botorch
 from gpbridge.kernels.invariant import InvariantKernel
-from gpbridge.kernels.orbit_blocks import block_sizes, in_blocks
+from gpbridge.kernels.orbit_blocks import (
+    exponential_of_distances,
+    in_blocks,
+    symmetric_in_blocks,
+)
 from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
 
 
@@ -83,8 +87,10 @@ class ConvolutionalKernel(InvariantKernel):
     covariance is ``base_kernel(Z)`` and whose cross covariance ``base_cross(Z, x)``
     takes u n P evaluations.
 
-    For a base kernel ``RBFKernel``, with or without ARD, the distances of patches are
-    convolutions of the images: no patches of the second argument are stored.
+    For a base kernel ``RBFKernel``, with or without ARD, a block of images is one
+    product of patches and one pass of the exponential; the patches of other images are
+    not formed meanwhile. A convolution gives the same inner products in twice the time
+    of the product.
 
     Args:
         base_kernel: The kernel of flat patches, ``channels * height * width`` columns.
@@ -162,7 +168,7 @@ class ConvolutionalKernel(InvariantKernel):
         Raises:
             ShapeError: If the patches have another size.
         """
-        if not self._convolves(Z, x):
+        if not self._is_direct(Z, x):
             return super().base_cross(Z, x)
         x = self._select(x)
         self._check_inducing(Z, x)
@@ -171,19 +177,23 @@ class ConvolutionalKernel(InvariantKernel):
         weights = self.augmentation.coefficients(x)
 
         def block(images: Tensor) -> Tensor:
-            if self._is_exponential():
-                lengthscale, shift = self._column_lengthscale(x), self._shift(x)
-                orbits = (self.augmentation(images) - shift) / lengthscale
-                return orbit_cross((Z - shift) / lengthscale, orbits, weights)
             return (self._patch_matrix(Z, images) @ weights).mT
 
-        size, _ = block_sizes(P, u, self.chunk_size)
+        def exponential_block(images: Tensor) -> Tensor:
+            lengthscale, shift = self._column_lengthscale(x), self._shift(x)
+            orbits = (self.augmentation(images) - shift) / lengthscale
+            return orbit_cross((Z - shift) / lengthscale, orbits, weights)
+
+        if self._is_exponential():
+            size, _ = self._block(P * Z.shape[-1], 1, x)  # patches, and no values
+            return in_blocks(exponential_block, (x,), size, dim=-1)
+        size, _ = self._block(P, u, x)
         return in_blocks(block, (x,), size, dim=-1)
 
     def _diagonal(
         self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
     ) -> Tensor:
-        if not (same and self._convolves(x1, x2) and self._is_exponential()):
+        if not (same and self._is_direct(x1, x2) and self._is_exponential()):
             return super()._diagonal(x1, x2, same, law)
         weights = self.augmentation.coefficients(x1)
 
@@ -193,32 +203,37 @@ class ConvolutionalKernel(InvariantKernel):
 
         P = self.augmentation.num_samples
         width = self.augmentation.output_width(x1.shape[-1])
-        size, _ = block_sizes(P * width, 1, self.chunk_size)
+        size, _ = self._block(P * width, 1, x1)
         return in_blocks(block, (x1,), size, dim=-1)
 
     def _matrix(
         self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
     ) -> Tensor:
-        if not self._convolves(x1, x2):
+        if not self._is_direct(x1, x2):
             return super()._matrix(x1, x2, same, law)
         patches, P = self.augmentation, self.augmentation.num_samples
         self._check_memory(x1.shape[:-2], (len(x1), len(x2)), (P, P), 1, x1)
         weights = patches.coefficients(x1)
 
-        size, across = block_sizes(P * P, len(x2), self.chunk_size)
+        size, across = self._block(P * P, len(x2), x1)
+
+        def block(images: Tensor, others: Tensor) -> Tensor:
+            filters = patches(images).flatten(0, 1)
+            K = self._patch_matrix(filters, others) @ weights  # n' x (b P)
+            return (K.unflatten(-1, (len(images), P)) @ weights).mT
+
+        if same and across >= len(x2) > 0:
+            return symmetric_in_blocks(
+                lambda start, stop: block(x1[start:stop], x1[start:]), len(x1), size, 1
+            )
 
         def against(part: Tensor) -> Tensor:
-            def block(images: Tensor) -> Tensor:
-                filters = patches(images).flatten(0, 1)
-                K = self._patch_matrix(filters, part) @ weights  # n' x (b P)
-                return (K.unflatten(-1, (len(images), P)) @ weights).mT
-
-            return in_blocks(block, (x1,), size, dim=-2)
+            return in_blocks(lambda images: block(images, part), (x1,), size, dim=-2)
 
         return torch.cat([against(part) for part in x2.split(across)], -1)
 
-    def _convolves(self, x1: Tensor, x2: Tensor) -> bool:
-        """Whether distances are taken by convolution: RBF, and no batches."""
+    def _is_direct(self, x1: Tensor, x2: Tensor) -> bool:
+        """Whether one product holds the distances: RBF, and no batches."""
         unbatched = x1.dim() == x2.dim() == 2 and not len(self.batch_shape)
         return unbatched and type(self._pixel_kernel()) is RBFKernel
 
@@ -247,28 +262,20 @@ class ConvolutionalKernel(InvariantKernel):
         """The base kernel between ``u`` patches and those of images, ``n x u x P``."""
         patches = self.augmentation
         images = patches.images(x)
-        window = (patches.image_shape[0], *patches.patch_shape)
         Z, places = Z[:, : patches.patch_width], Z[:, patches.patch_width :]
         # Distances do not change with a common shift, their rounding errors do.
         shift = images.detach().mean()
-        images, Z = images - shift, Z - shift
-        precision = self._pixel_kernel().lengthscale[0].pow(-2).expand(Z.shape[-1])
-        norms = _correlate(images.square(), precision[None], window, patches.stride)
-        cross = _correlate(images, Z * precision, window, patches.stride)
-        own = (Z.square() @ precision)[:, None]
-        K = (norms + own - 2 * cross).clamp_min(0).mul(-0.5).exp()
+        scale = self._pixel_kernel().lengthscale.reciprocal()  # 1 x (1 or d')
+        Z = (Z - shift) * scale
+        windows = functional.unfold(
+            images - shift, patches.patch_shape, stride=patches.stride
+        )
+        windows = windows * scale.mT
+        K = exponential_of_distances(Z, windows)
         if patches.locations:
             location_kernel = self.base_kernel.location_kernel
             K = K * location_kernel(places, patches.places.to(x)).to_dense()
         return K
-
-
-def _correlate(
-    images: Tensor, filters: Tensor, window: tuple[int, int, int], stride: int
-) -> Tensor:
-    """Inner products of flat filters ``u x l`` with all patches, ``n x u x P``."""
-    filters = filters.reshape(-1, *window)
-    return functional.conv2d(images, filters, stride=stride).flatten(2)
 
 
 register_with_botorch(ConvolutionalKernel)

@@ -34,6 +34,7 @@ from gpbridge.kernels.orbit_blocks import (
     in_blocks,
     orbit_diagonal,
     orbit_mean,
+    symmetric_in_blocks,
 )
 from gpbridge.kernels.orbit_features import OrbitFeatureMap, average_features
 
@@ -79,8 +80,8 @@ class InvariantKernel(Kernel):
             the whole kernel, all of whose members share the augmentation.
         augmentation: The distribution over transformations; it is used as it is.
         mode: How the average is computed, see above.
-        chunk_size: Points whose orbits are compared at a time; default what fits into
-            128 MiB. Blocks are computed again in the backward pass.
+        chunk_size: Points whose orbits are compared at a time; default what suits the
+            device. Blocks are computed again in the backward pass, not stored.
         memory_budget: Bytes that one matrix may take, its orbits included.
         **kwargs: ``active_dims``, as for any gpytorch kernel.
 
@@ -225,7 +226,7 @@ class InvariantKernel(Kernel):
                 self.base_kernel, Z[..., None, :], orbits, one, weights, m
             )
 
-        size, _ = block_sizes(s * m * m * batch.numel(), u, self.chunk_size)
+        size, _ = self._block(s * m**2 * batch.numel(), u, x)
         return in_blocks(block, (x,), size, dim=-1)
 
     def resolved_mode(self, x: Tensor) -> str:
@@ -282,16 +283,21 @@ class InvariantKernel(Kernel):
         self._check_memory(batch, (n1, n2), (s1, s2), m, x1)
         rows, columns, v, w = self._sides(x2, law)
         pair = s1 * s2 * m**2 * batch.numel()
-        size, across = block_sizes(pair, n2, self.chunk_size)
+        size, across = self._block(pair, n2, x1)
+        if same and law is None and across >= n2 > 0:
+            orbits = columns(x2)
+
+            def upper(start: int, stop: int) -> Tensor:
+                left, right = orbits[..., start:stop, :, :], orbits[..., start:, :, :]
+                return orbit_mean(self.base_kernel, left, right, v, w, m)
+
+            return symmetric_in_blocks(upper, n1, size, m)
 
         def against(part: Tensor) -> Tensor:
             others = columns(part)
 
             def block(points: Tensor) -> Tensor:
-                # One tensor for both tells the base kernel that its inputs are one.
-                whole = same and points is x1 and part is x2 and law is None
-                left = others if whole else rows(points)
-                return orbit_mean(self.base_kernel, left, others, v, w, m)
+                return orbit_mean(self.base_kernel, rows(points), others, v, w, m)
 
             return in_blocks(block, (x1,), size, dim=-2)
 
@@ -312,7 +318,7 @@ class InvariantKernel(Kernel):
 
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], self.batch_shape)
         pair = len(v) * len(w) * m**2 * batch.numel()
-        size, _ = block_sizes(pair, 1, self.chunk_size)
+        size, _ = self._block(pair, 1, x1)
         return in_blocks(block, (x1, x2), size, dim=-1)
 
     def _sides(self, like: Tensor, law: DifferenceLaw | None):
@@ -321,6 +327,9 @@ class InvariantKernel(Kernel):
             weights = self.augmentation.coefficients(like)
             return self.augmentation, self.augmentation, weights, weights
         return lambda x: x[..., None, :], law.orbit, like.new_ones(1), law.weights
+
+    def _block(self, pair: int, num_columns: int, x: Tensor) -> tuple[int, int]:
+        return block_sizes(pair, num_columns, self.chunk_size, x.device)
 
     def _outputs(self, x: Tensor) -> int:
         if self._num_outputs is None:
@@ -359,7 +368,7 @@ class InvariantKernel(Kernel):
         x: Tensor,
     ) -> None:
         width = self.augmentation.output_width(x.shape[-1])
-        needed = entries_needed(points, orbits, m, width, self.chunk_size)
+        needed = entries_needed(points, orbits, m, width, self.chunk_size, x.device)
         check_memory(
             f"The average over orbits of {orbits[0]} and {orbits[1]} elements, for "
             f"{points[0]} and {points[1]} points,",

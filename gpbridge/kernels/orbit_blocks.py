@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_ENTRIES = 2**24  # kernel entries formed at a time; 128 MiB in float64
+# Kernel entries formed at a time. A processor is faster with blocks that its allocator
+# keeps, but blocks beyond this are computed twice where gradients are asked for.
+CPU_ENTRIES = 2**22
+ENTRIES = 2**26
 
 
 def orbit_mean(
@@ -40,7 +44,7 @@ def orbit_mean(
     (n1, s1), (n2, s2) = rows.shape[-3:-1], columns.shape[-3:-1]
     flat = rows.flatten(-3, -2)
     others = flat if rows is columns else columns.flatten(-3, -2)
-    K = kernel(flat, others).to_dense()
+    K = kernel_values(kernel, flat, others)
     batch = K.shape[:-2]
     if num_outputs == 1:
         K = K.reshape(*batch, n1 * s1, n2, s2) @ column_weights.to(K)
@@ -51,6 +55,40 @@ def orbit_mean(
     weights = row_weights.to(K), column_weights.to(K)
     K = torch.einsum("...asibtj,s,t->...aibj", K, *weights)
     return K.reshape(*batch, n1 * m, n2 * m)
+
+
+def kernel_values(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
+    """The matrix of a kernel, with fewer passes over it for a squared exponential.
+
+    Upstream makes some six matrices on the way, of distances and their parts.
+    """
+    if type(kernel) is not RBFKernel or kernel.active_dims is not None:
+        return kernel(x1, x2).to_dense()
+    scale = kernel.lengthscale.reciprocal()  # batch x 1 x (1 or d)
+    # Distances do not change with a common shift, their rounding errors do.
+    shift = x1.detach().mean(-2, keepdim=True)
+    left = (x1 - shift) * scale
+    right = left if x2 is x1 else (x2 - shift) * scale
+    return exponential_of_distances(left, right.mT)
+
+
+def exponential_of_distances(left: Tensor, right: Tensor) -> Tensor:
+    r"""The matrix :math:`\exp(-|z - x|^2 / 2)` of rows z and columns x.
+
+    One product holds the exponents, whose norms are two more columns.
+
+    Args:
+        left: Rows ``... x n x d``, centred.
+        right: Columns ``... x d x n'``, with the same centre.
+
+    Returns:
+        The matrix ``... x n x n'``.
+    """
+    own = -0.5 * left.square().sum(-1, keepdim=True)
+    others = -0.5 * right.square().sum(-2, keepdim=True)
+    rows = torch.cat([left, own, torch.ones_like(own)], -1)
+    columns = torch.cat([right, torch.ones_like(others), others], -2)
+    return (rows @ columns).exp_()
 
 
 def orbit_diagonal(
@@ -115,20 +153,53 @@ def in_blocks(
     return torch.cat(results, dim)
 
 
+def symmetric_in_blocks(
+    function: Callable[[int, int], Tensor], num_points: int, block_size: int, m: int
+) -> Tensor:
+    """A symmetric matrix from its blocks on and right of the diagonal.
+
+    Args:
+        function: From the first point of a block and the first after it to the rows of
+            these points, in the columns of the first and all later points.
+        num_points: The number n of points.
+        block_size: Points of each block; at most an eighth of all is taken, so that
+            little is computed twice.
+        m: Outputs of each point.
+
+    Returns:
+        The matrix ``... x (n m) x (n m)``.
+    """
+    block_size = min(block_size, -(-num_points // 8))
+    rows = []
+    stored = 8 * block_size >= num_points  # all blocks together are no larger than one
+    for start in range(0, num_points, block_size):
+        stop = min(start + block_size, num_points)
+        if torch.is_grad_enabled() and not stored:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            block = checkpoint(function, start, stop, **options)
+        else:
+            block = function(start, stop)
+        rows.append(functional.pad(block, (start * m, 0)))
+    upper = torch.cat(rows, -2).triu()
+    return upper + upper.triu(1).mT
+
+
 def block_sizes(
-    entries_per_pair: int, num_columns: int, chosen: int | None
+    entries_per_pair: int, num_columns: int, chosen: int | None, device: torch.device
 ) -> tuple[int, int]:
     """Points of the rows and of the columns of a block.
 
     Args:
         entries_per_pair: Entries of the base kernel for one pair of points.
         num_columns: The number n' of points along the columns.
-        chosen: Points along the rows, None for what fits into ``BLOCK_ENTRIES``.
+        chosen: Points along the rows, None for what suits the device.
+        device: Where the block is formed.
 
     Returns:
         Both, at least one.
     """
-    room = BLOCK_ENTRIES // max(1, entries_per_pair)
+    entries = CPU_ENTRIES if device.type == "cpu" else ENTRIES
+    room = entries // max(1, entries_per_pair)
     if chosen is None:
         chosen = max(1, room // max(1, num_columns))
     return chosen, min(max(1, num_columns), max(1, room // chosen))
@@ -140,6 +211,7 @@ def entries_needed(
     num_outputs: int,
     width: int,
     chosen: int | None,
+    device: torch.device,
 ) -> int:
     """Numbers held at a time for one matrix: orbits, one block twice, the result.
 
@@ -149,12 +221,13 @@ def entries_needed(
         num_outputs: The number m of outputs.
         width: Columns of an orbit.
         chosen: Points along the rows of a block, see :func:`block_sizes`.
+        device: Where blocks are formed.
 
     Returns:
         How many.
     """
     (n1, n2), (s1, s2), m = points, orbits, num_outputs
     pair = s1 * s2 * m**2
-    rows, columns = block_sizes(pair, n2, chosen)
+    rows, columns = block_sizes(pair, n2, chosen, device)
     block = min(rows, n1) * min(columns, n2) * pair
     return n2 * s2 * width + 2 * block + n1 * n2 * m**2

@@ -52,7 +52,7 @@ def average_features(
         features = feature_map(orbits.flatten(-3, -2))
         return augmentation.average(features.unflatten(-2, orbits.shape[-3:-1]))
 
-    size, _ = block_sizes(s * f * batch.numel(), 1, chunk_size)
+    size, _ = block_sizes(s * f * batch.numel(), 1, chunk_size, x.device)
     return in_blocks(block, (x,), size, dim=-2)
 
 

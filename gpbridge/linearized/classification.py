@@ -139,8 +139,9 @@ class Classification:
         after. Use the prior variance of the training, ``1 / (n weight_decay)``, or 1: a
         small one cannot reach the labels, and is given up.
 
-        Each step costs one pass over the data and one factorisation of the smaller
-        matrix. See :func:`gpbridge.linearized.variational.refine` for the formulas.
+        Each step costs one factorisation of the smaller matrix, and a few passes over
+        the data where their features are not held. See
+        :func:`gpbridge.linearized.variational.refine` for the formulas.
 
         Args:
             max_steps: Steps at most.

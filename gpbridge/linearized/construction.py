@@ -120,10 +120,19 @@ def check_previous(
             f"{type(inference).__name__}. Pass the same structure."
         )
     own = {name: value.shape for name, value in params.items()}
-    if own != previous.sizes:
+    if list(own.items()) != list(previous.sizes.items()):  # flat vectors have an order
         raise ValueError(
             f"The previous posterior is over {_shown(previous.sizes)}, but the random "
             f"weights are {_shown(own)}. Pass the same architecture and parameters=."
+        )
+    entries = model.functional.entries
+    known = previous.entries
+    if set(entries) != set(known) or not all(
+        torch.equal(places.cpu(), known[name].cpu()) for name, places in entries.items()
+    ):
+        raise ValueError(
+            "The previous posterior is over other single entries of the weights. Pass "
+            "the same masks as parameters=."
         )
     number = {name: g for g, names in enumerate(groups) for name in names}
     flat = torch.cat([torch.full(own[n], number[n]).reshape(-1) for n in own])

@@ -74,4 +74,5 @@ def weight_posterior(model: LinearizedGP) -> StructuredWeights:
         variance,
         problem.expand(numbers.double()).long(),
         problem.total_curvature(),
+        net.entries,
     )

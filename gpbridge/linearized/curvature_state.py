@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpbridge.linearized.factored import Basis, FactoredCurvature
-from gpbridge.linearized.low_rank import LowRankCurvature
+from gpbridge.linearized.curvature_tensors import (
+    Curvature,
+    curvature_of_tensors,
+    curvature_tensors,
+    read_text,
+    text_tensor,
+)
 from gpbridge.linearized.posterior import TangentPosterior
 from gpbridge.linearized.problem import TangentProblem
-from gpbridge.linearized.structured_problem import Curvature
-from gpbridge.linearized.weight_blocks import WeightBlock
+from gpbridge.linearized.structures import Structure
 
 _NO_MATTER = ("solver", "memory_budget")  # options that do not change a curvature
 _ROUNDING = 1e-4  # relative, of the output curvature on another device
@@ -38,19 +42,8 @@ def pack_curvature(problem: TangentProblem) -> dict[str, Tensor] | None:
     if problem._curvature is None:
         return None
     root, curvature = problem._curvature
-    meta = {"key": curvature_key(problem), "lower_bound": curvature.is_lower_bound}
-    packed = {"root": _fingerprint(root)}
-    if isinstance(curvature, FactoredCurvature):
-        meta["blocks"] = [block._asdict() for block in curvature.blocks]
-        zipped = zip(curvature.bases, curvature.eigenvalues, strict=True)
-        for k, (basis, values) in enumerate(zipped):
-            named = {"values": values, "left": basis.left, "right": basis.right}
-            packed |= {f"{n}.{k}": t for n, t in named.items() if t is not None}
-    else:
-        for name in ("vectors", "core", "trace", "groups"):
-            packed[name] = getattr(curvature, name)
-    packed["meta"] = _text(meta)
-    return packed
+    packed = curvature_tensors(curvature, key=curvature_key(problem))
+    return packed | {"root": _fingerprint(root)}
 
 
 def pack_results(
@@ -68,7 +61,7 @@ def pack_results(
     packed = pack_curvature(problem)
     if posterior is not None and posterior[1].weights is not None:
         packed["mean"] = posterior[1].weights
-        packed["mean_at"] = _text([*posterior[0], *_beside_curvature(problem)])
+        packed["mean_at"] = text_tensor([*posterior[0], *_beside_curvature(problem)])
     return packed
 
 
@@ -78,9 +71,11 @@ def saved_weights(
     """The posterior mean of a state, or None if it is not that of this problem."""
     if packed is None or "mean" not in packed:
         return None
-    if json.loads(bytes(packed["meta"].tolist()))["key"] != curvature_key(problem):
+    if not isinstance(problem.inference, Structure):
         return None
-    wanted = _text([*at, *_beside_curvature(problem)])
+    if read_text(packed["meta"])["key"] != curvature_key(problem):
+        return None
+    wanted = text_tensor([*at, *_beside_curvature(problem)])
     if not torch.equal(wanted, packed["mean_at"].cpu()):
         return None
     return packed["mean"].to(problem.X.device)
@@ -99,31 +94,16 @@ def unpack_curvature(
     Returns:
         The curvature; its tensors are those of the state.
     """
-    meta = json.loads(bytes(packed["meta"].tolist()))
+    meta = read_text(packed["meta"])
     if meta["key"] != curvature_key(problem):
         return None
     own, saved = _fingerprint(root), packed["root"].to(root.device)
     if not bool(((own - saved).abs() <= _ROUNDING * own[0]).all()):
         return None
     packed = {name: value.to(root.device) for name, value in packed.items()}
-    if "blocks" not in meta:
-        names = ("vectors", "core", "trace", "groups")
-        return LowRankCurvature(*(packed[name] for name in names))
     params = problem.net.params
-    blocks = [
-        WeightBlock(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()})
-        for b in meta["blocks"]
-    ]
-    return FactoredCurvature(
-        {name: params[name].shape for name in problem.unit_std},
-        blocks,
-        [
-            Basis(packed.get(f"left.{k}"), packed.get(f"right.{k}"))
-            for k in range(len(blocks))
-        ],
-        [packed[f"values.{k}"] for k in range(len(blocks))],
-        meta["lower_bound"],
-    )
+    sizes = {name: params[name].shape for name in problem.unit_std}
+    return curvature_of_tensors(packed, sizes)
 
 
 def curvature_key(problem: TangentProblem) -> str:
@@ -154,7 +134,7 @@ def _beside_curvature(problem: TangentProblem) -> list:
     _add(digest, problem.Y)
     before = problem.previous
     if before is not None:
-        for value in (before.mean, before.variance, before.curvature.trace):
+        for value in before.state_dict().values():
             _add(digest, value)
     return [problem.offset, digest.hexdigest()]
 
@@ -163,10 +143,6 @@ def _add(digest: Any, value: Tensor) -> None:
     value = value.detach().cpu().contiguous()
     digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
     digest.update(value.reshape(-1).view(torch.uint8).numpy())
-
-
-def _text(values: object) -> Tensor:
-    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def _fingerprint(root: Tensor) -> Tensor:

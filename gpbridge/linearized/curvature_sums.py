@@ -15,7 +15,8 @@ Where a block has no inputs and signals (tied weights, norms, a layer of another
 A and G are the partial traces of its part of M over the trace: exact for a vector. All
 sums are linear in the data, so that they add over minibatches.
 
-In: derivatives of one chunk. Out: its part of the sums. Next: ``structured`` adds them.
+In: derivatives of one chunk. Out: its part of the sums. Next:
+``data_curvature`` adds them.
 
 References:
     Martens, Grosse, Optimizing neural networks with Kronecker-factored approximate

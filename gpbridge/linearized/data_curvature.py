@@ -22,7 +22,7 @@ from gpbridge.features import TangentFeatures
 from gpbridge.likelihoods import hessian_root, residual, sample_residual
 from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
 from gpbridge.linearized.factored import Basis, FactoredCurvature
-from gpbridge.linearized.structures import Diagonal, Kronecker, Structure
+from gpbridge.linearized.structures import Kronecker, Structure
 from gpbridge.linearized.weight_blocks import (
     BlockJacobian,
     WeightBlock,
@@ -74,6 +74,7 @@ def numbers_at_work(
     features: TangentFeatures,
     blocks: Sequence[WeightBlock],
     sizes: Mapping[str, torch.Size],
+    columns: int | None = None,
 ) -> int:
     """Numbers that the derivatives of one point take while they are summed.
 
@@ -84,14 +85,18 @@ def numbers_at_work(
         features: Of some points.
         blocks: The weights.
         sizes: Shape of each random weight, in the order of the features.
+        columns: Of the roots that the derivatives are multiplied with; default one
+            for each output.
     """
     value = features.value
+    columns = value.shape[1] if columns is None else max(columns, value.shape[1])
     held = feature_bytes(features) // value.element_size() // len(value)
     formed = [0]
     for block in blocks:
         if not block_jacobian(features, block, sizes).is_rank_one:
-            formed.append(value.shape[1] * block.o * block.i)
-    return held + 2 * max(formed)
+            formed.append(columns * block.o * block.i)
+    # Signals of a layer become one for each column of the root.
+    return held * columns // value.shape[1] + 2 * max(formed)
 
 
 def factored_curvature(
@@ -100,6 +105,7 @@ def factored_curvature(
     blocks: Sequence[WeightBlock],
     options: Structure,
     channels: int = 1,
+    is_ggn: bool = False,
 ) -> FactoredCurvature:
     """Kronecker or diagonal curvature of data that come in chunks.
 
@@ -113,6 +119,8 @@ def factored_curvature(
         blocks: The weights in blocks.
         options: :class:`~gpbridge.linearized.structures.Kronecker` or ``Diagonal``.
         channels: r to keep the columns of the roots apart, 1 to add them up.
+        is_ggn: Whether the roots are those of the Gauss-Newton matrix whatever the
+            options say, as under Gaussian noise.
 
     Returns:
         The curvature, at unit prior scale.
@@ -155,7 +163,9 @@ def factored_curvature(
                 squares.append(squares_in_basis(J.rotated(left, right), channels))
             pairs = zip(values, squares, strict=True)
             values = [a + b for a, b in pairs] if values else squares
-    bound = isinstance(options, Diagonal) and options.curvature == "ggn"
+    # Hadamard's inequality in an orthonormal basis of each block.
+    diagonal = not isinstance(options, Kronecker) or options.eigenvalue_correction
+    bound = diagonal and (is_ggn or options.curvature == "ggn")
     return FactoredCurvature(sizes, blocks, bases, values, bound)
 
 

@@ -14,10 +14,14 @@ In: a :class:`~gpbridge.linearized.problem.TangentProblem`. Out: an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
 
+from gpbridge.likelihoods import is_gaussian
+from gpbridge.linearized.low_rank import LowRankCurvature
 from gpbridge.linearized.mode import Mode, find_mode
 from gpbridge.linearized.problem import TangentProblem
 from gpbridge.linearized.structures import Structure
@@ -86,11 +90,31 @@ def _structured_evidence(
 ) -> tuple[Evidence, Mode]:
     """The log determinant of the structure, at the optimum of the linear model."""
     curvature, weights = problem.curvature, problem.channel_weights()
-    complexity = 0.5 * curvature.logdet(prior_variance, weights)
+    low_rank = isinstance(curvature, LowRankCurvature)
+    logdet = curvature.logdet_bound if low_rank else curvature.logdet
+    complexity = 0.5 * logdet(prior_variance, weights)
+    if is_gaussian(problem.likelihood) and not problem.has_channels:
+        complexity = complexity + _NoGradient.apply(problem.root())
     with torch.no_grad():
         dimension = curvature.effective_dimension(prior_variance, weights)
     bound = curvature.is_lower_bound
     return Evidence(fit - complexity, fit, complexity, dimension, bound), mode
+
+
+class _NoGradient(torch.autograd.Function):
+    """Zero, where a gradient would be wrong: an error if one is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor) -> Tensor:
+        return root.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise NotImplementedError(
+            "The evidence of a curvature structure has no gradient in noise that is "
+            "not one variance for all points or one per output. Fix that noise, "
+            "likelihood.requires_grad_(False), or choose inference=Exact()."
+        )
 
 
 def _is_repeated(problem: TangentProblem) -> bool:

@@ -10,13 +10,13 @@ variance per group shifts the eigenvalues only: the log determinant, its gradien
 effective dimension and a covariance cost O(p) after one eigendecomposition.
 
 In: bases and eigenvalues of each block. Out: :class:`FactoredCurvature`, and the
-posterior that it gives at a prior, :class:`FactoredStrategy`. Next: ``structured``
-makes them from data.
+posterior that it gives at a prior, :class:`FactoredStrategy`. Next:
+``data_curvature`` makes them from data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -139,11 +139,7 @@ class FactoredProjection:
     @cached_property
     def factor(self) -> Tensor:
         """Root of the posterior covariance, ``batch x (n m) x p``."""
-        parts = [
-            (J.dense() * root).flatten(-2)
-            for J, root in self.strategy.rotated(self.features)
-        ]
-        return torch.cat(parts, -1).flatten(-3, -2).double()
+        return torch.cat(list(self.strategy.roots(self.features)), -1)
 
 
 class FactoredStrategy:
@@ -199,9 +195,20 @@ class FactoredStrategy:
     def covariance(
         self, left: FactoredProjection, right: FactoredProjection | None = None
     ) -> Tensor:
-        """Posterior covariance between the outputs of two sets of points."""
-        other = left if right is None else right
-        return left.factor @ other.factor.mT
+        """Posterior covariance between the outputs of two sets of points.
+
+        One block of weights at a time: no root of all p columns is held.
+        """
+        total = 0.0
+        others = self.roots((left if right is None else right).features)
+        for own, other in zip(self.roots(left.features), others, strict=True):
+            total = total + own @ other.mT
+        return total
+
+    def roots(self, features: TangentFeatures) -> Iterator[Tensor]:
+        """Roots of the covariance block by block, ``batch x (n m) x (o i)``."""
+        for J, root in self.rotated(features):
+            yield (J.dense() * root).flatten(-2).flatten(-3, -2).double()
 
     def single_precision_blocks(self, features: TangentFeatures) -> Tensor | None:
         """The same as ``point_blocks``: sums of squares lose no digits."""

@@ -55,7 +55,7 @@ def find_mode(
     Args:
         problem: The linear model.
         prior_variance: One variance per group.
-        start: A nearby optimum to start from; only non-Gaussian likelihoods use it.
+        start: A nearby optimum to start from, where the solution is iterative.
 
     Returns:
         The optimum.
@@ -75,14 +75,16 @@ def find_mode(
 
 def _by_products(problem: TangentProblem, variance: Tensor, start: Mode | None) -> Mode:
     root = problem.expand(variance.sqrt())
+    omega = None if start is None else start.weights / root
     if is_gaussian(problem.likelihood):
         misfit = (problem.Y.double() - problem.prior_mean)[..., None]
         whitened = (problem.root().mT @ misfit)[..., 0]
-        return _from_weights(problem, root * problem.solve_mean(variance, whitened))
-    omega = None if start is None else start.weights / root
-    return _from_weights(
-        problem, root * problem.mode_by_products(variance, omega).omega
-    )
+        weights = root * problem.solve_mean(variance, whitened, omega)
+    else:
+        weights = root * problem.mode_by_products(variance, omega).omega
+    # By the features that are held, not by a dense Jacobian.
+    moved = problem.data.matmul((problem.unit_scale() * weights)[:, None])[..., 0]
+    return _mode_at(problem, weights, moved)
 
 
 def _gaussian_function(problem: TangentProblem, variance: Tensor) -> Mode:
@@ -127,10 +129,14 @@ def _gaussian_weight(problem: TangentProblem, variance: Tensor) -> Mode:
 
 
 def _from_weights(problem: TangentProblem, weights: Tensor) -> Mode:
+    return _mode_at(problem, weights, problem.matmul(weights))
+
+
+def _mode_at(problem: TangentProblem, weights: Tensor, moved: Tensor) -> Mode:
     one = torch.eye(len(problem.groups), dtype=torch.bool, device=weights.device)
     members = torch.stack([problem.expand(row) for row in one])  # groups x p
     norms = (members * weights.square()).sum(-1)
-    return Mode(problem.prior_mean + problem.matmul(weights), weights, norms)
+    return Mode(problem.prior_mean + moved, weights, norms)
 
 
 def _newton_function(

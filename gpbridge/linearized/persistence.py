@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from gpbridge.linearized.calibration import Calibration
 from gpbridge.linearized.conditioning import NewData
-from gpbridge.linearized.construction import working_dtype
+from gpbridge.linearized.construction import check_previous, working_dtype
 from gpbridge.linearized.state import CACHES, MOVED, SAVED
+from gpbridge.linearized.structured_weights import StructuredWeights
 from gpbridge.linearized.training_run import restricted, row_numbers
 from gpbridge.linearized.variational import Refinement
 
@@ -43,6 +44,9 @@ class Persistence:
     ):
         """Load network, data and hyperparameters, and a curvature that was saved.
 
+        The structure of the inference stays that of this model; a previous posterior
+        is loaded, and must fit it.
+
         Args:
             state_dict: The state of a model with data and network of these shapes.
             strict: Whether all keys must be there, and no others.
@@ -61,6 +65,9 @@ class Persistence:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in (self._results() or {}).items():
             destination[f"{prefix}_saved.{name}"] = value
+        if self.previous is not None:
+            for name, value in self.previous.state_dict().items():
+                destination[f"{prefix}_previous.{name}"] = value
         for name in MOVED:
             kept = getattr(self, name)
             for field, value in () if kept is None else kept._asdict().items():
@@ -104,15 +111,32 @@ class Persistence:
             )
         elif f"{prefix}_train_X" in state_dict:
             self.refinement = None
-        start = f"{prefix}_saved."
-        unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(start)]
-        saved = {k: v for k, v in state_dict.items() if k.startswith(start)}
+        saved, previous = (
+            self._tensors_below(f"{prefix}{part}.", state_dict, unexpected_keys)
+            for part in ("_saved", "_previous")
+        )
         if saved or f"{prefix}_train_X" in state_dict:
-            self._saved = {
-                name.removeprefix(start): value.detach().clone()
-                for name, value in saved.items()
-            } or None
+            self._saved = saved or None
+        if previous:
+            self.previous = StructuredWeights.from_state_dict(previous).to(
+                self._train_X.device
+            )
+            check_previous(self.previous, self, self.covar_module.groups)
+        elif f"{prefix}_train_X" in state_dict:
+            self.previous = None
         self._forget()
+
+    @staticmethod
+    def _tensors_below(
+        start: str, state_dict: Mapping[str, Any], unexpected_keys: list[str]
+    ) -> dict[str, Tensor]:
+        """Copies of the tensors whose names begin so, which torch does not expect."""
+        unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(start)]
+        return {
+            name.removeprefix(start): value.detach().clone()
+            for name, value in state_dict.items()
+            if name.startswith(start)
+        }
 
     def get_extra_state(self) -> Tensor:
         """What a state_dict carries beside hyperparameters and data: plain values.

@@ -159,7 +159,8 @@ class TangentPosterior:
             width = problem.data.numbers_per_point
         elif problem.space == "weight":
             width = problem.num_params * problem.outputs.shape[1]
-        step = max(16, _CHUNK_BYTES // (8 * width))
+        fewest = 1 if isinstance(problem.inference, Structure) else 16
+        step = max(fewest, _CHUNK_BYTES // (8 * width))
         means, blocks = [], []
         for part in Z.split(step):
             features = self.features(part, outputs)

@@ -12,6 +12,7 @@ Next: ``mode`` finds its optimum, ``evidence`` its marginal likelihood.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from gpytorch.likelihoods import Likelihood
@@ -189,11 +190,13 @@ class TangentProblem(SampledProblem, StructuredProblem):
     def precision(self) -> Tensor:
         r""":math:`J^\top R R^\top J` at unit variance, ``p x p``, float64.
 
-        Differentiable in the noise where one noise serves all points; then the scatter
+        Differentiable in Gaussian noise; where one noise serves all points the scatter
         of each pair of outputs is kept and combined. Else R is frozen.
         """
         root = self.root()
         if not is_gaussian(self.likelihood) or not has_shared_noise(self.likelihood):
+            if is_gaussian(self.likelihood) and root.requires_grad:
+                return _Precision.apply(root, self)
             root = root.detach()
             kept = self._frozen_precision
             if kept is None or not torch.equal(kept[0], root):
@@ -315,6 +318,30 @@ class TangentProblem(SampledProblem, StructuredProblem):
             precision = self.precision() * scale * scale[:, None]
             batches = self.batches(unit=False, std=std)
             return WeightSpaceStrategy(batches, self.num_params, precision)
+
+
+class _Precision(torch.autograd.Function):
+    """The precision as a function of roots that a learnt noise moves, point by point.
+
+    A graph through all rows would hold n m p numbers: backward is one more pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, problem: TangentProblem) -> Tensor:
+        ctx.problem = problem
+        ctx.save_for_backward(root)
+        return problem._accumulate(root)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (root,), parts, start = ctx.saved_tensors, [], 0
+        both = grad + grad.mT
+        for features, _ in ctx.problem.batches():
+            rows = features.rows().double().unflatten(0, features.value.shape)
+            here = root[start : start + len(rows)]
+            parts.append(rows @ both @ rows.mT @ here)
+            start += len(rows)
+        return torch.cat(parts), None
 
 
 class _Batches:

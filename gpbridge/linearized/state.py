@@ -185,7 +185,9 @@ class TangentState:
         return (
             f"{type(self).__name__}(n={n}, num_outputs={self.num_outputs}, random "
             f"weights={net.num_params}, {type(self.likelihood).__name__}, "
-            f"mean={self.mean!r}, hyperparameters {how})"
+            f"mean={self.mean!r}, inference={type(self.inference).__name__}, "
+            f"{'' if self.previous is None else 'after a previous posterior, '}"
+            f"hyperparameters {how})"
         )
 
     def _check_new_inputs(self, X: Tensor, name: str = "X") -> None:

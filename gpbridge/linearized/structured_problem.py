@@ -22,7 +22,8 @@ from gpbridge.data_features import DataFeatures, PrecisionOperator
 from gpbridge.features import TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
-from gpbridge.likelihoods import is_gaussian
+from gpbridge.likelihoods import hessian_root, is_gaussian
+from gpbridge.linearized.curvature_tensors import Curvature
 from gpbridge.linearized.data_curvature import (
     CHUNK_BYTES,
     curvature_roots,
@@ -47,8 +48,6 @@ from gpbridge.linearized.structured_weights import (
 from gpbridge.linearized.structures import LowRank, Structure
 from gpbridge.linearized.weight_blocks import WeightBlock, weight_blocks
 
-Curvature = FactoredCurvature | LowRankCurvature
-
 _CAPTURED = 0.9  # share of the trace below which a low rank warns
 _DENSE = 1000  # weights up to which a mean is solved for by a factor
 _MEAN_ERROR = 1e-3  # of the posterior mean, in posterior standard deviations
@@ -70,6 +69,7 @@ class StructuredProblem:
 
     _curvature: tuple[Tensor, Curvature] | None = None
     _curvature_key: str | None = None  # filled by curvature_state
+    _total: tuple[Curvature, Tensor, Curvature] | None = None  # with the previous
     recall: Callable[[Tensor], Curvature | None] | None = None  # one that was saved
 
     @property
@@ -98,7 +98,7 @@ class StructuredProblem:
         """Inverse noise variance of each output, or one; differentiable."""
         if not self.has_channels:
             return self.outputs.new_ones(1)
-        return self.root()[0].diagonal().square()
+        return hessian_root(self.likelihood, self.outputs[:1])[0].diagonal().square()
 
     def structured_strategy(
         self, prior_variance: Tensor
@@ -106,15 +106,39 @@ class StructuredProblem:
         """Condition the linear model by the structure."""
         variance, weights = prior_variance.detach().double(), self.channel_weights()
         if self.previous is not None:
-            return self.total_curvature().condition(variance, weights.new_ones(1))
-        return self.curvature.condition(variance, weights.detach())
+            curvature, weights = self.total_curvature(), weights.new_ones(1)
+        else:
+            curvature, weights = self.curvature, weights.detach()
+        found = curvature.condition(variance, weights)
+        if isinstance(found, LowRankStrategy) and curvature.rest:
+            self._warn_of_rank(found, curvature)
+        return found
+
+    def _warn_of_rank(self, found: LowRankStrategy, curvature: Curvature) -> None:
+        """Eigenvalues are in units of the prior's precision: below one says little."""
+        smallest = float(found.eigenvalues.min())
+        if smallest > 1 and curvature.captured < 1 - 1e-9:
+            warn_user(
+                f"LowRank(rank={self.inference.rank}): the data determine more "
+                "directions than are kept, the last of which they know "
+                f"{smallest:.3g} times better than the prior. Variances in those left "
+                "out are that much too large. Choose a larger rank, or Kronecker()."
+            )
 
     def total_curvature(self) -> Curvature:
         """Curvature at the present noise, with that of the previous data, if any."""
-        own = combine_channels(self.curvature, self.channel_weights().detach())
+        own, weights = self.curvature, self.channel_weights().detach()
         if self.previous is None:
-            return own
-        return add_curvatures(self.previous.curvature, own)
+            return combine_channels(own, weights)
+        kept = self._total
+        if kept is None or kept[0] is not own or not torch.equal(kept[1], weights):
+            before = self.previous.curvature
+            if isinstance(own, LowRankCurvature):
+                ranks = own.vectors.shape[1] + before.vectors.shape[1]
+                self._check_vectors(ranks)
+            total = add_curvatures(before, combine_channels(own, weights))
+            self._total = own, weights, total
+        return self._total[2]
 
     def continued_mean(self, prior_variance: Tensor) -> Tensor:
         r"""Posterior mean of the weights from the previous posterior, ``p``.
@@ -138,20 +162,28 @@ class StructuredProblem:
         solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
         return std * solution.value[:, 0]
 
-    def solve_mean(self, prior_variance: Tensor, whitened: Tensor) -> Tensor:
+    def solve_mean(
+        self, prior_variance: Tensor, whitened: Tensor, initial: Tensor | None = None
+    ) -> Tensor:
         r"""Scaled weights :math:`S^{1/2} J^\top R A^{-1} v` by products, ``p``."""
         std = self.flat_prior_std(prior_variance)
         operator = PrecisionOperator(self.root().detach(), std, self.data)
         rhs = operator.to_weights(whitened[..., None])
         limit = rhs.new_tensor(_MEAN_ERROR)
-        solution = solve_within(self.inference.solver, operator, rhs, lambda _: limit)
+        initial = None if initial is None else initial[:, None]
+        solution = solve_within(
+            self.inference.solver, operator, rhs, lambda _: limit, initial
+        )
         return solution.value[:, 0]
 
     @cached_property
     def derivatives_per_point(self) -> int:
         """Numbers that the derivatives of one point take at work."""
         features = self._features(self.X[:2])
-        return numbers_at_work(features, self._blocks(features), self._sizes())
+        columns = self.outputs.shape[1]
+        if not self.has_channels and self.inference.curvature == "monte_carlo":
+            columns = self.inference.num_samples
+        return numbers_at_work(features, self._blocks(features), self._sizes(), columns)
 
     # -- sums over the data -----------------------------------------------------------
 
@@ -166,7 +198,14 @@ class StructuredProblem:
         """Roots ``n x m x r`` of the outputs' curvature, at unit noise for channels."""
         if self.has_channels:
             return unit_roots(self.outputs)
-        options = self.inference
+        options, (n, m) = self.inference, self.outputs.shape
+        if options.curvature == "monte_carlo":
+            check_memory(
+                f"{options.num_samples} draws for each of {n} points with {m} outputs",
+                8.0 * n * m * options.num_samples,
+                options.memory_budget,
+                "Choose a smaller num_samples, or curvature='ggn'.",
+            )
         generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
         return curvature_roots(
             self.likelihood, self.outputs, self.Y, options, generator
@@ -189,10 +228,14 @@ class StructuredProblem:
 
     def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
         """Features at unit scale of chunks that fit into memory, with their roots."""
+        for x, r in self._rows_of(root):
+            yield self._features(x), r
+
+    def _rows_of(self, root: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs of such chunks, with their roots."""
         per_point = self.X.element_size() * self.derivatives_per_point
         step = max(1, CHUNK_BYTES // per_point)
-        for x, r in zip(self.X.split(step), root.split(step), strict=True):
-            yield self._features(x), r
+        yield from zip(self.X.split(step), root.split(step), strict=True)
 
     def _factored(self, root: Tensor) -> FactoredCurvature:
         channels = root.shape[-1] if self.has_channels else 1
@@ -202,24 +245,23 @@ class StructuredProblem:
             self._blocks(self._features(self.X[:1])),
             self.inference,
             channels,
+            self.has_channels,
+        )
+
+    def _check_vectors(self, rank: int, spare: int = 0) -> None:
+        check_memory(
+            f"The eigenvectors of rank {rank} for {self.num_params} random weights",
+            8.0 * self.num_params * (rank + spare) * 3,
+            self.inference.memory_budget,
+            "Choose a smaller rank, LowRank(rank=...), fewer random weights "
+            "(parameters=...), or Diagonal().",
         )
 
     def _low_rank(self, root: Tensor) -> LowRankCurvature:
         options, p = self.inference, self.num_params
-        needed = 8.0 * p * (options.rank + 20) * 3
-        check_memory(
-            f"The eigenvectors of rank {options.rank} for {p} random weights",
-            needed,
-            options.memory_budget,
-            "Choose a smaller rank, LowRank(rank=...), fewer random weights "
-            "(parameters=...), or Diagonal().",
-        )
+        self._check_vectors(options.rank, spare=20)
         data, scale = self.data, self.unit_scale()
-
-        def product(columns: Tensor) -> Tensor:
-            seen = root.mT @ data.matmul(scale[:, None] * columns)
-            return scale[:, None] * data.t_matmul(root @ seen)
-
+        product = PrecisionOperator(root, scale, data).curved
         generator = torch.Generator(self.outputs.device).manual_seed(options.seed)
         like = self.outputs.new_zeros(())
         if options.method == "lanczos":
@@ -228,13 +270,17 @@ class StructuredProblem:
         else:
             rank, rounds = options.rank, options.num_iterations
             found = randomised_eigenpairs(product, p, rank, rounds, generator, like)
-        core = found.values.diag()[None]
+        core, traces = found.values.diag()[None], self._traces(root)
         if self.has_channels and root.shape[-1] > 1:
             seen = data.matmul(scale[:, None] * found.vectors).movedim(1, 0)
             core = seen.mT @ seen  # m x r x r
+        else:
+            traces = traces.sum(0, keepdim=True)
         one = torch.arange(len(self.groups), device=self.outputs.device)
         groups = self.expand(one.double()).long()
-        curvature = LowRankCurvature(found.vectors, core, found.trace, groups)
+        curvature = LowRankCurvature(
+            found.vectors, core, traces, groups, root.shape[0] * root.shape[-1]
+        )
         if curvature.captured < _CAPTURED:
             warn_user(
                 f"LowRank(rank={options.rank}) captures {curvature.captured:.0%} of "
@@ -242,6 +288,18 @@ class StructuredProblem:
                 "directions that are left out. Choose a larger rank, or Kronecker()."
             )
         return curvature
+
+    def _traces(self, root: Tensor) -> Tensor:
+        """Traces of the curvature, ``r x groups``: of each column and each group."""
+        found = []
+        for names in map(set, self.groups):
+            std = {n: s for n, s in self.unit_std.items() if n in names}
+            total = root.new_zeros(root.shape[-1])
+            for x, r in self._rows_of(root):
+                blocks = tangent_features(self.net, x, std, "layers").blocks()
+                total += (r * (blocks.double() @ r)).sum((0, 1))
+            found.append(total)
+        return torch.stack(found, -1)
 
 
 def has_shared_noise(likelihood: Likelihood) -> bool:
@@ -260,6 +318,6 @@ class _ContinuedPrecision(PrecisionOperator):
         super().__init__(root, std, data)
         self.before = before
 
-    def _curved(self, rhs: Tensor) -> Tensor:
+    def curved(self, rhs: Tensor) -> Tensor:
         std = self.std[:, None]
-        return super()._curved(rhs) + std * curvature_product(self.before, std * rhs)
+        return super().curved(rhs) + std * curvature_product(self.before, std * rhs)

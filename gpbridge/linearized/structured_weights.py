@@ -27,11 +27,15 @@ import torch
 from torch import Tensor
 
 from gpbridge.checks import ShapeError
+from gpbridge.linearized.curvature_tensors import (
+    Curvature,
+    curvature_of_tensors,
+    curvature_tensors,
+    read_text,
+)
 from gpbridge.linearized.factored import Basis, FactoredCurvature
 from gpbridge.linearized.low_rank import LowRankCurvature
 from gpbridge.types import Params
-
-Curvature = FactoredCurvature | LowRankCurvature
 
 
 class StructuredWeights:
@@ -46,6 +50,8 @@ class StructuredWeights:
         prior_variance: One number for each group of weights.
         groups: The group of each weight, ``p`` integers.
         curvature: M, of one channel.
+        entries: Places of the single entries that are random, for the weights that are
+            not random as a whole.
     """
 
     def __init__(
@@ -55,8 +61,10 @@ class StructuredWeights:
         prior_variance: Tensor,
         groups: Tensor,
         curvature: Curvature,
+        entries: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.sizes, self.mean = dict(sizes), mean.double()
+        self.entries = dict(entries or {})
         self.prior_variance, self.groups = prior_variance.double(), groups
         self.curvature = curvature
 
@@ -104,32 +112,39 @@ class StructuredWeights:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        curvature = self.curvature
-        if isinstance(curvature, LowRankCurvature):
-            moved: Curvature = LowRankCurvature(
-                curvature.vectors.to(device),
-                curvature.core.to(device),
-                curvature.trace.to(device),
-                curvature.groups.to(device),
-            )
-        else:
-            moved = FactoredCurvature(
-                curvature.sizes,
-                curvature.blocks,
-                [
-                    Basis(*(None if q is None else q.to(device) for q in basis))
-                    for basis in curvature.bases
-                ],
-                [values.to(device) for values in curvature.eigenvalues],
-                curvature.is_lower_bound,
-            )
-        return type(self)(
-            self.sizes,
-            self.mean.to(device),
-            self.prior_variance.to(device),
-            self.groups.to(device),
-            moved,
+        state = self.state_dict().items()
+        return self.from_state_dict({name: t.to(device) for name, t in state})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that it is, as tensors: ``torch.save`` it, load with ``weights_only``."""
+        sizes = {name: list(size) for name, size in self.sizes.items()}
+        packed = curvature_tensors(self.curvature, sizes=sizes)
+        state = {f"curvature.{name}": value for name, value in packed.items()}
+        state |= {f"entries.{name}": value for name, value in self.entries.items()}
+        names = ("mean", "prior_variance", "groups")
+        return state | {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """The Gaussian that :meth:`state_dict` came from.
+
+        Raises:
+            ValueError: If the state is of something else.
+        """
+        packed, entries = (
+            {n.removeprefix(p): v for n, v in state.items() if n.startswith(p)}
+            for p in ("curvature.", "entries.")
         )
+        if "meta" not in packed or "mean" not in state:
+            raise ValueError(
+                "state must be the state_dict() of a posterior over weights, but has "
+                f"{sorted(state)[:5]}."
+            )
+        sizes = read_text(packed["meta"])["sizes"]
+        sizes = {name: torch.Size(size) for name, size in sizes.items()}
+        curvature = curvature_of_tensors(packed, sizes)
+        own = (state[name] for name in ("mean", "prior_variance", "groups"))
+        return cls(sizes, *own, curvature, entries)
 
     def __repr__(self) -> str:
         """Its size and structure."""
@@ -141,8 +156,9 @@ def combine_channels(curvature: Curvature, weights: Tensor) -> Curvature:
     """The same matrix with one channel of weight one."""
     if isinstance(curvature, LowRankCurvature):
         core = torch.tensordot(weights, curvature.core, dims=1)[None]
-        trace = core.diagonal(dim1=-2, dim2=-1).sum()
-        return LowRankCurvature(curvature.vectors, core, trace, curvature.groups)
+        traces = (weights @ curvature.traces)[None]
+        groups, bound = curvature.groups, curvature.rank_bound
+        return LowRankCurvature(curvature.vectors, core, traces, groups, bound)
     return FactoredCurvature(
         curvature.sizes,
         curvature.blocks,
@@ -157,7 +173,8 @@ def add_curvatures(first: Curvature, second: Curvature) -> Curvature:
 
     Exact for diagonals and low ranks, whose ranks add. Two Kronecker products get the
     common basis of their summed partial traces, and there the exact diagonal of the
-    sum: exact where the factors of one side commute, as with one output.
+    sum: exact where the factors of both sides commute, as those of the outputs do
+    where there is one.
 
     Args:
         first: A curvature.
@@ -170,7 +187,9 @@ def add_curvatures(first: Curvature, second: Curvature) -> Curvature:
         vectors = torch.cat([first.vectors, second.vectors], -1)
         U, R = torch.linalg.qr(vectors)
         core = R @ torch.block_diag(first.core[0], second.core[0]) @ R.mT
-        return LowRankCurvature(U, core[None], core.trace(), second.groups)
+        traces = first.traces + second.traces
+        bound = first.rank_bound + second.rank_bound
+        return LowRankCurvature(U, core[None], traces, second.groups, bound)
     bases, sums = [], []
     for k, basis in enumerate(second.bases):
         parts = [(c.bases[k], c.eigenvalues[k][0]) for c in (first, second)]

@@ -28,7 +28,9 @@ class Structure:
 
     Args:
         curvature: Of the outputs. ``"ggn"``, the Hessian of the negative log
-            likelihood; ``"monte_carlo"``, its average over ``num_samples`` draws;
+            likelihood; ``"monte_carlo"``, its average over ``num_samples`` draws,
+            which are not needed where one Gaussian noise serves all points: the
+            curvature then is ``"ggn"`` itself;
             ``"empirical"``, the outer product of the gradients at the targets, which is
             no estimate of it and listed for comparison.
         num_samples: Draws of the Monte Carlo curvature for each point.
@@ -67,18 +69,18 @@ class Kronecker(Structure):
     r"""One Kronecker product for each layer, :math:`M_b \approx G \otimes A / N`.
 
     A is the second moment of the layer's inputs, G that of the derivatives of the loss
-    by its outputs. Exact for one linear layer with one output, or with one datum; for
-    layers that share weights over T positions one of two averages. Weights of other
-    kinds get the partial traces of their own block, which is exact for a vector, such
-    as the scales of a normalisation layer. Memory and time of a factorisation
-    :math:`\sum_b o_b^2 + i_b^2` and its 3/2 power.
+    by its outputs. Exact for one linear layer with one output under one Gaussian noise,
+    or with one datum; for layers that share weights over T positions one of two
+    averages. Weights of other kinds get the partial traces of their own block, which
+    is exact for a vector, such as the scales of a normalisation layer. Memory and time
+    of a factorisation :math:`\sum_b o_b^2 + i_b^2` and its 3/2 power.
 
     Args:
         sharing: ``"expand"`` takes the positions of a layer as so many data,
             ``"reduce"`` sums over them first.
         eigenvalue_correction: Replace the eigenvalues by the exact diagonal of M in the
             eigenbasis (EKFAC), for a second pass over the data: never farther from M in
-            Frobenius norm.
+            Frobenius norm, and with an evidence that is a lower bound of that of M.
         curvature: As the other options, in :class:`Structure`.
 
     References:
@@ -108,7 +110,9 @@ class Diagonal(Structure):
 class LowRank(Structure):
     r"""The leading eigenvectors of M; directions beyond them keep their prior.
 
-    Warns when little of the trace is captured: the variances are then too large.
+    Warns when little of the trace is captured, and when the data determine directions
+    beyond the rank: the variances are then too large. What is left out counts in the
+    evidence by a bound from its trace: with one prior variance it is a lower bound.
 
     Args:
         rank: The number r of eigenvectors.

@@ -137,8 +137,9 @@ def refine(
     broad nor too narrow; the NLL alone would also reward to drop the uncertainty. Means
     over logits are those of fixed antithetic draws, so that bounds are comparable.
 
-    Each step costs what conditioning does: a pass over the features, a factorisation of
-    the smaller matrix and the covariance of each training point.
+    Each step costs what conditioning does: a few passes over the features where they
+    are not held, a factorisation of the smaller matrix and the covariance of each
+    training point. A halved step costs another.
 
     Args:
         problem: A classifier that :func:`check_refinable` lets pass.
@@ -248,7 +249,7 @@ class _Point(NamedTuple):
     shift: Tensor
     bound: Tensor
     loss: Tensor
-    gradient: Tensor  # expected, of the log likelihood in the latent values, n x m
+    gradient: Tensor  # expected, of the log likelihood in the scaled weights, p
     expected: Tensor  # expected curvature, n x m x m
 
 
@@ -297,7 +298,7 @@ class _LinearModel:
     def move(self, now: _Point, step_size: float) -> _Point:
         curvature = torch.lerp(now.curvature, now.expected, step_size)
         factor = self.factor(curvature)
-        gradient = self.t_matmul(now.gradient) - (self.trained + now.shift)
+        gradient = now.gradient - (self.trained + now.shift)
         shift = now.shift + step_size * factor.solve(gradient)
         return self._evaluate(curvature, shift, factor)
 
@@ -313,6 +314,7 @@ class _LinearModel:
         divergence = 0.5 * (norm + factor.excess_trace() + factor.log_det())
         logs = class_log_probabilities(problem.likelihood, mean, blocks, "pairwise")
         loss = -_of_labels(logs, problem.Y).mean()
+        gradient = self.t_matmul(gradient)  # once, however often a step is halved
         return _Point(curvature, shift, fit - divergence, loss, gradient, expected)
 
     def _expect(self, mean: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

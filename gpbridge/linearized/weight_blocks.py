@@ -25,7 +25,7 @@ class WeightBlock(NamedTuple):
     """Some weights as an ``o x i`` array.
 
     ``names`` are the tensors that stand side by side in it, ``widths`` their numbers of
-    columns; ``start`` is where each begins among all p weights.
+    columns; ``starts`` are where each begins among all p weights.
     """
 
     names: tuple[str, ...]

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from torch import Tensor, nn
 
 from gpbridge.checks import ShapeError, check_memory, check_positive
@@ -35,6 +36,7 @@ from gpbridge.features import TangentFeatures
 from gpbridge.layer_gram import tangent_features
 from gpbridge.likelihoods import hessian_root, log_prob
 from gpbridge.linearized.curvature_sums import kronecker_sums, squares_in_basis
+from gpbridge.linearized.data_curvature import check_structure_size
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact
 from gpbridge.linearized.problem import TangentProblem
@@ -86,8 +88,9 @@ def evidence_gradient(
         ValueError: If the transformation has nothing to learn, or a value is not
             finite.
         ShapeError: If it returns another shape.
-        NotImplementedError: If the inference is another.
-        MemoryError: If the exact curvature needs more than the memory budget.
+        NotImplementedError: If the inference is another, the prior that of previous
+            data, or Kronecker factors meet unequal noise of several outputs.
+        MemoryError: If the curvature needs more than the memory budget.
 
     Example:
         >>> class Stretch(nn.Module):
@@ -108,6 +111,7 @@ def evidence_gradient(
             f"{type(model).__name__}."
         )
     model.check_all_data_is_training_data("The evidence of a transformation")
+    model.check_prior_of_its_own("The evidence of a transformation")
     check_positive(batch_size=batch_size)
     learnt = {n: p for n, p in transform.named_parameters() if p.requires_grad}
     if not learnt:
@@ -120,8 +124,8 @@ def evidence_gradient(
     batches = _Batches(sums.problem, transform, batch_size)
     totals: list[Tensor] | None = None
     with torch.no_grad():
-        for x, y in batches:
-            part, _ = sums.of_batch(x, y)
+        for x, y, noise in batches:
+            part, _ = sums.of_batch(x, y, noise)
             totals = (
                 part if totals is None else [a + b for a, b in _pairs(totals, part)]
             )
@@ -130,8 +134,8 @@ def evidence_gradient(
     slopes = torch.autograd.grad(complexity, totals, materialize_grads=True)
     fit = 0.0
     gradients = {name: torch.zeros_like(p) for name, p in learnt.items()}
-    for x, y in batches:
-        part, log_likelihood = sums.of_batch(x, y)
+    for x, y, noise in batches:
+        part, log_likelihood = sums.of_batch(x, y, noise)
         inner = sum((slope * value).sum() for slope, value in _pairs(slopes, part))
         found = torch.autograd.grad(
             log_likelihood - inner, list(learnt.values()), materialize_grads=True
@@ -161,16 +165,25 @@ class _Batches:
     ) -> None:
         self.problem, self.transform, self.size = problem, transform, batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        X, Y = self.problem.X, self.problem.Y
-        for x, y in zip(X.split(self.size), Y.split(self.size), strict=True):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        X, Y, own = self.problem.X, self.problem.Y, self._noise()
+        for start in range(0, len(X), self.size):
+            here = slice(start, start + self.size)
+            x, y, noise = X[here], Y[here], None if own is None else own[here]
             moved = self.transform(x)
             if moved.shape != x.shape:
                 raise ShapeError(
                     f"transform must map {tuple(x.shape)} to the same shape, but "
                     f"returned {tuple(moved.shape)}."
                 )
-            yield moved.to(x), y
+            yield moved.to(x), y, noise
+
+    def _noise(self) -> Tensor | None:
+        """Noise variances that belong to single points."""
+        likelihood = self.problem.likelihood
+        if isinstance(likelihood, FixedNoiseGaussianLikelihood):
+            return likelihood.noise_covar.noise
+        return None
 
 
 class _Sums:
@@ -204,6 +217,15 @@ class _Sums:
         groups = [set(names) for names in problem.groups]
         first = self._features(problem.X[:1])
         self.blocks: list[WeightBlock] = weight_blocks(first, self.sizes, groups)
+        if isinstance(options, Kronecker):
+            check_structure_size(self.blocks, options, 1)
+            noise = problem.channel_weights()
+            if bool((noise != noise[0]).any()):
+                raise NotImplementedError(
+                    "evidence_gradient takes Kronecker factors of one noise variance, "
+                    f"but those of the outputs are {(1 / noise).tolist()}. Build the "
+                    "model with inference=Diagonal() or Exact()."
+                )
 
     @property
     def is_lower_bound(self) -> bool:
@@ -212,13 +234,15 @@ class _Sums:
     def _features(self, x: Tensor) -> TangentFeatures:
         return tangent_features(self.problem.net, x, self.problem.unit_std, "layers")
 
-    def of_batch(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    def of_batch(
+        self, x: Tensor, y: Tensor, noise: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
         """The batch's part of the sums, and its log likelihood."""
         problem = self.problem
         features = self._features(x)
         outputs = features.value.double()
-        log_likelihood = log_prob(problem.likelihood, outputs, y).sum()
-        root = hessian_root(problem.likelihood, outputs)
+        log_likelihood = log_prob(problem.likelihood, outputs, y, noise).sum()
+        root = hessian_root(problem.likelihood, outputs, noise)
         if isinstance(self.inference, Exact):
             rows = features.rows().double().unflatten(0, outputs.shape)
             weighted = (root.mT @ rows).flatten(0, 1)

@@ -13,6 +13,7 @@ import torch
 from gpbridge.checks import ReliabilityWarning, warn_user
 from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.mode import find_mode
+from gpbridge.linearized.structures import Structure
 from gpbridge.types import Evidence
 
 _NOISE_RATIO = 1.2
@@ -89,10 +90,17 @@ def _messages(model: LinearizedGP, found: Diagnostics) -> list[str]:
             "decay (gpbridge.selection.MatchedWeightDecay)."
         )
     if model.mean == "network" and found.mean_shift > 1:
+        chosen = model.fit_result is not None
+        remedy = (
+            "The validation rows chose its mean all the same: train longer, and trust "
+            "the mean more than the variances."
+            if chosen
+            else "Use mean='linear_model'."
+        )
         messages.append(
             f"The network's output is {found.mean_shift:.1f} noise standard deviations "
             "from the linear model's mean on the training data (expected at most 1), "
-            "so the network is not at its optimum. Use mean='linear_model'."
+            f"so the network is not at its optimum. {remedy}"
         )
     if found.group_ratio < _PRUNED:
         messages.append(
@@ -100,7 +108,8 @@ def _messages(model: LinearizedGP, found: Diagnostics) -> list[str]:
             "layers were pruned and the posterior is overconfident, whatever the "
             "evidence says. Use groups='all'."
         )
-    if found.effective_dimension > _INTERPOLATING * count:
+    exact = not isinstance(model.inference, Structure)  # which may count too many
+    if exact and found.effective_dimension > _INTERPOLATING * count:
         messages.append(
             f"The data determine {found.effective_dimension:.0f} directions of {count} "
             "observations: the model interpolates, and its noise is not interpretable. "

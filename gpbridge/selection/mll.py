@@ -41,13 +41,13 @@ class LaplaceEvidence(MarginalLogLikelihood):
     """
 
     def __init__(self, likelihood: Likelihood, model: LinearizedGP) -> None:
-        super().__init__(likelihood, model)
         if not isinstance(model, LinearizedGP):
             raise TypeError(
                 "LaplaceEvidence needs a gpbridge.LinearizedGP, but model is "
                 f"{type(model).__name__}. For an ExactGP use gpytorch's "
                 "ExactMarginalLogLikelihood."
             )
+        super().__init__(likelihood, model)
 
     def forward(
         self, function_dist: MultivariateNormal, target: Tensor, *params: Any

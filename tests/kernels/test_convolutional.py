@@ -104,7 +104,7 @@ def convolutional(base=None, **options):
 
 
 def slow(kernel):
-    """The same kernel without convolutions: patches as any other orbit."""
+    """The same kernel by its definition: patches as any other orbit."""
     return InvariantKernel(kernel.base_kernel, kernel.augmentation, "double").double()
 
 
@@ -135,7 +135,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_convolution_of_images_agrees_with_patches_as_an_orbit(X, X2, name, generator):
+def test_direct_products_agree_with_patches_as_an_orbit(X, X2, name, generator):
     options = copy.deepcopy(CASES[name])
     if name == "per pixel":
         scales = 0.5 + torch.rand(1, 12, dtype=torch.float64, generator=generator)

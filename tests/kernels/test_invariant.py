@@ -77,7 +77,7 @@ class TestChunkedContract(BaseKernelTestCase, unittest.TestCase):
         turns = Rotation2d(3, init=1.0, columns=(0, 1))
         batch_shape = batch_shape or torch.Size()
         kernel = contract_kernel(
-            turns, batch_shape, mode="double", chunk_size=2, **kwargs
+            turns, batch_shape, mode="double", chunk_size=20, **kwargs
         )
         return ScaleKernel(kernel, batch_shape=batch_shape)
 
@@ -245,6 +245,16 @@ def test_every_number_of_samples_gives_a_covariance(s, generator):
         for _ in range(3):
             assert torch.linalg.eigvalsh(dense(kernel, X)).min() > -1e-10
             turns.resample(torch.Generator().manual_seed(turns.redraws))
+
+
+@pytest.mark.parametrize("mode", ["double", "difference", "features"])
+def test_no_point_and_one_point_have_matrices_too(mode, X, X2):
+    base = LinearKernel().double() if mode == "features" else rbf()
+    kernel = InvariantKernel(base, Rotation2d(3), mode).double()
+    assert dense(kernel, X[:0]).shape == (0, 0)
+    assert dense(kernel, X[:0], X2).shape == (0, 4)
+    assert kernel(X[:0], diag=True).shape == (0,)
+    torch.testing.assert_close(dense(kernel, X[:1]), dense(kernel, X)[:1, :1], **EXACT)
 
 
 def test_one_still_element_is_the_base_kernel(X, X2):
@@ -462,6 +472,26 @@ def test_predictive_variances_are_never_negative_with_fixed_draws(sampling, gene
         assert variance.min() > 0
         model.train()
         turns.resample(torch.Generator().manual_seed(turns.redraws))
+
+
+def test_orbits_redrawn_at_each_call_would_have_negative_variances(generator):
+    class Restless(Rotation2d):
+        def transform(self, x):
+            self._redraw(generator)
+            return super().transform(x)
+
+    (X, _), (X2, _) = annulus(generator, 40), annulus(generator, 40)
+
+    def least_variance(turns):
+        kernel = InvariantKernel(rbf(), turns, "double").double()
+        K, cross = dense(kernel, X), dense(kernel, X2, X)
+        own = dense(kernel, X2)
+        solved = torch.linalg.solve(K + 1e-4 * torch.eye(40), cross.mT)
+        return (own - cross @ solved).diagonal().min().item()
+
+    options = {"num_samples": 4, "init": 1.5, "sampling": "fixed"}
+    assert least_variance(Restless(**options)) < -0.1
+    assert least_variance(Rotation2d(**options)) > 0
 
 
 def test_an_orbit_redrawn_behind_a_prediction_is_refused(generator):

@@ -26,7 +26,8 @@ def test_its_name_says_what_it_is():
     model = build("multitask", parameters=["2"])
     assert repr(model) == (
         "LinearizedGP(n=12, num_outputs=2, random weights=14, "
-        "MultitaskGaussianLikelihood, mean='linear_model', hyperparameters not fitted)"
+        "MultitaskGaussianLikelihood, mean='linear_model', inference=Exact, "
+        "hyperparameters not fitted)"
     )
     fit_evidence(model, warn=False)
     assert "hyperparameters fitted by evidence" in repr(model)

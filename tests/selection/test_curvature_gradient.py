@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    MultitaskGaussianLikelihood,
+)
 from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.checks import ShapeError
-from gpbridge.linearized import Diagonal, Exact, Kronecker, LowRank, Sampled
+from gpbridge.linearized import (
+    Diagonal,
+    Exact,
+    Kronecker,
+    LowRank,
+    Sampled,
+    weight_posterior,
+)
 from gpbridge.selection import evidence_gradient
 from gpbridge.testing import assert_module_unchanged
 from tests import oracles_curvature as oracles
@@ -143,6 +154,40 @@ def test_parameters_that_do_not_learn_are_left_out():
     transform.scale.requires_grad_(False)
     found = evidence_gradient(model_of(tanh_net(1), 1, Diagonal()), transform)
     assert list(found.gradients) == ["angle"]
+
+
+def test_noise_of_single_points_is_read_batch_by_batch():
+    X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)).double()
+    likelihood = FixedNoiseGaussianLikelihood(torch.linspace(0.01, 1, 24).double())
+    model = LinearizedGP(
+        tanh_net(1), X, X.sum(-1, keepdim=True).sin(), likelihood, inference=Exact()
+    )
+    whole, parts = (
+        evidence_gradient(model, RotateAndStretch(), size) for size in (24, 7)
+    )
+    torch.testing.assert_close(parts.evidence.value, whole.evidence.value)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(parts.gradients[name], gradient)
+
+
+def test_what_would_be_another_evidence_is_refused():
+    X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)).double()
+    likelihood = MultitaskGaussianLikelihood(2, rank=0).double()
+    likelihood.task_noises = torch.tensor([0.01, 1.0]).double()
+    likelihood.requires_grad_(False)
+    model = LinearizedGP(tanh_net(2), X, X[:, :2], likelihood, inference=Kronecker())
+    with pytest.raises(NotImplementedError, match="Kronecker factors of one noise"):
+        evidence_gradient(model, RotateAndStretch())
+    first = model_of(tanh_net(1), 1, Kronecker())
+    second = LinearizedGP(
+        tanh_net(1), X, X[:, :1], noise=NOISE, inference=Kronecker(),
+        previous=weight_posterior(first),
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="previous posterior"):
+        evidence_gradient(second, RotateAndStretch())
+    small = model_of(tanh_net(1), 1, Kronecker(memory_budget=100))
+    with pytest.raises(MemoryError, match="Kronecker, most of it for"):
+        evidence_gradient(small, RotateAndStretch())
 
 
 def test_bad_input_is_named():
