@@ -24,6 +24,8 @@ from gpbridge.kernels.orbit_blocks import (
 )
 from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
 
+_PATCH_ENTRIES = 2**25  # pixels of patches at a time, where no value is kept
+
 
 class PatchKernel(Kernel):
     r"""A kernel of patches times a kernel of their places.
@@ -185,7 +187,7 @@ class ConvolutionalKernel(InvariantKernel):
             return orbit_cross((Z - shift) / lengthscale, orbits, weights)
 
         if self._is_exponential():
-            size, _ = self._block(P * Z.shape[-1], 1, x)  # patches, and no values
+            size = max(1, _PATCH_ENTRIES // (P * Z.shape[-1]))
             return in_blocks(exponential_block, (x,), size, dim=-1)
         size, _ = self._block(P, u, x)
         return in_blocks(block, (x,), size, dim=-1)
@@ -203,7 +205,7 @@ class ConvolutionalKernel(InvariantKernel):
 
         P = self.augmentation.num_samples
         width = self.augmentation.output_width(x1.shape[-1])
-        size, _ = self._block(P * width, 1, x1)
+        size = max(1, _PATCH_ENTRIES // (P * width))
         return in_blocks(block, (x1,), size, dim=-1)
 
     def _matrix(
