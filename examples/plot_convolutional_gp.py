@@ -36,7 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
-sizes, seeds, num_steps, num_test = (50, 100, 200, 400, 800), 3, 300, 1000
+sizes, seeds, num_steps, num_test = (50, 100, 200, 400), 2, 200, 1000
 if options.smoke:
     sizes, seeds, num_steps, num_test = (20,), 1, 4, 50
 side, patch, batch = 14, 3, 50

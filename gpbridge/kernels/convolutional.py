@@ -187,7 +187,7 @@ class ConvolutionalKernel(InvariantKernel):
             return orbit_cross((Z - shift) / lengthscale, orbits, weights)
 
         if self._is_exponential():
-            size = max(1, _PATCH_ENTRIES // (P * Z.shape[-1]))
+            size = self.chunk_size or max(1, _PATCH_ENTRIES // (P * Z.shape[-1]))
             return in_blocks(exponential_block, (x,), size, dim=-1)
         size, _ = self._block(P, u, x)
         return in_blocks(block, (x,), size, dim=-1)
@@ -205,7 +205,7 @@ class ConvolutionalKernel(InvariantKernel):
 
         P = self.augmentation.num_samples
         width = self.augmentation.output_width(x1.shape[-1])
-        size = max(1, _PATCH_ENTRIES // (P * width))
+        size = self.chunk_size or max(1, _PATCH_ENTRIES // (P * width))
         return in_blocks(block, (x1,), size, dim=-1)
 
     def _matrix(
