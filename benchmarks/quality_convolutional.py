@@ -36,7 +36,6 @@ from gpbridge.inducing_gp import SparseGP
 from gpbridge.inducing_points import initial_inducing_points
 from gpbridge.kernels import ConvolutionalKernel
 from gpbridge.selection import fit_sparse_gp
-from gpbridge.selection.variational_bound import inducing_strategy
 
 SIDE, PATCH, CLASSES = 28, 5, 10
 RATES = (0.03, 0.003)  # of Adam: the second for the last third of the epochs
@@ -101,13 +100,8 @@ def build(kernel: Kernel, X: Tensor, num_inducing: int, seed: int) -> SparseGP:
         spread = K.diagonal().mean() - K.mean()
     kernel.outputscale = 4.0 / spread
     softmax = SoftmaxLikelihood(num_classes=CLASSES, mixing_weights=False)
-    model = SparseGP(kernel, Z, softmax, num_outputs=CLASSES)
-    # The prior is a poor start: logits of a hundred, at random.
-    strategy = inducing_strategy(model)
-    q = strategy._variational_distribution
-    q.chol_variational_covar.data.mul_(START)
-    strategy.variational_params_initialized.fill_(1)
-    return model
+    # The prior would be a poor start: logits of a hundred, at random.
+    return SparseGP(kernel, Z, softmax, num_outputs=CLASSES, initial_std=START)
 
 
 @torch.no_grad()

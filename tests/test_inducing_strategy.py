@@ -468,3 +468,17 @@ def test_several_outputs_stand_in_the_wrapper_of_gpytorch():
     model = SparseGP(rbf(), normal(M, 2), noise, num_outputs=2)
     wrapper = model.variational_strategy
     assert isinstance(wrapper, IndependentMultitaskVariationalStrategy)
+
+
+@pytest.mark.parametrize("name", ["cholesky", "natural", "mean_field"])
+def test_the_start_has_the_asked_standard_deviation_and_no_noise(name):
+    state = torch.get_rng_state()
+    model = SparseGP(rbf(), normal(M, 2), distribution=name, initial_std=0.3)
+    model(normal(N, 2))
+    q = model.variational_strategy.variational_distribution
+    identity = torch.eye(M, dtype=DOUBLE)
+    assert (q.covariance_matrix - 0.09 * identity).abs().max() < 1e-8
+    assert torch.equal(q.mean, torch.zeros(M, dtype=DOUBLE))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="initial_std must be positive"):
+        SparseGP(rbf(), normal(M, 2), initial_std=0.0)
