@@ -111,7 +111,7 @@ def predict(model: SparseGP, X: Tensor, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]), settings.num_likelihood_samples(DRAWS):
         torch.manual_seed(seed)
         for x in X.split(200):
-            parts.append(model.likelihood(model(x)).probs.mean(0))
+            parts.append(model.likelihood(model.marginals(x)).probs.mean(0))
     return torch.cat(parts)
 
 

@@ -1,7 +1,7 @@
 """A sparse variational GP that is ready to use with any kernel, orbits included.
 
 In: a kernel, inducing points and a likelihood. Out: a gpytorch ``ApproximateGP``.
-Next: ``selection`` fits it, ``likelihood(model(x))`` predicts.
+Next: ``selection`` fits it, ``model.likelihood(model.marginals(x))`` predicts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gpytorch.variational import (
     NaturalVariationalDistribution,
     _VariationalDistribution,
 )
+from linear_operator.operators import DiagLinearOperator
 from torch import Size, Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
@@ -106,6 +107,26 @@ class SparseGP(ApproximateGP):
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at inputs ``... n x d``."""
         return MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+    def marginals(self, x: Tensor) -> MultivariateNormal:
+        """The posterior at each input by itself, without covariances between inputs.
+
+        What predictions of single points need. Likelihoods that draw samples, as the
+        softmax, draw them jointly from ``model(x)``, and n² averages over orbits would
+        be computed for it: pass them this instead.
+
+        Args:
+            x: Inputs ``... n x d``.
+
+        Returns:
+            A distribution over n values, ``n x m`` for several outputs, for
+            ``model.likelihood``.
+        """
+        f = self(x)
+        variance = f.variance
+        if self.num_outputs > 1:
+            variance = variance.flatten(-2)
+        return type(f)(f.mean, DiagLinearOperator(variance))
 
 
 @torch.no_grad()

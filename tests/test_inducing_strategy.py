@@ -482,3 +482,18 @@ def test_the_start_has_the_asked_standard_deviation_and_no_noise(name):
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="initial_std must be positive"):
         SparseGP(rbf(), normal(M, 2), initial_std=0.0)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(num_outputs):
+    kernel, d, width = kernels("convolutional")
+    model = sparse(kernel, width, num_outputs=num_outputs).eval()
+    x = normal(N, d, seed=2)
+    joint, alone = model(x), model.marginals(x)
+    assert torch.allclose(alone.mean, joint.mean)
+    assert torch.allclose(alone.variance, joint.variance)
+    kernel._matrix = None  # would be called for pairs of different inputs
+    softmax = SoftmaxLikelihood(num_classes=max(2, num_outputs), mixing_weights=False)
+    if num_outputs > 1:
+        assert softmax(model.marginals(x)).probs.shape[-2:] == (N, 3)
+    assert model.marginals(x).rsample().shape == joint.mean.shape

@@ -2,7 +2,7 @@ r"""Fitting a sparse variational GP by minibatches of its lower bound.
 
 In: a bound (gpytorch's, or ``OrbitVariationalELBO``) and all data. Out: its model and
 likelihood, trained in place, with the history and a state to go on from.
-Next: ``likelihood(model(x))`` predicts.
+Next: the likelihood at the model's posterior predicts.
 """
 
 from __future__ import annotations
