@@ -89,7 +89,7 @@ for seed in range(seeds):
             model = build(name, X, torch.Generator().manual_seed(seed))
             elbo = VariationalELBO(model.likelihood, model, num_data=n)
             epochs = max(1, num_steps * batch // n)
-            rate = 0.05 if name == "convolutional" else 0.02  # best of both for each
+            rate = 0.05 if name == "convolutional" else 0.02
             steps = {"epochs": epochs, "batch_size": batch, "learning_rate": rate}
             fit_sparse_gp(elbo, X, y, progress=False, **steps)
             with torch.no_grad():
