@@ -285,3 +285,20 @@ def monte_carlo_kernels(steps, x, width, num_networks, generator, outputs=64):
         draws = torch.stack(draws)
         found.append((draws.mean(0), draws.std(0) / num_networks**0.5))
     return found
+
+
+def averaged_sparse_posterior(k, Z, orbits, weights, mean, covariance, jitter):
+    """The posterior of g at all orbit points, ``n x s x d``, then averaged."""
+    n, s, _ = orbits.shape
+    flat = orbits.reshape(n * s, -1)
+    average = torch.kron(torch.eye(n, dtype=Z.dtype), weights[None] / s)  # n x n s
+    K = k(Z, Z), k(Z, flat), k(flat, flat)
+    m, S = sparse_posterior(*K, mean, covariance, jitter)
+    return average @ m, average @ S @ average.T
+
+
+def polya_gamma_bound(f, sign, c):
+    """Jaakkola and Jordan (2000): below log sigma(sign f) for any c > 0."""
+    curvature = math.tanh(c / 2) / (4 * c)
+    sigma = 1 / (1 + math.exp(-c))
+    return math.log(sigma) + (sign * f - c) / 2 - curvature * (f**2 - c**2)

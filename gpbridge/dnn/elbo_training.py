@@ -62,6 +62,7 @@ def ascend_elbo(
     progress: bool,
     callback: Callback | None,
     name: str,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> ELBOFit:
     """Train ``model`` in place, leave it in eval mode at its last good epoch.
 
@@ -79,6 +80,7 @@ def ascend_elbo(
         callback: Called after every epoch with (epoch, model, entries of the history);
             True ends training.
         name: Of the bar.
+        optimizer: In place of Adam on the groups.
 
     Returns:
         The model with its history and state.
@@ -101,7 +103,7 @@ def ascend_elbo(
             "resume must be the state of a fit before, fit.state, but lacks "
             f"{', '.join(sorted(_KEYS - set(resume)))}."
         )
-    optimizer = _adam(groups)
+    optimizer = _adam(groups) if optimizer is None else optimizer
     history: dict[str, list[float]] = {"elbo": []}
     if resume is None:
         generator = Generator(device).manual_seed(0) if generator is None else generator

@@ -22,6 +22,9 @@ from gpbridge.kernels.orbit_blocks import (
     in_blocks,
     symmetric_in_blocks,
 )
+from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
+
+_PATCH_ENTRIES = 2**25  # pixels of patches at a time, where no value is kept
 
 
 class PatchKernel(Kernel):
@@ -178,8 +181,32 @@ class ConvolutionalKernel(InvariantKernel):
         def block(images: Tensor) -> Tensor:
             return (self._patch_matrix(Z, images) @ weights).mT
 
+        def exponential_block(images: Tensor) -> Tensor:
+            lengthscale, shift = self._column_lengthscale(x), self._shift(x)
+            orbits = (self.augmentation(images) - shift) / lengthscale
+            return orbit_cross((Z - shift) / lengthscale, orbits, weights)
+
+        if self._is_exponential():
+            size = self.chunk_size or max(1, _PATCH_ENTRIES // (P * Z.shape[-1]))
+            return in_blocks(exponential_block, (x,), size, dim=-1)
         size, _ = self._block(P, u, x)
         return in_blocks(block, (x,), size, dim=-1)
+
+    def _diagonal(
+        self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
+    ) -> Tensor:
+        if not (same and self._is_direct(x1, x2) and self._is_exponential()):
+            return super()._diagonal(x1, x2, same, law)
+        weights = self.augmentation.coefficients(x1)
+
+        def block(images: Tensor) -> Tensor:
+            orbits = self.augmentation(images) - self._shift(x1)
+            return orbit_variance(orbits / self._column_lengthscale(x1), weights)
+
+        P = self.augmentation.num_samples
+        width = self.augmentation.output_width(x1.shape[-1])
+        size = self.chunk_size or max(1, _PATCH_ENTRIES // (P * width))
+        return in_blocks(block, (x1,), size, dim=-1)
 
     def _matrix(
         self, x1: Tensor, x2: Tensor, same: bool, law: DifferenceLaw | None
@@ -211,6 +238,23 @@ class ConvolutionalKernel(InvariantKernel):
         """Whether one product holds the distances: RBF, and no batches."""
         unbatched = x1.dim() == x2.dim() == 2 and not len(self.batch_shape)
         return unbatched and type(self._pixel_kernel()) is RBFKernel
+
+    def _is_exponential(self) -> bool:
+        """Whether k_g is one squared exponential of all columns of a patch."""
+        located = isinstance(self.base_kernel, PatchKernel)
+        return not located or type(self.base_kernel.location_kernel) is RBFKernel
+
+    def _column_lengthscale(self, like: Tensor) -> Tensor:
+        """The lengthscale of each column of a patch, places last."""
+        patches = self.augmentation
+        parts = [self._pixel_kernel().lengthscale[0].expand(patches.patch_width)]
+        if patches.locations:
+            parts.append(self.base_kernel.location_kernel.lengthscale[0].expand(2))
+        return torch.cat(parts).to(like)
+
+    def _shift(self, x: Tensor) -> Tensor:
+        # Distances do not change with a common shift, their rounding errors do.
+        return x.detach().mean()
 
     def _pixel_kernel(self) -> Kernel:
         located = isinstance(self.base_kernel, PatchKernel)

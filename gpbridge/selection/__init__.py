@@ -5,6 +5,7 @@ from gpbridge.selection.compare import Comparison, compare
 from gpbridge.selection.curvature_gradient import EvidenceGradient, evidence_gradient
 from gpbridge.selection.deep_kernel import fit_deep_kernel
 from gpbridge.selection.diagnostics import Diagnostics
+from gpbridge.selection.elbo import OrbitVariationalELBO
 from gpbridge.selection.em import EMStep, SampleBasedEM
 from gpbridge.selection.evidence import fit_evidence
 from gpbridge.selection.group_dimension import group_dimensions
@@ -40,6 +41,7 @@ from gpbridge.selection.online_training import OnlineStep
 from gpbridge.selection.prefix_posteriors import LinearModel
 from gpbridge.selection.row_augmentation import RowAugmentation, input_noise
 from gpbridge.selection.scan import ScanResult, scan
+from gpbridge.selection.sparse_fit import fit_sparse_gp
 from gpbridge.selection.speed_bound import SpeedBound, training_speed_bound
 from gpbridge.selection.subset_start import SubsetStart
 from gpbridge.selection.tangent_blocks import TangentBlocks
@@ -68,6 +70,7 @@ __all__ = [
     "NeumannSeries",
     "OnlineFit",
     "OnlineStep",
+    "OrbitVariationalELBO",
     "OuterStep",
     "RowAugmentation",
     "SampleBasedEM",
@@ -87,6 +90,7 @@ __all__ = [
     "fit_iterative",
     "fit_matern_plus_kernel",
     "fit_online",
+    "fit_sparse_gp",
     "group_dimensions",
     "held_out_log_density",
     "hypergradient",
