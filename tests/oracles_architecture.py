@@ -61,7 +61,7 @@ def convolutional_kernel(images1, images2, patch_shape, weights, lengthscale):
     return K / len(weights) ** 2
 
 
-def squared_exponential_gram(X, Z, lengthscale, variance):
+def squared_exponential_gram(X, Z, lengthscale, variance=1.0):
     """The kernel ``n x m`` of rows; Rasmussen and Williams 2006, eq. (4.9)."""
     difference = (X[..., :, None, :] - Z[..., None, :, :]) / lengthscale
     return variance * torch.exp(-0.5 * difference.square().sum(-1))
@@ -287,13 +287,21 @@ def monte_carlo_kernels(steps, x, width, num_networks, generator, outputs=64):
     return found
 
 
+def whitened_sparse_posterior(K_uu, K_uf, K_ff, mean, covariance, jitter):
+    """Whitened sparse posterior of a zero mean GP (Hensman et al. 2015), dense."""
+    identity = torch.eye(len(K_uu), dtype=K_uu.dtype)
+    L = torch.linalg.cholesky(K_uu + jitter * K_uu.diagonal().mean() * identity)
+    A = torch.linalg.solve(L, K_uf)
+    return A.T @ mean, K_ff + A.T @ (covariance - identity) @ A
+
+
 def averaged_sparse_posterior(k, Z, orbits, weights, mean, covariance, jitter):
     """The posterior of g at all orbit points, ``n x s x d``, then averaged."""
     n, s, _ = orbits.shape
     flat = orbits.reshape(n * s, -1)
     average = torch.kron(torch.eye(n, dtype=Z.dtype), weights[None] / s)  # n x n s
     K = k(Z, Z), k(Z, flat), k(flat, flat)
-    m, S = sparse_posterior(*K, mean, covariance, jitter)
+    m, S = whitened_sparse_posterior(*K, mean, covariance, jitter)
     return average @ m, average @ S @ average.T
 
 

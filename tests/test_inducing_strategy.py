@@ -171,7 +171,7 @@ def test_a_sum_has_the_sum_of_the_base_processes():
     flat = orbits.reshape(-1, d)
     single = k1(Z, flat).reshape(M, N, 4).mean(-1)
     double = k1(flat, flat).reshape(N, 4, N, 4).mean((1, 3))
-    expected = dense.sparse_posterior(
+    expected = dense.whitened_sparse_posterior(
         k1(Z, Z) + k2(Z, Z),
         single + k2(Z, x),
         double + k2(x, x),
@@ -188,7 +188,7 @@ def test_a_product_has_the_products_of_the_covariances():
     x, Z = normal(N, d, seed=2), model.variational_strategy.inducing_points.detach()
     flat = invariant.augmentation(x).reshape(-1, d)
     k = dense.squared_exponential_gram
-    expected = dense.sparse_posterior(
+    expected = dense.whitened_sparse_posterior(
         k(Z, Z, 1.5) * k(Z, Z, 0.7),
         k(Z, flat, 1.5).reshape(M, N, 4).mean(-1) * k(Z, x, 0.7),
         k(flat, flat, 1.5).reshape(N, 4, N, 4).mean((1, 3)) * k(x, x, 0.7),
