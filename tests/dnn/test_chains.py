@@ -47,9 +47,14 @@ def gaussian(noise):
 SHORT = {"num_cycles": 2, "steps_per_cycle": 20, "samples_per_cycle": 3}
 
 
-@pytest.mark.parametrize("temperature", [0.2, 1.0])
 @pytest.mark.parametrize(
-    ("sampler", "rate"), [(SGLD, 0.02), (partial(SGHMC, friction=0.3), 0.006)]
+    ("sampler", "rate", "temperature"),
+    [
+        (SGLD, 0.02, 0.2),
+        (partial(SGHMC, friction=0.3), 0.006, 1.0),
+        pytest.param(SGLD, 0.02, 1.0, marks=pytest.mark.slow),
+        pytest.param(partial(SGHMC, friction=0.3), 0.006, 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_linear_model_has_the_law_of_bayesian_regression(sampler, rate, temperature):
     X = random(25, 2, seed=3) @ torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()

@@ -31,6 +31,7 @@ def trained(depth, seed, n=60, num_inducing=20, epochs=500, fit=None, **options)
         return result.model.predict(test_X).log_prob(test_Y).mean().item()
 
 
+@pytest.mark.slow
 def test_two_layers_fit_a_step_better_than_one():
     # Larger variances to start at, so that few steps show it.
     options = {"hidden_variance": 0.03, "noise_variance": 0.05}

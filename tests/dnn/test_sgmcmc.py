@@ -29,7 +29,9 @@ def start(copies=1, dtype=torch.float64):
     return torch.zeros(3, copies, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize(
+    "temperature", [0.1, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("kind", "lr", "options", "steps"),
     [
