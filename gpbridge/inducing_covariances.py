@@ -19,6 +19,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import singledispatch
 
 import torch
@@ -88,13 +89,31 @@ def _one_batch(Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return Z.expand(*batch, *Z.shape[-2:]), x.expand(*batch, *x.shape[-2:])
 
 
+def _selected(kernel: ScaleKernel, *points: Tensor) -> Iterator[Tensor]:
+    """Points in the columns of a scale; upstream copies those of its base to it."""
+    dims, base = kernel.active_dims, kernel.base_kernel
+    if dims is None or base.active_dims is not None:
+        yield from points
+        return
+    parts = (part for part in base.modules() if isinstance(part, Kernel))
+    if any(map(has_orbits, parts)):
+        raise ValueError(
+            "active_dims of a ScaleKernel around a kernel with orbits do not say which "
+            "columns inducing points have. Set active_dims on the inner kernel."
+        )
+    for point in points:
+        yield point.index_select(-1, dims)
+
+
 @inducing_covariance.register
 def _(kernel: ScaleKernel, Z: Tensor) -> Tensor:
+    (Z,) = _selected(kernel, Z)
     return _scale(kernel) * inducing_covariance(kernel.base_kernel, Z)
 
 
 @inducing_cross_covariance.register
 def _(kernel: ScaleKernel, Z: Tensor, x: Tensor) -> Tensor:
+    Z, x = _selected(kernel, Z, x)
     return _scale(kernel) * inducing_cross_covariance(kernel.base_kernel, Z, x)
 
 

@@ -135,10 +135,9 @@ def orbit_covariances(
     )
     own = base(own.movedim(-3, 0)).to_dense().movedim(0, -3)
     weights = kernel.augmentation.weights
-    if weights is not None:
-        weights = weights.to(x)
-        if not elements.is_floating_point():
-            weights = weights[elements]
+    # Weights of nodes are those of a quadrature, not of independent draws.
+    if weights is not None and not elements.is_floating_point():
+        weights = weights.to(x)[elements]
         cross = cross * weights
         own = own * (weights[:, None] * weights)
     if scale is not None:

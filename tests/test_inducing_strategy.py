@@ -23,6 +23,10 @@ from gpytorch.variational import (
 
 from gpbridge.augmentation import FiniteOrbit, Rotation2d
 from gpbridge.checks import ShapeError
+from gpbridge.inducing_covariances import (
+    inducing_covariance,
+    inducing_cross_covariance,
+)
 from gpbridge.inducing_gp import SparseGP
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
@@ -497,3 +501,17 @@ def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(num_output
     if num_outputs > 1:
         assert softmax(model.marginals(x)).probs.shape[-2:] == (N, 3)
     assert model.marginals(x).rsample().shape == joint.mean.shape
+
+
+def test_columns_of_a_scale_are_those_of_upstream():
+    kernel = ScaleKernel(RBFKernel(), active_dims=[0]).double()
+    Z = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double()
+    expected = kernel(Z, x).to_dense()
+    torch.testing.assert_close(inducing_cross_covariance(kernel, Z, x), expected)
+    torch.testing.assert_close(inducing_covariance(kernel, Z), kernel(Z).to_dense())
+    orbits = ScaleKernel(
+        InvariantKernel(RBFKernel(), Rotation2d(4)), active_dims=[0, 1]
+    )
+    with pytest.raises(ValueError, match="active_dims on the inner kernel"):
+        inducing_covariance(orbits, Z)

@@ -147,9 +147,11 @@ class AffineAugmentation2d(BoundedAugmentation):
         if self.padding:
             images = functional.pad(images, 4 * [self.padding])
         channels, height, width = self.output_shape
-        s = self.num_samples
-        frame = (s, 1, height, width)
-        grid = functional.affine_grid(self.matrices(x), frame, align_corners=False)
+        matrices = self.matrices(x)
+        s = len(matrices)  # a bound that draws elements of the orbit may take fewer
+        grid = functional.affine_grid(
+            matrices, (s, 1, height, width), align_corners=False
+        )
         # All images share the grids, so that they are channels of one image per grid.
         warped = functional.grid_sample(
             images.expand(s, *images.shape),

@@ -60,8 +60,14 @@ class Rotation2d(BoundedAugmentation):
         seed: int = 0,
     ) -> None:
         check_angle_cap(cap)
-        if columns is not None and len(set(columns)) != 2:
-            raise ValueError(f"columns must be two different ones, but is {columns!r}.")
+        if columns is not None and not (
+            len(columns) == len(set(columns)) == 2
+            and all(isinstance(c, int) and c >= 0 for c in columns)
+        ):
+            raise ValueError(
+                "columns must be two different numbers of columns, counted from zero, "
+                f"but is {columns!r}."
+            )
         limits = torch.tensor([cap, init], dtype=torch.float64)
         super().__init__(limits[:1], limits[1:], num_samples, sampling, seed)
         self.columns = None if columns is None else tuple(columns)

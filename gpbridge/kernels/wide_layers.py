@@ -275,7 +275,8 @@ class Residual(Layer):
                 f"branch ends in {_shown(branch)} and the shortcut in {_shown(other)}. "
                 "Change stride or padding of one."
             )
-        return Signal(branch.image, other.gaussian, True)
+        # The shortcut carries what came in: the sum is no new draw.
+        return Signal(branch.image, other.gaussian, other.random)
 
     def apply(self, state: LayerCovariance, values: Values) -> LayerCovariance:
         """The covariances after it."""

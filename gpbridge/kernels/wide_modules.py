@@ -47,7 +47,7 @@ def layers_of(
     if isinstance(module, nn.Sequential):
         return [
             layer
-            for name, child in module.named_children()
+            for name, child in module._modules.items()  # also one that comes twice
             for layer in layers_of(
                 child,
                 weight_variance,

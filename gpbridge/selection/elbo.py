@@ -19,6 +19,7 @@ References:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Generator, Size, Tensor
 
 from gpbridge.augmentation import Augmentation
 from gpbridge.checks import check_count, check_inputs, check_same_length
+from gpbridge.dnn.training import isolated_randomness
 from gpbridge.inducing_orbits import draw_elements, orbit_kernel, unbiased_moments
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
 from gpbridge.likelihoods import GAUSSIAN
@@ -188,7 +190,14 @@ class OrbitVariationalELBO(VariationalELBO):
             if self.unbiased and expansion_elements is None:
                 expansion_elements = self._expansion_elements(elements, generator)
         if self.jensen:
-            return super().forward(self.model(x, elements=elements), target, **kwargs)
+            # Upstream's likelihoods draw from the global state.
+            guard = nullcontext()
+            if generator is not None:
+                guard = isolated_randomness(generator, x.device)
+            with guard:
+                return super().forward(
+                    self.model(x, elements=elements), target, **kwargs
+                )
         expansion = None
         if expansion_elements is not None:
             with torch.no_grad():

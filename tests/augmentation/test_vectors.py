@@ -90,7 +90,7 @@ def test_the_median_distance_is_that_of_the_orbits():
     "build, error, message",
     [
         (lambda: Rotation2d(cap=3.2), ValueError, "at most pi = 3.141593, but is 3.2"),
-        (lambda: Rotation2d(columns=(1, 1)), ValueError, "two different ones"),
+        (lambda: Rotation2d(columns=(1, 1)), ValueError, "two different numbers"),
         (lambda: Rotation2d()(torch.zeros(4, 3)), ShapeError, "two columns, but x has"),
         (
             lambda: Rotation2d(columns=(0, 4))(torch.zeros(4, 3)),

@@ -312,6 +312,11 @@ def test_a_module_without_a_limit_is_named(module, message):
         ([Dense(), ReLU(), GELU()], {}, r"GELU at layers\[2\] needs Gaussian"),
         ([Dense(), ReLU(), LayerNorm(), Dense()], {}, r"LayerNorm at layers\[2\]"),
         (
+            [Dense(), Residual([Residual([Dense()])]), Dense()],
+            {},
+            "must end in new weights",
+        ),
+        (
             [Dense(), Residual([Dense(), ReLU()])],
             {},
             r"Residual at layers\[1\] must end in new",
@@ -363,3 +368,13 @@ def test_other_bad_input_is_refused():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             build()(torch.zeros(2, 3).double(), last_dim_is_batch=True).to_dense()
+
+
+def test_an_activation_that_a_module_uses_twice_counts_twice():
+    relu = nn.ReLU()
+    body = [nn.Linear(3, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 1)]
+    kernel = InfiniteWidthKernel.from_module(nn.Sequential(*body), "ntk")
+    body[3] = nn.ReLU()
+    expected = InfiniteWidthKernel.from_module(nn.Sequential(*body), "ntk")
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kernel(x).to_dense(), expected(x).to_dense())

@@ -205,8 +205,12 @@ def test_mixed_outputs_take_the_bound_of_jensen():
     softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
     elbo = OrbitVariationalELBO(softmax, model, 20, 3)
     assert elbo.jensen
-    value = elbo(x, torch.tensor([0, 1, 2, 0]), generator=torch.Generator())
-    assert value.isfinite()
+    values, state = [], torch.get_rng_state()
+    for _ in range(2):  # the samples of a softmax, too, come from the generator
+        generator = torch.Generator().manual_seed(1)
+        values.append(elbo(x, torch.tensor([0, 1, 2, 0]), generator=generator))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert values[0].isfinite() and torch.equal(*values)
     noise = MultitaskGaussianLikelihood(num_tasks=3)
     with pytest.raises(TypeError, match="mixes outputs"):
         OrbitVariationalELBO(noise, model, 20, 3, unbiased=True)
