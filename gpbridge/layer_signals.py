@@ -53,6 +53,7 @@ def record_signals(
     rows: Tensor,
     layer_names: tuple[str, ...],
     directions: Callable[[Tensor], Tensor] | None = None,
+    keep_graph: bool | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Run forward once and backward once per output; read inputs and signals.
 
@@ -62,6 +63,7 @@ def record_signals(
         layer_names: Of the layers to read.
         directions: Maps the outputs ``n x m`` to combinations of them, ``n x m x r``,
             to send back instead of each output.
+        keep_graph: Whether signals are to be differentiated; default if the rows are.
 
     Returns:
         The outputs, and by layer its inputs and signals ``n x m`` (or r) ``x T x o``.
@@ -84,7 +86,8 @@ def record_signals(
 
     modules = dict(net.network.named_modules())
     handles = [modules[n].register_forward_hook(tap(n)) for n in layer_names]
-    keep_graph = torch.is_grad_enabled() and rows.requires_grad
+    if keep_graph is None:
+        keep_graph = torch.is_grad_enabled() and rows.requires_grad
     try:
         # Signals need autograd, which torch.inference_mode switches off.
         with torch.inference_mode(False), torch.enable_grad():

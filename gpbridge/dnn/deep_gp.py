@@ -370,10 +370,11 @@ class DeepGaussianProcess(DeepGP):
     ) -> Tensor:
         self._check(X)
         widest = max(layer.output_dims for layer in self.layers)
+        samples = num_samples if len(self.layers) > 1 else 1
         bytes_each = torch.finfo(X.dtype).bits // 8
         check_memory(
             f"The joint posterior of {len(X)} points",
-            3 * bytes_each * num_samples * widest * len(X) ** 2,
+            3 * bytes_each * (samples * widest + self.num_outputs**2) * len(X) ** 2,
             MEMORY_BUDGET,
             "Pass fewer points or a smaller num_samples; predict(X) needs no "
             "covariances, and draw(num_samples) gives functions without them.",

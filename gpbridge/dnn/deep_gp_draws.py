@@ -124,7 +124,7 @@ def draw_layer(
     shape = num_samples, h, len(Z)
     v = q.mean + (q.factor @ standard_normal((*shape, 1), generator, Z))[..., 0]
     at_Z = torch.cat([prior(Z) for prior in priors], -1).mT  # s x h x M
-    std = jitter_of(covariance)[..., 0].sqrt()  # (h x) 1
+    std = jitter_of(covariance, layer.jitter_share)[..., 0].sqrt()  # (h x) 1
     at_Z = at_Z + std * standard_normal(shape, generator, Z)
     white = torch.linalg.solve_triangular(C, at_Z[..., None], upper=False)
     weights = torch.linalg.solve_triangular(C.mT, v[..., None] - white, upper=True)

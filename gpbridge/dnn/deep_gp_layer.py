@@ -126,6 +126,9 @@ class InducingLayer(DeepGPLayer):
                 f"{tuple(covar_module.batch_shape)}."
             )
         self.covar_module, self.mean_module = covar_module, mean_module
+        # Whitened values are those of this prior: another dtype must not change it.
+        share = variational_cholesky_jitter.value(inducing_points.dtype)
+        self.register_buffer("jitter_share", inducing_points.new_tensor(share))
 
     def __call__(self, inputs: Tensor, **kwargs: Any) -> MultitaskMultivariateNormal:
         """Marginals as gpytorch has them, ``... x n x h``, without covariances."""
@@ -184,7 +187,7 @@ class InducingLayer(DeepGPLayer):
 
     def prior_factor(self) -> Tensor:
         """The lower Cholesky factor C of the prior of u, jitter included."""
-        return stable_root(self.inducing_covariance())
+        return stable_root(self.inducing_covariance(), self.jitter_share)
 
     def inducing_covariance(self) -> Tensor:
         """Prior covariance of the inducing values, ``(h x) M x M``, no jitter."""
@@ -192,18 +195,18 @@ class InducingLayer(DeepGPLayer):
         return inducing_covariance(self.covar_module, Z)
 
 
-def jitter_of(covariance: Tensor) -> Tensor:
+def jitter_of(covariance: Tensor, share: Tensor) -> Tensor:
     """What is added to the diagonal: a share of its mean, ``... x 1 x 1``."""
-    share = variational_cholesky_jitter.value(covariance.dtype)
-    return share * _mean_variance(covariance)
+    return share.to(covariance) * _mean_variance(covariance)
 
 
-def stable_root(covariance: Tensor) -> Tensor:
+def stable_root(covariance: Tensor, share: Tensor | None = None) -> Tensor:
     """Lower Cholesky factor after a jitter relative to the mean variance."""
     # Upstream's further attempts add what is small beside one.
     scale = _mean_variance(covariance)
     scale = torch.where(scale > 0, scale, 1.0)
-    share = variational_cholesky_jitter.value(covariance.dtype)
+    if share is None:
+        share = variational_cholesky_jitter.value(covariance.dtype)
     identity = torch.eye(covariance.shape[-1]).to(covariance)
     return scale.sqrt() * psd_safe_cholesky(covariance / scale + share * identity)
 

@@ -62,8 +62,9 @@ class InvarianceFit(OnlineFit):
 
     @property
     def augmentation(self) -> Augmentation:
-        """The learnt law."""
-        return self.network.augmentation
+        """A copy of the law, which can be learnt on from here."""
+        law = copy.deepcopy(self.network.augmentation)
+        return law.requires_grad_(bool(self.learnt))
 
     def __repr__(self) -> str:
         """What was learnt, and the evidence with its block size."""
@@ -316,6 +317,18 @@ def learn_invariance_from(
         raise TypeError(
             f"{type(augmentation).__name__} has no bound to start from. Call "
             "learn_invariance."
+        )
+    if not any(p.requires_grad for p in augmentation.parameters()):
+        raise ValueError(
+            f"{type(augmentation).__name__} has no parameter with requires_grad, so "
+            "that there is nothing to learn from several starts. Call "
+            "requires_grad_(True) on it."
+        )
+    alone = {"checkpoint", "generator"} & set(options)
+    if alone:
+        raise TypeError(
+            f"{sorted(alone)} are of one run, but there are {len(starts)}. Pass seed=, "
+            "or call learn_invariance for each start."
         )
     fits = []
     for start in starts:

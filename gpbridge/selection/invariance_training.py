@@ -155,17 +155,7 @@ class InvarianceTraining(OnlineTraining):
         """
         dropout = self._noise.get_state()
         generator = Generator().manual_seed(self._seed % 2**31)
-        curvature = self._orbit_curvature
-        options = curvature.structure
-        if isinstance(options, TangentBlocks):
-            outputs = options.outputs
-            outputs = "independent" if outputs == "sampled" else outputs
-            every = TangentBlocks(
-                block_size=options.block_size,
-                outputs=outputs,
-                memory_budget=options.memory_budget,
-            )
-            curvature = self._curvature_of(every)
+        curvature = self._whole_curvature
         self._copy_weights()
         found = []
         saved = self.augmentation.noise.clone()
@@ -221,6 +211,16 @@ class InvarianceTraining(OnlineTraining):
             self.batches.first,
         )
         self._orbit_curvature = self._curvature_of(self.curvature)
+        # Built at once, since its blocks may be larger than those of training.
+        self._whole_curvature = self._orbit_curvature
+        if isinstance(self.curvature, TangentBlocks):
+            outputs = self.curvature.outputs
+            every = TangentBlocks(
+                block_size=self.curvature.block_size,
+                outputs="independent" if outputs == "sampled" else outputs,
+                memory_budget=self.curvature.memory_budget,
+            )
+            self._whole_curvature = self._curvature_of(every)
 
     def _curvature_of(self, structure: OrbitStructure) -> OrbitCurvature:
         return OrbitCurvature(

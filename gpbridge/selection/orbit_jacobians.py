@@ -190,14 +190,16 @@ class OrbitNet(nn.Module):
             return (seen["root"][:, None] * c[:, None, None]).flatten(0, 1)
 
         rows = images.flatten(0, 1)
+        learnt = rows.requires_grad or c.requires_grad  # transformations, or weights
+        keep_graph = torch.is_grad_enabled() and learnt
         signals: dict[str, tuple[Tensor, Tensor]] = {}
         try:
             _, signals = record_signals(
-                self.net, rows, self.net.layer_names or (), directions
+                self.net, rows, self.net.layer_names or (), directions, keep_graph
             )
         except Uncontractible:  # control flow that depends on these data
             directions(self.net(rows))
-        if not (torch.is_grad_enabled() and rows.requires_grad):
+        if not keep_graph:
             seen = {name: t.detach() for name, t in seen.items()}
         parts = []
         for block in self.blocks:

@@ -423,6 +423,18 @@ def test_everything_is_in_the_dtype_of_the_inputs():
         assert value.dtype == torch.float32 and torch.isfinite(value).all()
 
 
+def test_another_precision_is_the_same_function():
+    X = normal(80, 2).float()
+    model = build_deep_gp(X, depth=2, num_inducing=30, hidden_variance=0.1)
+    moved(model)
+    wide = copy.deepcopy(model).double()
+    for layer, other in zip(model.layers, wide.layers, strict=True):
+        assert layer.jitter_share == other.jitter_share
+        got, expected = layer.marginals(X), other.marginals(X.double())
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=5e-3)
+
+
 def test_the_global_random_state_is_left_alone():
     model, X, Y = problem()
     before = torch.get_rng_state()

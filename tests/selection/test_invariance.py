@@ -299,6 +299,17 @@ def test_several_starts_are_ordered_by_evidence():
     assert values == sorted(values, reverse=True)
     bounds = sorted(fit.learnt["bound"].item() for fit in fits)
     assert bounds[0] < 0.2 and bounds[1] > 1.5
+    law = fits[0].augmentation  # can be learnt on from there
+    again = learn_invariance(tanh_net(), data, law, epochs=2, progress=False)
+    assert not torch.equal(again.learnt["bound"], fits[0].learnt["bound"])
+    with pytest.raises(ValueError, match="nothing to learn from several starts"):
+        learn_invariance_from(
+            [0.1], tanh_net(), data, Rotation2d(3).requires_grad_(False)
+        )
+    with pytest.raises(TypeError, match=r"\['checkpoint'\] are of one run"):
+        learn_invariance_from(
+            [0.1, 1.0], tanh_net(), data, Rotation2d(3), checkpoint="a.pt"
+        )
     with pytest.raises(ValueError, match="at least one half-width"):
         learn_invariance_from([], tanh_net(), data, Rotation2d(3))
     with pytest.raises(TypeError, match="has no bound to start from"):

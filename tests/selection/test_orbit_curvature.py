@@ -12,7 +12,11 @@ from gpytorch.likelihoods import (
 )
 from torch import nn
 
-from gpbridge.augmentation import AffineAugmentation2d, Rotation2d
+from gpbridge.augmentation import (
+    AffineAugmentation2d,
+    PatchAugmentation,
+    Rotation2d,
+)
 from gpbridge.augmentation.base import Augmentation
 from gpbridge.linearized import Diagonal, Exact, Kronecker
 from gpbridge.selection import TangentBlocks
@@ -296,6 +300,39 @@ def test_the_gradient_is_that_of_finite_differences(kind, structure):
     share = 0.9 / math.pi
     by_raw = slope * math.pi * share * (1 - share)
     assert gradients["raw_bound"].item() == pytest.approx(by_raw, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "structure", [Exact(space="weight"), TangentBlocks(block_size=7)]
+)
+def test_weights_of_an_orbit_have_the_gradient_of_finite_differences(structure):
+    X, Y = points(20, 36), torch.arange(20) % 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    patches = PatchAugmentation((6, 6), (3, 3)).double()
+    names = [[n for n, _ in net.named_parameters()]]
+    likelihood = SoftmaxLikelihood(num_classes=2, mixing_weights=False)
+    on_orbits = OrbitNet(net, patches, names, None, X)
+    curvature = OrbitCurvature(on_orbits, likelihood, structure, 20)
+    prior = torch.ones(1).double()
+
+    def measured(values):
+        generator = torch.Generator().manual_seed(0)
+        return curvature.measure(OrbitData(X, Y), prior, None, values, generator)
+
+    weights = patches.patch_weights
+    got = measured({"patch_weights": weights}).gradients["patch_weights"]
+    for k in range(2):
+        sides = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                weights[k] += step
+            sides.append(measured({}).evidence(prior, None).value.item())
+        with torch.no_grad():
+            weights[k] += 1e-5
+        expected = (sides[0] - sides[1]) / 2e-5
+        assert got[k].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_chunks_of_data_change_nothing(monkeypatch):
