@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpytorch.likelihoods import SoftmaxLikelihood
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.optim import NGD
 from gpytorch.variational import (
@@ -21,8 +22,10 @@ from gpytorch.variational import (
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
+    check_binary,
     check_finite,
     check_inputs,
+    check_labels,
     check_not_empty,
     check_positive,
     check_same_device,
@@ -30,6 +33,7 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
+from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.selection.elbo import OrbitVariationalELBO
 
 _NATURAL = (NaturalVariationalDistribution, TrilNaturalVariationalDistribution)
@@ -82,6 +86,9 @@ def fit_sparse_gp(
             after the last good epoch, which ``last_good`` of the error holds.
         ValueError: If an option is out of range, the number of rows is not that of
             ``elbo``, or nothing can be trained.
+        InputDataError: If inputs or targets are NaN or infinite, or labels are not
+            those of the likelihood.
+        TypeError: If class labels are no integers.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard.
@@ -109,6 +116,7 @@ def fit_sparse_gp(
     check_same_length(train_X=train_X, train_Y=train_Y)
     check_same_device(train_X=train_X, train_Y=train_Y)
     check_finite(train_Y=train_Y)
+    _check_labels(elbo, train_Y)
     check_positive(natural_rate=natural_rate, learning_rate=learning_rate)
     n = len(train_X)
     if getattr(elbo, "num_data", n) != n:
@@ -146,6 +154,15 @@ def fit_sparse_gp(
         name="fit_sparse_gp",
         optimizer=optimizer,
     )
+
+
+def _check_labels(elbo: MarginalLogLikelihood, labels: Tensor) -> None:
+    """Once for all data: a look in each step would stop the device."""
+    likelihood = elbo.likelihood
+    if isinstance(likelihood, LogisticLikelihood):
+        check_binary(labels)
+    elif isinstance(likelihood, SoftmaxLikelihood):
+        check_labels(labels, likelihood.num_classes)
 
 
 def _natural_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
