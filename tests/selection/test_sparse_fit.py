@@ -235,3 +235,24 @@ def test_labels_are_checked_once_for_all_rows(likelihood, label, message, monkey
     monkeypatch.setattr(elbo, "forward", None)  # no step is taken
     with pytest.raises(InputDataError, match=message):
         fit_sparse_gp(elbo, X, y, progress=False)
+
+
+@pytest.mark.parametrize("change", ["data", "points", "bound"])
+def test_a_state_of_another_run_is_refused(change):
+    X, y = regression()
+    kernel = InvariantKernel(RBFKernel(), Rotation2d(4))
+
+    def start(X, points=8, elements=3):
+        model = model_for(X, copy.deepcopy(kernel), points)
+        return OrbitVariationalELBO(model.likelihood, model, len(X), elements)
+
+    state = fit_sparse_gp(start(X), X, y, epochs=1, progress=False).state
+    elbo, message = start(X), "its data is"
+    if change == "data":
+        y = -y
+    elif change == "points":
+        elbo, message = start(X, points=7), r"its model is .*\(8, 2\)"
+    else:
+        elbo, message = start(X, elements=4), "its model is .*num_orbit_samples.*3"
+    with pytest.raises(ValueError, match=f"state is of another run: {message}"):
+        fit_sparse_gp(elbo, X, y, epochs=1, resume=state, progress=False)
