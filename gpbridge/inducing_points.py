@@ -36,8 +36,8 @@ def initial_inducing_points(
     Other kernels have centroids of the rows by k-means, at up to 30 n m d.
 
     There are fewer points than asked for where the inputs hold no more distinct ones:
-    all of them are inducing points then, and a further one would add nothing. Of patches
-    and orbits those count that 16 m draws find.
+    all of them are inducing points then, and a further one would add nothing. Of
+    patches and orbits those count that 16 m draws find.
 
     Args:
         kernel: The kernel of the model.
