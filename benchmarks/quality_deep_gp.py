@@ -34,9 +34,9 @@ from gpytorch.variational import CholeskyVariationalDistribution, VariationalStr
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
+from gpbridge.centroids import centroids
 from gpbridge.data import Minibatches, load_uci, standardize
 from gpbridge.dnn import build_deep_gp, fit_deep_gp
-from gpbridge.dnn.centroids import centroids
 
 BATCH = 1000
 EXACT_POINTS = 2000

@@ -4,7 +4,9 @@ The task of the paper on convolutional GPs: outlines of rectangles at random pla
 class is which side is longer. A squared exponential kernel compares whole images and
 has to see all places; a convolutional kernel adds one function of patches over the
 image. That function only has to tell horizontal from vertical edges, and its inducing
-variables are patches of 3 x 3 pixels.
+variables are patches of 3 x 3 pixels. Both kernels train by one rule: 150 steps of Adam
+at rate 0.02, lengthscales from half the median distance of inducing inputs. Of rates
+0.02 and 0.05, and factors 0.5 and 1, these are the best of both kernels.
 
 After van der Wilk, Rasmussen and Hensman, Convolutional Gaussian processes, NeurIPS
 2017, section 4.2.
@@ -36,10 +38,10 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options, _ = parser.parse_known_args()
-sizes, seeds, num_steps, num_test = (50, 100, 200, 400), 2, 300, 1000
+sizes, seeds, num_steps, num_test = (50, 100, 200, 400), 2, 150, 500
 if options.smoke:
     sizes, seeds, num_steps, num_test = (20,), 1, 4, 50
-side, patch, batch = 14, 3, 50
+side, patch, batch, rate = 14, 3, 50, 0.02
 torch.set_num_threads(1)
 
 
@@ -61,17 +63,18 @@ def rectangles(n, generator):
 # %% Two priors: of whole images, and of patches
 def build(name, X, generator):
     if name == "convolutional":
-        base = ConvolutionalKernel(RBFKernel(), (side, side), (patch, patch))
-        base.base_kernel.lengthscale = 1.0
+        part = RBFKernel()
+        base = ConvolutionalKernel(part, (side, side), (patch, patch))
         number = 16
     else:
-        base, number = RBFKernel(), min(len(X.unique(dim=0)), 150)
-        base.lengthscale = 3.0
+        part = base = RBFKernel()
+        number = 150
     kernel = ScaleKernel(base)
+    Z = initial_inducing_points(kernel, X, number, generator)
+    part.lengthscale = 0.5 * torch.pdist(Z).median()
     with torch.no_grad():  # functions vary by a few logits from image to image
         K = base(X).to_dense()
     kernel.outputscale = 4 / (K.diagonal().mean() - K.mean())
-    Z = initial_inducing_points(kernel, X, number, generator)
     return SparseGP(kernel, Z, LogisticLikelihood(), initial_std=0.1)
 
 
@@ -89,7 +92,6 @@ for seed in range(seeds):
             model = build(name, X, torch.Generator().manual_seed(seed))
             elbo = VariationalELBO(model.likelihood, model, num_data=n)
             epochs = max(1, num_steps * batch // n)
-            rate = 0.05 if name == "convolutional" else 0.02
             steps = {"epochs": epochs, "batch_size": batch, "learning_rate": rate}
             fit_sparse_gp(elbo, X, y, progress=False, **steps)
             with torch.no_grad():

@@ -9,8 +9,11 @@ Scales, sums and products of kernels have the scales, sums and products of these
 :math:`f_1 + f_2` takes :math:`u = g_1(Z) + g_2(Z)`, and a kernel without orbits is its
 own base kernel. Everything stays jointly positive semi-definite.
 
+Whoever registers rules for another kernel can put it into sparse and deep GPs.
+
 In: a kernel, inducing points ``... m x d'`` and inputs ``... n x d``. Out: dense
-matrices. Next: ``inducing_strategy`` makes a posterior of them.
+matrices. Next: ``inducing_strategy`` makes a posterior of them, ``dnn.deep_gp_layer``
+a layer.
 
 References:
     van der Wilk et al., Learning invariances using the marginal likelihood, NeurIPS
@@ -28,10 +31,25 @@ from torch import Tensor
 
 from gpbridge.checks import ShapeError
 
+_COMPOSITIONS = ScaleKernel, AdditiveKernel, ProductKernel
+
 
 def has_orbits(kernel: Kernel) -> bool:
     """Whether a kernel itself, not one inside of it, averages a base kernel."""
     return hasattr(kernel, "base_cross")
+
+
+def has_own_domain(kernel: Kernel) -> bool:
+    """Whether inducing variables are other things than function values at inputs.
+
+    So for kernels with orbits, for others that have a rule of their own, and for
+    scales, sums and products with one of these.
+    """
+    if isinstance(kernel, _COMPOSITIONS):
+        parts = getattr(kernel, "kernels", None) or [kernel.base_kernel]
+        return any(map(has_own_domain, parts))
+    rule = inducing_covariance.dispatch(type(kernel))
+    return has_orbits(kernel) or rule is not inducing_covariance.dispatch(Kernel)
 
 
 @singledispatch

@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from gpytorch.likelihoods import (
+    GaussianLikelihood,
+    Likelihood,
+    MultitaskGaussianLikelihood,
+)
 from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from gpytorch.variational import (
@@ -24,6 +28,7 @@ from torch import Size, Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
+from gpbridge.likelihoods import check_outputs
 
 _DISTRIBUTIONS = {
     "cholesky": CholeskyVariationalDistribution,
@@ -43,7 +48,8 @@ class SparseGP(ApproximateGP):
         kernel: The prior covariance, used as it is and not copied.
         inducing_points: Inducing points ``m x d'``, from
             :func:`gpbridge.inducing_points.initial_inducing_points`.
-        likelihood: Kept as ``model.likelihood``; default Gaussian noise.
+        likelihood: Kept as ``model.likelihood``; default Gaussian noise, of a variance
+            of its own for each output.
         num_outputs: The number of latent functions, as the classes of a softmax.
         mean: Prior mean; default zero.
         distribution: Of the inducing variables: ``"cholesky"``, ``"natural"`` (for
@@ -52,6 +58,10 @@ class SparseGP(ApproximateGP):
         initial_std: Of the whitened inducing variables at the start, whose mean is
             zero. One is the prior. With a large outputscale, as a convolutional kernel
             needs one, the prior is a poor start, and 0.1 learns faster.
+
+    Raises:
+        ShapeError: If the likelihood is one of another number of outputs.
+        ValueError: If an option is out of range.
 
     Example:
         >>> import torch
@@ -83,6 +93,9 @@ class SparseGP(ApproximateGP):
         check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
         check_count(num_outputs=num_outputs)
         check_positive(initial_std=initial_std)
+        if likelihood is None:
+            likelihood = _gaussian_noise(num_outputs)
+        check_outputs(likelihood, num_outputs)
         batch_shape = Size([num_outputs] if num_outputs > 1 else [])
         q = _DISTRIBUTIONS[distribution](inducing_points.shape[-2], batch_shape)
         _set_std(q, initial_std)
@@ -101,7 +114,7 @@ class SparseGP(ApproximateGP):
         super().__init__(strategy)
         self.covar_module = kernel
         self.mean_module = ZeroMean() if mean is None else mean
-        self.likelihood = GaussianLikelihood() if likelihood is None else likelihood
+        self.likelihood = likelihood
         self.num_outputs = num_outputs
 
     def forward(self, x: Tensor) -> MultivariateNormal:
@@ -127,6 +140,13 @@ class SparseGP(ApproximateGP):
         if self.num_outputs > 1:
             variance = variance.flatten(-2)
         return type(f)(f.mean, DiagLinearOperator(variance))
+
+
+def _gaussian_noise(num_outputs: int) -> Likelihood:
+    if num_outputs == 1:
+        return GaussianLikelihood()
+    # A second noise in common could not be told from these.
+    return MultitaskGaussianLikelihood(num_outputs, rank=0, has_global_noise=False)
 
 
 @torch.no_grad()

@@ -164,8 +164,17 @@ def unbiased_moments(moments: OrbitMoments, orbit_size: float) -> tuple[Tensor, 
 
     Returns:
         Estimates of E f and of E f^2, the prior mean of f included, ``... n``.
+
+    Raises:
+        ValueError: If one of several elements was drawn: it says nothing about pairs.
     """
     C = moments.mean.shape[-1]
+    if C == 1 < orbit_size:
+        raise ValueError(
+            f"One element of an orbit of {orbit_size} has no pairs of different "
+            "elements, which the second moment of the average is made of. Draw two or "
+            "more."
+        )
     inverse = 1 / orbit_size
     pairs = 1.0 if C == 1 else C / (C - 1) * (1 - inverse)
     single = inverse - pairs / C

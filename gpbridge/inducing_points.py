@@ -1,7 +1,7 @@
-"""Where inducing points start: at random patches or orbit elements of training inputs.
+"""Where inducing points start: at centroids, random patches or elements of orbits.
 
 In: a kernel and training inputs. Out: distinct points in the space of the base kernel.
-Next: ``inducing_gp``.
+Next: ``inducing_gp``, and layers of deep GPs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Generator, Tensor
 
+from gpbridge.centroids import centroids
 from gpbridge.checks import check_count, check_inputs, check_not_empty
 from gpbridge.inducing_covariances import has_orbits, inducing_width
 from gpbridge.randomness import fresh
 
 SPREAD = 1e-3  # of what is added: uniform below it
 _ROWS = 64  # whose orbits are formed at a time
-_ROUNDS = 8  # of candidates, before the inputs are said to hold too few
+_ROUNDS = 8  # of candidates, before the inputs are taken to hold no more
 
 
 @torch.no_grad()
@@ -26,25 +27,26 @@ def initial_inducing_points(
     num_inducing: int,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Random distinct training points, as the base kernel sees them.
+    """Distinct points that represent the training inputs as the base kernel sees them.
 
-    Patches for a ``ConvolutionalKernel``, elements of orbits for an
-    ``InvariantKernel``, rows for other kernels; a composition takes those of its first
-    kernel with orbits. Each is drawn from a random row and a random element. Equal ones
-    count once (most images have many empty patches), and a number uniform on
-    [0, 0.001] is added to each entry.
+    Random patches for a ``ConvolutionalKernel``, random elements of orbits for an
+    ``InvariantKernel``; a composition takes those of its first kernel with orbits. Each
+    is drawn from a random row and a random element. Equal ones count once (most images
+    have many empty patches), and a number uniform on [0, 0.001] is added to each entry.
+    Other kernels have centroids of the rows by k-means, at up to 30 n m d.
+
+    There are fewer points than asked for where the inputs hold no more distinct ones:
+    all of them are inducing points then, and a further one would add nothing. Of
+    patches and orbits those count that 16 m draws find.
 
     Args:
         kernel: The kernel of the model.
         train_X: Training inputs ``n x d``.
-        num_inducing: The number m of points.
+        num_inducing: The largest number m of points.
         generator: Source of randomness. Without one, draws differ in each call.
 
     Returns:
         Points ``m x d'``.
-
-    Raises:
-        ValueError: If so many distinct ones are not found.
 
     Example:
         >>> from gpytorch.kernels import RBFKernel, ScaleKernel
@@ -55,7 +57,8 @@ def initial_inducing_points(
 
     References:
         van der Wilk, Rasmussen and Hensman, Convolutional Gaussian processes, NeurIPS
-        2017, section 5.
+        2017, section 5. Salimbeni and Deisenroth, Doubly stochastic variational
+        inference for deep Gaussian processes, NeurIPS 2017 (k-means).
     """
     check_inputs(train_X)
     check_not_empty(train_X=train_X)
@@ -64,24 +67,17 @@ def initial_inducing_points(
     generator = fresh(generator, train_X.device)
     inner = next((k for k in kernel.modules() if has_orbits(k)), None)
     if inner is None:
-        found = _distinct(train_X, generator)[:num_inducing]
-    else:
-        X = train_X
-        if inner.active_dims is not None:
-            X = X.index_select(-1, inner.active_dims)
-        found = X.new_zeros(0, inner.augmentation.output_width(X.shape[-1]))
-        for _ in range(_ROUNDS):
-            new = _random_elements(inner.augmentation, X, 2 * num_inducing, generator)
-            found = _distinct(torch.cat([found, new]), generator)
-            if len(found) >= num_inducing:
-                break
-        found = found[:num_inducing]
-    if len(found) < num_inducing:
-        raise ValueError(
-            f"num_inducing is {num_inducing}, but only {len(found)} distinct points "
-            f"were found in {len(train_X)} training rows. Ask for fewer, or pass "
-            "inducing points of your own."
-        )
+        return centroids(train_X, num_inducing, generator)
+    X = train_X
+    if inner.active_dims is not None:
+        X = X.index_select(-1, inner.active_dims)
+    found = X.new_zeros(0, inner.augmentation.output_width(X.shape[-1]))
+    for _ in range(_ROUNDS):
+        new = _random_elements(inner.augmentation, X, 2 * num_inducing, generator)
+        found = _distinct(torch.cat([found, new]), generator)
+        if len(found) >= num_inducing:
+            break
+    found = found[:num_inducing]
     shape, device = found.shape, generator.device
     shift = torch.rand(shape, generator=generator, dtype=found.dtype, device=device)
     return found + SPREAD * shift.to(found.device)

@@ -68,6 +68,8 @@ class InterdomainVariationalStrategy(VariationalStrategy):
     Raises:
         ShapeError: If the inducing points have another width than the base kernel
             sees; at the first call, which knows the inputs.
+        ValueError: If the model gives its kernel features of the inputs, and the kernel
+            selects columns of them by ``active_dims``; at the first call.
 
     Example:
         >>> from gpytorch.kernels import RBFKernel
@@ -116,6 +118,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
             learn_inducing_locations,
             jitter_val,
         )
+        self._has_checked_columns = False
         # Upstream would condition on function values at the inducing points.
         self.has_fantasy_strategy = False
 
@@ -258,7 +261,12 @@ class InterdomainVariationalStrategy(VariationalStrategy):
         kernel = covariance.kernel
         # The inputs of the kernel may be features of x; but if it selects columns, it
         # has done so already, and would select again.
-        return kernel, covariance.x1 if kernel.active_dims is None else x
+        if kernel.active_dims is None:
+            return kernel, covariance.x1
+        if not self._has_checked_columns:  # once: a comparison stops the device
+            _check_columns(kernel, covariance.x1, x)
+            self._has_checked_columns = True
+        return kernel, x
 
     def _check_width(self, kernel: Kernel, x: Tensor) -> None:
         width = inducing_width(kernel, x.shape[-1])
@@ -270,3 +278,18 @@ class InterdomainVariationalStrategy(VariationalStrategy):
                 f"{found} (shape {tuple(self.inducing_points.shape)}). Try "
                 "gpbridge.inducing_points.initial_inducing_points."
             )
+
+
+def _check_columns(kernel: Kernel, found: Tensor, x: Tensor) -> None:
+    """Require that what a kernel selected are columns of the inputs themselves."""
+    dims = kernel.active_dims
+    if int(dims.max()) < x.shape[-1]:
+        expected = x.index_select(-1, dims)
+        if found.shape == expected.shape and torch.equal(found, expected):
+            return
+    raise ValueError(
+        f"{type(kernel).__name__} selects columns {dims.tolist()} of features, since "
+        "the model's forward does not give it the inputs themselves. What it selects "
+        "from cannot be known here. Select the columns in forward, as "
+        "self.covar_module(features[..., columns]), and leave active_dims unset."
+    )

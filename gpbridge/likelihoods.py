@@ -200,6 +200,41 @@ def is_gaussian(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, GAUSSIAN)
 
 
+def outputs_of(likelihood: Likelihood) -> int | None:
+    """The number m of latent outputs that a likelihood is made for; None if unknown."""
+    if isinstance(likelihood, SoftmaxLikelihood):
+        return likelihood.num_features
+    if isinstance(likelihood, MultitaskGaussianLikelihood):
+        return likelihood.num_tasks
+    single = *GAUSSIAN, _OneDimensionalLikelihood
+    return 1 if isinstance(likelihood, single) else None
+
+
+def check_outputs(likelihood: Likelihood, num_outputs: int) -> None:
+    """Require a likelihood of so many latent outputs.
+
+    Upstream's likelihoods of one output take any number of them without a word, and
+    their expectations are then not summed over outputs.
+
+    Raises:
+        ShapeError: If it is made for another number.
+    """
+    expected = outputs_of(likelihood)
+    if expected in (None, num_outputs):
+        return
+    remedy = (
+        f"MultitaskGaussianLikelihood(num_tasks={num_outputs}, rank=0), for classes "
+        f"SoftmaxLikelihood(num_classes={num_outputs}, mixing_weights=False)"
+    )
+    if num_outputs == 1:
+        remedy = "GaussianLikelihood(), for labels 0 and 1 LogisticLikelihood()"
+    raise ShapeError(
+        f"{type(likelihood).__name__} is a likelihood of {expected} latent "
+        f"{'output' if expected == 1 else 'outputs'}, but there are {num_outputs}. "
+        f"Try {remedy}."
+    )
+
+
 def noise_covariance(
     likelihood: Likelihood, f: Tensor, noise: Tensor | None = None
 ) -> Tensor:

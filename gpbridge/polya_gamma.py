@@ -23,7 +23,7 @@ from functools import singledispatch
 from typing import Any, NoReturn
 
 import torch
-from gpytorch.distributions import MultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from gpbridge.checks import ShapeError, check_binary
-from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.likelihoods import LogisticLikelihood, check_outputs
 
 _SMALL = 1e-2  # below it a series has less rounding than tanh(c/2) / c
 
@@ -76,7 +76,10 @@ class PolyaGammaBernoulliLikelihood(LogisticLikelihood):
 
         Raises:
             InputDataError: If a label is another number.
+            ShapeError: If f has several outputs.
         """
+        if isinstance(function_dist, MultitaskMultivariateNormal):
+            check_outputs(self, function_dist.num_tasks)
         mean, variance = function_dist.mean, function_dist.variance
         second = mean.square() + variance
         return expected_quadratic(self, observations, mean, second)
@@ -105,7 +108,7 @@ def expected_quadratic(
 
     Args:
         likelihood: Gaussian noise, or :class:`PolyaGammaBernoulliLikelihood`.
-        observations: Targets ``n``, or ``n x m`` for several outputs.
+        observations: Targets ``n``, or ``n x m`` for a likelihood of m outputs.
         mean: Of f, shaped as the targets.
         second_moment: Of f, :math:`E f^2`.
         expansion: Where a bound touches, the points c; default
@@ -114,7 +117,7 @@ def expected_quadratic(
         noise: Fixed noise variances of these targets.
 
     Returns:
-        Nats per point, summed over outputs, ``n``.
+        Nats per point, summed over the outputs of the likelihood, ``n``.
 
     Raises:
         TypeError: If the likelihood is not quadratic.

@@ -6,6 +6,7 @@ from botorch.exceptions.errors import InputDataError
 from gpytorch.kernels import RBFKernel, ScaleKernel
 
 from gpbridge.augmentation import FiniteOrbit
+from gpbridge.centroids import centroids
 from gpbridge.checks import ShapeError
 from gpbridge.inducing_points import SPREAD, initial_inducing_points
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
@@ -31,7 +32,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", list(KERNELS))
+@pytest.mark.parametrize("name", ["patches", "turns", "sum"])
 def test_points_are_distinct_elements_of_training_orbits(name):
     kernel, X = KERNELS[name], sparse_images()
     Z = initial_inducing_points(kernel, X, 20, generator())
@@ -40,7 +41,7 @@ def test_points_are_distinct_elements_of_training_orbits(name):
         inner = inner.kernels[0]
     if name == "patches":
         inner = kernel.base_kernel
-    orbit = X if name == "plain" else inner.augmentation(X).flatten(0, 1)
+    orbit = inner.augmentation(X).flatten(0, 1)
     assert Z.shape == (20, orbit.shape[-1])
     shift = Z[:, None] - orbit[None]  # from each element
     inside = ((shift >= 0) & (shift <= SPREAD)).all(-1)
@@ -70,11 +71,20 @@ def test_the_dtype_is_that_of_the_inputs():
     assert initial_inducing_points(kernel, X, 9).dtype == torch.float64
 
 
-def test_too_few_distinct_points_are_an_error():
-    with pytest.raises(ValueError, match="only 1 distinct points.*30 training rows"):
-        initial_inducing_points(KERNELS["patches"], torch.zeros(30, 36), 5)
-    with pytest.raises(ValueError, match="num_inducing is 40, but only 30 distinct"):
-        initial_inducing_points(KERNELS["plain"], torch.rand(30, 36), 40)
+def test_there_are_no_more_points_than_the_inputs_hold():
+    empty = torch.zeros(30, 36)
+    assert initial_inducing_points(KERNELS["patches"], empty, 5).shape == (1, 9)
+    assert initial_inducing_points(KERNELS["turns"], empty, 5).shape == (1, 36)
+    X = torch.rand(30, 36, generator=generator())
+    twice = torch.cat([X, X])
+    Z = initial_inducing_points(KERNELS["plain"], twice, 40, generator())
+    assert torch.equal(Z, X.unique(dim=0))  # all of them
+
+
+def test_kernels_without_orbits_have_centroids():
+    X = torch.rand(30, 36, generator=generator())
+    Z = initial_inducing_points(KERNELS["plain"], X, 7, generator(3))
+    assert torch.equal(Z, centroids(X, 7, generator(3)))
 
 
 def test_bad_input_is_refused():

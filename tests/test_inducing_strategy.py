@@ -1,91 +1,40 @@
 """Inter-domain posteriors: averages of the base process's, compositions, refusals."""
 
 import copy
-import pickle
 
-import gpytorch
 import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskVariationalGP
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import PeriodicKernel, RBFKernel, ScaleKernel
-from gpytorch.likelihoods import MultitaskGaussianLikelihood, SoftmaxLikelihood
-from gpytorch.mlls import VariationalELBO
-from gpytorch.models import ApproximateGP
+from gpytorch.likelihoods import MultitaskGaussianLikelihood
 from gpytorch.variational import (
     CholeskyVariationalDistribution,
     DeltaVariationalDistribution,
-    IndependentMultitaskVariationalStrategy,
-    LMCVariationalStrategy,
     VariationalStrategy,
 )
 
-from gpbridge.augmentation import FiniteOrbit, Rotation2d
+from gpbridge.augmentation import FiniteOrbit
 from gpbridge.checks import ShapeError
-from gpbridge.inducing_covariances import (
-    inducing_covariance,
-    inducing_cross_covariance,
-)
 from gpbridge.inducing_gp import SparseGP
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
 from gpbridge.selection.variational_bound import inducing_strategy
 from tests import oracles_architecture as dense
-
-M, N = 6, 5
-DOUBLE = torch.float64
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=DOUBLE)
-
-
-def rbf(lengthscale=1.5, **options):
-    kernel = RBFKernel(**options).double()
-    # A Python number would pass through float32.
-    kernel.lengthscale = torch.tensor(lengthscale, dtype=DOUBLE)
-    return kernel
-
-
-def convolutional(**options):
-    kernel = ConvolutionalKernel(rbf(), (4, 4), (2, 2), **options).double()
-    kernel.augmentation.patch_weights.data = 1 + 0.3 * normal(9, seed=9)
-    return kernel
-
-
-def kernels(name):
-    """A kernel with orbits, and the widths of its inputs and inducing points."""
-    if name == "convolutional":
-        return convolutional(), 16, 4
-    if name == "rotation":
-        kernel = InvariantKernel(rbf(), Rotation2d(num_samples=4).double())
-        return kernel, 2, 2
-    return InvariantKernel(rbf(), FiniteOrbit.quarter_turns((3, 3))), 9, 9
-
-
-NAMES = ["convolutional", "rotation", "turns"]
-
-
-def settle(model, seed=5):
-    """Give a model variational parameters that are not the prior's."""
-    strategy = inducing_strategy(model)
-    q = strategy._variational_distribution
-    q.variational_mean.data = normal(*q.variational_mean.shape, seed=seed)
-    if hasattr(q, "chol_variational_covar"):
-        root = 0.3 * normal(*q.chol_variational_covar.shape, seed=seed + 1)
-        q.chol_variational_covar.data = root.tril() + 0.5 * torch.eye(M, dtype=DOUBLE)
-    strategy.variational_params_initialized.fill_(1)
-    return model
-
-
-def sparse(kernel, width, likelihood=None, **options):
-    return settle(SparseGP(kernel, normal(M, width, seed=1), likelihood, **options))
-
-
-def moments(distribution):
-    return distribution.mean.detach(), distribution.covariance_matrix.detach()
+from tests.inducing_problems import (
+    DOUBLE,
+    LMC,
+    NAMES,
+    M,
+    N,
+    kernels,
+    moments,
+    normal,
+    rbf,
+    settle,
+    sparse,
+)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -262,22 +211,6 @@ def test_several_outputs_are_a_loop_over_outputs(batched):
         assert (both.variance[:, task] - covariance.diagonal()).abs().max() < 1e-10
 
 
-class LMC(ApproximateGP):
-    """Two latent functions mixed into three tasks, as gpytorch's users write it."""
-
-    def __init__(self):
-        latent = torch.Size([2])
-        q = CholeskyVariationalDistribution(M, latent).double()
-        base = InterdomainVariationalStrategy(self, normal(M, 4, seed=1), q)
-        super().__init__(LMCVariationalStrategy(base, 3, num_latents=2, latent_dim=-1))
-        self.double()
-        self.mean_module = gpytorch.means.ConstantMean(batch_shape=latent)
-        self.covar_module = ScaleKernel(convolutional(), batch_shape=latent).double()
-
-    def forward(self, x):
-        return MultivariateNormal(self.mean_module(x), self.covar_module(x))
-
-
 def test_mixed_outputs_have_the_mixture_of_latent_covariances():
     model, x = settle(LMC()).eval(), normal(N, 16, seed=2)
     latent = model.variational_strategy.base_variational_strategy(x)
@@ -338,54 +271,10 @@ def test_a_point_estimate_of_the_inducing_values_has_no_covariance():
         assert (first - second).abs().max() < 1e-10
 
 
-def test_state_dict_pickle_and_deepcopy_keep_the_posterior():
-    kernel, d, width = kernels("convolutional")
-    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
-    model = sparse(ScaleKernel(kernel).double(), width, softmax, num_outputs=3).eval()
-    x = normal(N, d, seed=2)
-    expected = model(x).mean
-    fresh = ConvolutionalKernel(rbf(0.3), (4, 4), (2, 2)).double()
-    other = SparseGP(
-        ScaleKernel(fresh).double(),
-        torch.zeros(M, width, dtype=DOUBLE),
-        SoftmaxLikelihood(num_classes=3, mixing_weights=False),
-        num_outputs=3,
-    ).eval()
-    other.load_state_dict(model.state_dict())
-    twins = other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    for twin in twins:
-        assert torch.equal(twin(x).mean, expected)
-    other.load_state_dict(
-        SparseGP(
-            ScaleKernel(convolutional()).double(),
-            normal(M, width),
-            softmax,
-            num_outputs=3,
-        ).state_dict()
-    )
-    assert (other(x).mean - expected).abs().max() > 0.1  # nothing kept of before
-
-
-def test_the_model_follows_its_dtype():
-    kernel, d, width = kernels("convolutional")
-    model = sparse(kernel, width).eval()
-    expected = model(normal(N, d, seed=2)).mean
-    single = model.float()(normal(N, d, seed=2).float())
-    assert single.mean.dtype == single.variance.dtype == torch.float32
-    assert (single.mean - expected).abs().max() < 1e-3  # jitter 1e-4 in float32
-
-
 def test_inducing_points_of_another_width_are_refused():
     kernel, d, _ = kernels("convolutional")
     model = SparseGP(kernel, normal(M, 9))
     with pytest.raises(ShapeError, match="must have 4 columns.*have 9"):
-        model(normal(N, d))
-
-
-def test_parts_that_see_different_columns_are_refused():
-    kernel, d, width = kernels("convolutional")
-    model = SparseGP(kernel + rbf(), normal(M, width))
-    with pytest.raises(ShapeError, match="see 4, 16 columns"):
         model(normal(N, d))
 
 
@@ -443,75 +332,37 @@ def test_conditioning_on_new_data_is_refused_with_the_reason():
         model.variational_strategy.pseudo_points  # noqa: B018
 
 
-def test_a_bound_and_its_gradients_are_finite_in_all_parameters():
-    kernel, d, width = kernels("convolutional")
-    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
-    model = SparseGP(
-        ScaleKernel(kernel).double(), normal(M, width), softmax, num_outputs=3
-    )
-    elbo = VariationalELBO(softmax, model, num_data=20)
-    labels = torch.tensor([0, 1, 2, 0, 1])
-    elbo(model(normal(N, d)), labels).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-
-
 def test_any_kernel_of_gpytorch_is_its_own_base_kernel():
     model = sparse(PeriodicKernel().double(), 2).eval()
     assert isinstance(model.variational_strategy, InterdomainVariationalStrategy)
     assert model(normal(N, 2)).mean.shape == (N,)
 
 
-def test_the_model_refuses_an_unknown_distribution():
-    with pytest.raises(ValueError, match="one of 'cholesky', 'natural'"):
-        SparseGP(rbf(), normal(M, 2), distribution="full")
+class OfFeatures(SparseGP):
+    """The kernel sees features of the inputs: here the same columns, and their sum."""
+
+    def forward(self, x):
+        features = torch.cat([x.sum(-1, keepdim=True), x], -1)
+        return MultivariateNormal(self.mean_module(x), self.covar_module(features))
 
 
-def test_several_outputs_stand_in_the_wrapper_of_gpytorch():
-    noise = MultitaskGaussianLikelihood(num_tasks=2)
-    model = SparseGP(rbf(), normal(M, 2), noise, num_outputs=2)
-    wrapper = model.variational_strategy
-    assert isinstance(wrapper, IndependentMultitaskVariationalStrategy)
+def test_columns_of_features_are_refused_since_they_cannot_be_known():
+    """K_uu and K_uf would take columns of x, where K_ff takes columns of features."""
+    kernel = RBFKernel(active_dims=[0, 1]).double()
+    model = OfFeatures(kernel, normal(M, 3, seed=1))
+    with pytest.raises(ValueError, match=r"columns \[0, 1\] of features.*unset"):
+        model(normal(N, 3))
+    with pytest.raises(ValueError, match="columns"):  # not the first time only
+        model(normal(N, 3))
+    beyond = OfFeatures(RBFKernel(active_dims=[3]).double(), normal(M, 3, seed=1))
+    with pytest.raises(ValueError, match=r"columns \[3\] of features"):
+        beyond(normal(N, 3))
 
 
-@pytest.mark.parametrize("name", ["cholesky", "natural", "mean_field"])
-def test_the_start_has_the_asked_standard_deviation_and_no_noise(name):
-    state = torch.get_rng_state()
-    model = SparseGP(rbf(), normal(M, 2), distribution=name, initial_std=0.3)
-    model(normal(N, 2))
-    q = model.variational_strategy.variational_distribution
-    identity = torch.eye(M, dtype=DOUBLE)
-    assert (q.covariance_matrix - 0.09 * identity).abs().max() < 1e-8
-    assert torch.equal(q.mean, torch.zeros(M, dtype=DOUBLE))
-    assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="initial_std must be positive"):
-        SparseGP(rbf(), normal(M, 2), initial_std=0.0)
-
-
-@pytest.mark.parametrize("num_outputs", [1, 3])
-def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(num_outputs):
-    kernel, d, width = kernels("convolutional")
-    model = sparse(kernel, width, num_outputs=num_outputs).eval()
-    x = normal(N, d, seed=2)
-    joint, alone = model(x), model.marginals(x)
-    assert torch.allclose(alone.mean, joint.mean)
-    assert torch.allclose(alone.variance, joint.variance)
-    kernel._matrix = None  # would be called for pairs of different inputs
-    softmax = SoftmaxLikelihood(num_classes=max(2, num_outputs), mixing_weights=False)
-    if num_outputs > 1:
-        assert softmax(model.marginals(x)).probs.shape[-2:] == (N, 3)
-    assert model.marginals(x).rsample().shape == joint.mean.shape
-
-
-def test_columns_of_a_scale_are_those_of_upstream():
-    kernel = ScaleKernel(RBFKernel(), active_dims=[0]).double()
-    Z = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
-    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double()
-    expected = kernel(Z, x).to_dense()
-    torch.testing.assert_close(inducing_cross_covariance(kernel, Z, x), expected)
-    torch.testing.assert_close(inducing_covariance(kernel, Z), kernel(Z).to_dense())
-    orbits = ScaleKernel(
-        InvariantKernel(RBFKernel(), Rotation2d(4)), active_dims=[0, 1]
-    )
-    with pytest.raises(ValueError, match="active_dims on the inner kernel"):
-        inducing_covariance(orbits, Z)
+def test_features_of_all_columns_are_the_inputs_of_the_kernel():
+    model = settle(OfFeatures(rbf(), normal(M, 4, seed=1))).eval()
+    plain = sparse(rbf(), 4).eval()
+    x = normal(N, 3, seed=2)
+    features = torch.cat([x.sum(-1, keepdim=True), x], -1)
+    for first, second in zip(moments(model(x)), moments(plain(features)), strict=True):
+        assert (first - second).abs().max() < 1e-12

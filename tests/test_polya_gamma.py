@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
-from gpytorch.distributions import MultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
     FixedNoiseGaussianLikelihood,
@@ -130,12 +130,14 @@ def test_gaussian_noise_is_exact(name):
     mean = torch.tensor([[0.3, 1.0], [-1.0, 0.2], [2.0, 0.5]], dtype=DOUBLE)
     y = torch.tensor([[0.0, 1.5], [1.0, 0.0], [1.0, 1.0]], dtype=DOUBLE)
     variance = torch.tensor([[0.3, 0.1], [1.0, 0.2], [2.0, 0.5]], dtype=DOUBLE)
-    if "a" in name and name.startswith(("multi", "task")):
+    if name in ("multitask", "task noise only"):
         likelihood = MultitaskGaussianLikelihood(
             num_tasks=2, rank=0, has_global_noise=name == "multitask"
         ).double()
         likelihood.task_noises = torch.tensor([0.3, 0.8], dtype=DOUBLE)
-        noise = likelihood.task_noises + (likelihood.noise if name[0] == "m" else 0)
+        noise = likelihood.task_noises
+        if name == "multitask":
+            noise = noise + likelihood.noise
     else:
         mean, y, variance = mean[:, 0], y[:, 0], variance[:, 0]
         noise = torch.tensor([0.3, 0.3, 0.3], dtype=DOUBLE)
@@ -198,3 +200,12 @@ def test_correlated_noise_is_refused():
     likelihood = MultitaskGaussianLikelihood(num_tasks=2, rank=1)
     with pytest.raises(TypeError, match="rank=0"):
         expected_quadratic(likelihood, zero, zero, zero)
+
+
+def test_labels_of_several_outputs_are_refused():
+    """Upstream would return a bound for each output, and no sum over them."""
+    one = gaussian([0.3, 1.0], 0.5)
+    f = MultitaskMultivariateNormal.from_independent_mvns([one, one, one])
+    labels = torch.zeros(2, 3, dtype=DOUBLE)
+    with pytest.raises(ShapeError, match="of 1 latent output, but there are 3"):
+        PolyaGammaBernoulliLikelihood().expected_log_prob(labels, f)

@@ -18,17 +18,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.likelihoods import (
-    BernoulliLikelihood,
-    FixedNoiseGaussianLikelihood,
-    Likelihood,
-    SoftmaxLikelihood,
-)
-from gpytorch.mlls import DeepApproximateMLL, VariationalELBO
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods import Likelihood
 from gpytorch.models.deep_gps import DeepGP
-from gpytorch.settings import num_likelihood_samples
-from linear_operator.operators import DiagLinearOperator
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
@@ -36,22 +28,28 @@ from gpbridge.checks import (
     check_count,
     check_generator,
     check_inputs,
-    check_memory,
     check_not_empty,
     check_same_device,
     check_same_dtype,
 )
+from gpbridge.dnn.deep_gp_bound import (
+    check_likelihood,
+    draw_count,
+    expected_bound,
+    hidden_noise,
+    last_marginals,
+)
 from gpbridge.dnn.deep_gp_draws import DeepDraw, draw_layer
 from gpbridge.dnn.deep_gp_layer import InducingLayer
-from gpbridge.dnn.training import isolated_randomness
-from gpbridge.likelihoods import LogisticLikelihood, is_gaussian, noise_variances
-from gpbridge.outcomes import latent_distribution
-from gpbridge.predictive_mixture import normal_mixture, predictive
+from gpbridge.dnn.deep_gp_predictions import (
+    independent_normal,
+    joint_moments,
+    joint_values,
+    marginal_mixture,
+)
 from gpbridge.prior_draws import NUM_FEATURES
-from gpbridge.randomness import fresh, standard_normal
+from gpbridge.randomness import fresh
 from gpbridge.targets import check_targets
-
-MEMORY_BUDGET = 2**32  # bytes of joint covariances
 
 
 class DeepGaussianProcess(DeepGP):
@@ -133,13 +131,7 @@ class DeepGaussianProcess(DeepGP):
         Returns:
             ``s x n`` values, or ``s x n x m``, without covariances between points.
         """
-        mean, variance = self.marginals(X, num_samples, generator, noise)
-        if self.num_outputs == 1:
-            return MultivariateNormal(
-                mean[..., 0], DiagLinearOperator(variance[..., 0])
-            )
-        covariance = DiagLinearOperator(variance.flatten(-2))
-        return MultitaskMultivariateNormal(mean, covariance)
+        return independent_normal(*self.marginals(X, num_samples, generator, noise))
 
     def marginals(
         self,
@@ -152,14 +144,7 @@ class DeepGaussianProcess(DeepGP):
         self._check(X)
         if noise is None:
             noise = self.draw_noise(X.shape[:-1], num_samples, generator)
-        return self._marginals(X, noise)
-
-    def _marginals(self, X: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        values = X.unsqueeze(0)
-        for layer, normal in zip(self.layers[:-1], noise, strict=True):
-            mean, variance = layer.marginals(values)
-            values = mean + variance.sqrt() * normal
-        return self.layers[-1].marginals(values)
+        return last_marginals(self.layers, X, noise)
 
     def draw_noise(
         self,
@@ -168,13 +153,7 @@ class DeepGaussianProcess(DeepGP):
         generator: Generator | None = None,
     ) -> list[Tensor]:
         """Standard normals ``s x batch_shape x h`` for each hidden layer."""
-        shape = _samples(num_samples), *batch_shape
-        like = self.layers[0].variational_strategy.inducing_points
-        generator = fresh(generator, like.device)
-        return [
-            standard_normal((*shape, layer.output_dims), generator, like)
-            for layer in self.layers[:-1]
-        ]
+        return hidden_noise(self.layers, batch_shape, num_samples, generator)
 
     def elbo(
         self,
@@ -210,7 +189,8 @@ class DeepGaussianProcess(DeepGP):
         check_count(num_data=num_data)
         generator = fresh(generator, X.device)
         check_generator(generator, X.device)
-        return self._elbo(X, targets, num_data, _samples(num_samples), generator, noise)
+        num_samples = draw_count(num_samples)
+        return self._elbo(X, targets, num_data, num_samples, generator, noise)
 
     def _elbo(
         self,
@@ -223,13 +203,8 @@ class DeepGaussianProcess(DeepGP):
     ) -> Tensor:
         if noise is None:
             noise = self.draw_noise(X.shape[:-1], num_samples, generator)
-        f = _separate(*self._marginals(X, noise))
-        bound = DeepApproximateMLL(VariationalELBO(self.likelihood, self, num_data))
-        # Upstream's softmax draws its outputs from the global state: one for each
-        # hidden draw, so that one layer has as many draws as two.
-        each = 1 if f.batch_shape[0] > 1 else num_samples
-        with isolated_randomness(generator, X.device), num_likelihood_samples(each):
-            return bound(f, targets)
+        f = independent_normal(*last_marginals(self.layers, X, noise))
+        return expected_bound(self, f, targets, num_data, num_samples, generator)
 
     def targets(self, X: Tensor, Y: Tensor) -> Tensor:
         """Checked targets in the shape of gpytorch's likelihood, ``n`` or ``n x m``."""
@@ -267,17 +242,7 @@ class DeepGaussianProcess(DeepGP):
         check_count(num_samples=num_samples)
         generator = self._seeded(generator)
         mean, variance = self.marginals(X, num_samples, generator)
-        likelihood = self.likelihood
-        if is_gaussian(likelihood):
-            return normal_mixture(mean, variance + noise_variances(likelihood, mean))
-        if isinstance(likelihood, BernoulliLikelihood):
-            return predictive(likelihood, mean / (1 + variance).sqrt())
-        if isinstance(likelihood, LogisticLikelihood):
-            f = _separate(mean, variance)
-            return predictive(likelihood, likelihood.marginal(f).logits[..., None])
-        shape = num_samples, *mean.shape[1:]
-        normal = standard_normal(shape, generator, mean)
-        return predictive(likelihood, mean + variance.sqrt() * normal)
+        return marginal_mixture(self.likelihood, mean, variance, num_samples, generator)
 
     def posterior(
         self, X: Tensor, num_samples: int = 100, generator: Generator | None = None
@@ -302,14 +267,8 @@ class DeepGaussianProcess(DeepGP):
             MemoryError: If the covariances of all draws do not fit.
         """  # noqa: DOC502
         check_count(num_samples=num_samples)
-        values = self._hidden_joint(X, num_samples, self._seeded(generator))
-        means, covariances = self.layers[-1].joint(values)  # s x n x m, s x m x n x n
-        mean, covariance = means.mean(0), covariances.mean(0)
-        off = (means - mean).flatten(-2)
-        blocks = torch.diag_embed(covariance.movedim(-3, -1))  # n x n x m x m
-        joint = blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)
-        joint = joint + off.mT @ off / len(off)
-        return latent_distribution(mean, joint, X.dtype)
+        self._check(X)
+        return joint_moments(self.layers, X, num_samples, self._seeded(generator))
 
     def sample_joint(
         self, X: Tensor, num_samples: int = 1, generator: Generator | None = None
@@ -328,11 +287,8 @@ class DeepGaussianProcess(DeepGP):
             MemoryError: If the covariances of all draws do not fit.
         """  # noqa: DOC502
         check_count(num_samples=num_samples)
-        generator = fresh(generator, X.device)
-        values = self._hidden_joint(X, num_samples, generator)
-        last = self.layers[-1]
-        shape = num_samples, len(X), last.output_dims
-        return last.sample_joint(values, standard_normal(shape, generator, X))
+        self._check(X)
+        return joint_values(self.layers, X, num_samples, fresh(generator, X.device))
 
     def draw(
         self,
@@ -365,27 +321,6 @@ class DeepGaussianProcess(DeepGP):
         ]
         return DeepDraw(layers, self.num_inputs)
 
-    def _hidden_joint(
-        self, X: Tensor, num_samples: int, generator: Generator
-    ) -> Tensor:
-        self._check(X)
-        widest = max(layer.output_dims for layer in self.layers)
-        samples = num_samples if len(self.layers) > 1 else 1
-        bytes_each = torch.finfo(X.dtype).bits // 8
-        check_memory(
-            f"The joint posterior of {len(X)} points",
-            3 * bytes_each * (samples * widest + self.num_outputs**2) * len(X) ** 2,
-            MEMORY_BUDGET,
-            "Pass fewer points or a smaller num_samples; predict(X) needs no "
-            "covariances, and draw(num_samples) gives functions without them.",
-        )
-        values = X.unsqueeze(0)
-        for layer in self.layers[:-1]:
-            shape = num_samples, len(X), layer.output_dims
-            noise = standard_normal(shape, generator, X)
-            values = layer.sample_joint(values, noise)
-        return values
-
     def _seeded(self, generator: Generator | None) -> Generator:
         device = self.layers[0].variational_strategy.inducing_points.device
         return Generator(device).manual_seed(0) if generator is None else generator
@@ -394,38 +329,3 @@ class DeepGaussianProcess(DeepGP):
         check_inputs(X, "X", self.num_inputs)
         check_not_empty(X=X)
         check_same_dtype("X", X, self.dtype)
-
-
-def check_likelihood(likelihood: Likelihood) -> None:
-    """Require a likelihood of single points, whose noise is not correlated.
-
-    Raises:
-        ValueError: If it holds one noise for each training point, mixes its inputs, or
-            has correlated noise, whose correlations upstream's bound leaves out.
-    """
-    name, remedy = type(likelihood).__name__, None
-    if isinstance(likelihood, FixedNoiseGaussianLikelihood):
-        remedy = "GaussianLikelihood(): minibatches do not know which noise is theirs"
-    elif getattr(likelihood, "rank", 0) and is_gaussian(likelihood):
-        remedy = "MultitaskGaussianLikelihood(num_tasks, rank=0)"
-    elif (
-        isinstance(likelihood, SoftmaxLikelihood)
-        and likelihood.mixing_weights is not None
-    ):
-        remedy = "SoftmaxLikelihood(num_classes=..., mixing_weights=False)"
-    if remedy is not None:
-        raise ValueError(f"A deep GP cannot be trained with this {name}. Try {remedy}.")
-
-
-def _samples(num_samples: int | None) -> int:
-    s = num_likelihood_samples.value() if num_samples is None else num_samples
-    check_count(num_samples=s)
-    return s
-
-
-def _separate(mean: Tensor, variance: Tensor) -> MultivariateNormal:
-    """A distribution over ``... x n`` or ``... x n x m`` independent values."""
-    if mean.shape[-1] == 1:
-        return MultivariateNormal(mean[..., 0], DiagLinearOperator(variance[..., 0]))
-    covariance = DiagLinearOperator(variance.flatten(-2))
-    return MultitaskMultivariateNormal(mean, covariance)

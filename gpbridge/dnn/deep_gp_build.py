@@ -20,15 +20,14 @@ import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import (
-    BernoulliLikelihood,
     GaussianLikelihood,
     Likelihood,
     MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
 )
 from gpytorch.means import ConstantMean
 from torch import Generator, Size, Tensor
 
+from gpbridge.centroids import centroids
 from gpbridge.checks import (
     ReliabilityWarning,
     ShapeError,
@@ -39,12 +38,12 @@ from gpbridge.checks import (
     check_positive,
     warn_user,
 )
-from gpbridge.dnn.centroids import centroids
 from gpbridge.dnn.deep_gp import DeepGaussianProcess
 from gpbridge.dnn.deep_gp_layer import FixedLinearMean, InducingLayer
-from gpbridge.dnn.inducing_domains import has_own_domain, initial_inducing_points
 from gpbridge.frozen import copy_without_hooks
-from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.inducing_covariances import has_own_domain, inducing_width
+from gpbridge.inducing_points import initial_inducing_points
+from gpbridge.likelihoods import outputs_of
 
 KernelFactory = Callable[[int], Kernel]
 """Makes a layer's kernel, given the number of the layer's inputs."""
@@ -52,6 +51,7 @@ KernelFactory = Callable[[int], Kernel]
 WIDEST = 30  # hidden outputs by default, as Salimbeni and Deisenroth
 LENGTHSCALE = 2.0
 NOISE_FLOOR = 1e-6
+_ROWS = 100  # whose prior variance is looked at
 
 
 def build_deep_gp(
@@ -79,7 +79,8 @@ def build_deep_gp(
     variance             1e-6 in hidden layers, 1 in the last
     q(v)                 standard deviation 1e-5 in hidden layers, the prior in the
                          last
-    inducing points      k-means of the inputs, pushed through the fixed maps
+    inducing points      k-means of the inputs, pushed through the fixed maps; random
+                         patches or elements of orbits for kernels that have them
     noise                1e-2, at least 1e-6
     ===================  ==========================================================
 
@@ -88,16 +89,19 @@ def build_deep_gp(
     Args:
         train_X: Inputs ``n x d``; they say dtype and device.
         likelihood: Gaussian, multitask Gaussian without correlations, softmax without
-            mixing weights, probit or logistic; shared, as in gpytorch. Default Gaussian
-            noise.
+            mixing weights, probit or logistic; shared, as in gpytorch, and moved to the
+            dtype and device of the inputs. Default Gaussian noise.
         num_outputs: The number m of outputs; default what the likelihood says, or 1.
         depth: The number of layers; 1 is a sparse variational GP.
         width: Outputs of the hidden layers, or of each; default d, at most 30.
-        num_inducing: Inducing points of each layer; no more than distinct inputs.
+        num_inducing: Inducing points of each layer; fewer where the inputs hold no more
+            distinct ones.
         kernels: A factory ``num_inputs -> Kernel`` for all layers, or one for each,
             None for the default. What it returns, with empty batch shape or one kernel
             for each output, is copied and scaled by a trained variance, such that the
-            mean prior variance at the inducing points is that of the table.
+            mean prior variance at the inducing points is that of the table; at the
+            inputs where these are no inducing points. A ``ConvolutionalKernel`` or
+            ``InvariantKernel`` has its patches or elements of orbits for these.
         inducing_points: First points ``M x d`` of each layer, or None for the rule.
         hidden_variance: Prior variance of hidden layers around their maps.
         hidden_std: Of the whitened inducing values of hidden layers.
@@ -158,9 +162,18 @@ def build_deep_gp(
             Z = initial_inducing_points(kernel, X, num_inducing, generator)
         elif Z is None:
             Z = centers
+        elif Z is None:
+            Z = centers
         else:
             check_inputs(Z, "inducing_points", None if has_own_domain(kernel) else d)
         Z = Z.to(X)
+        e = inducing_width(kernel, d)
+        if Z.shape[-1] != e:
+            raise ShapeError(
+                f"Inducing points of layer {number} must have {e} columns, what the "
+                f"base kernel of its {type(kernel.base_kernel).__name__} sees of {d} "
+                f"inputs, but have {Z.shape[-1]}. Pass inducing_points of that width."
+            )
         scale = 1.0 if last else hidden_variance
         if last:
             mean = ConstantMean(batch_shape=Size([h])).to(X)
@@ -168,7 +181,7 @@ def build_deep_gp(
             mean = FixedLinearMean(linear_map(X, h))
         std = 1.0 if last else hidden_std
         layer = InducingLayer(kernel, mean, Z, d, h, std)
-        _set_variance(layer, scale)
+        _set_variance(layer, scale, X)
         layers.append(layer)
         if not last:
             X, centers = mean(X).mT, mean(centers).mT
@@ -214,10 +227,14 @@ def _kernel(factory: KernelFactory | None, d: int, h: int, like: Tensor) -> Scal
 
 
 @torch.no_grad()
-def _set_variance(layer: InducingLayer, variance: float) -> None:
+def _set_variance(layer: InducingLayer, variance: float, X: Tensor) -> None:
     kernel = layer.covar_module
     kernel.outputscale = torch.ones_like(kernel.outputscale)
-    at_points = layer.inducing_covariance().diagonal(dim1=-2, dim2=-1).mean(-1)
+    if has_own_domain(kernel):
+        # An average of a function varies less than the function.
+        at_points = kernel(X[:_ROWS], diag=True).mean(-1)
+    else:
+        at_points = layer.inducing_covariance().diagonal(dim1=-2, dim2=-1).mean(-1)
     if not bool((at_points > 0).all()):
         raise ValueError(
             "A layer's kernel has variance zero at its inducing points. Give it a "
@@ -246,7 +263,7 @@ def _likelihood(
             )
             made.task_noises = torch.full((m,), max(noise_variance, 2 * NOISE_FLOOR))
         return made.to(like), m
-    m = _outputs_of(likelihood)
+    m = outputs_of(likelihood)
     if m is None and num_outputs is None:
         raise ValueError(
             f"The number of outputs that a {type(likelihood).__name__} needs is not "
@@ -258,15 +275,6 @@ def _likelihood(
             f"{num_outputs}. Leave num_outputs out."
         )
     return likelihood.to(like), m or num_outputs
-
-
-def _outputs_of(likelihood: Likelihood) -> int | None:
-    if isinstance(likelihood, SoftmaxLikelihood):
-        return likelihood.num_classes
-    if isinstance(likelihood, MultitaskGaussianLikelihood):
-        return likelihood.num_tasks
-    single = GaussianLikelihood, BernoulliLikelihood, LogisticLikelihood
-    return 1 if isinstance(likelihood, single) else None
 
 
 def _widths(width: int | Sequence[int] | None, depth: int, d: int) -> list[int]:

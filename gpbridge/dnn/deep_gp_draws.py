@@ -24,7 +24,7 @@ from gpytorch.means import Mean
 from torch import Generator, Tensor, nn
 
 from gpbridge.dnn.deep_gp_layer import InducingLayer, jitter_of
-from gpbridge.dnn.inducing_domains import has_own_domain
+from gpbridge.inducing_covariances import has_own_domain
 from gpbridge.prior_draws import NUM_FEATURES, PriorDraw, check_points, draw_prior
 from gpbridge.randomness import standard_normal
 

@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 
 from gpbridge.checks import check_count
 from gpbridge.dnn.deep_gp import DeepGaussianProcess
-from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
+from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
+from gpbridge.dnn.training import Callback
 
 
 def fit_deep_gp(
@@ -47,7 +48,8 @@ def fit_deep_gp(
         batch_size: Rows per step; default all, at most 1024.
         num_samples: Draws of the hidden layers per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: The ``state`` of a fit before, to go on from.
+        resume: The ``state`` of a fit before, of the same data and a model built alike,
+            to go on from.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model in eval mode, entries of
             the history); True ends training.
@@ -60,6 +62,7 @@ def fit_deep_gp(
         DivergedError: If the bound or a weight becomes NaN or infinite; its
             ``last_good`` is the fit at the last good epoch.
         ShapeError: If targets do not fit the inputs or the model.
+        ValueError: If an option is out of range, or ``resume`` is of another run.
         TypeError: If the targets are missing, or batches are no pairs of tensors.
 
     Warns:
@@ -84,8 +87,7 @@ def fit_deep_gp(
     return ascend_elbo(
         own,
         elbo,
-        n,
-        X.device,
+        (X, targets),
         groups=[(list(own.parameters()), learning_rate)],
         epochs=epochs,
         batch_size=min(n, 1024) if batch_size is None else batch_size,
@@ -94,6 +96,7 @@ def fit_deep_gp(
         progress=progress,
         callback=callback,
         name="fit_deep_gp",
+        usual_rate=1e-2,
     )
 
 

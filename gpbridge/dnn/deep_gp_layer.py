@@ -11,7 +11,6 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import gpytorch
 import torch
@@ -26,7 +25,10 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor, nn
 
 from gpbridge.checks import ShapeError
-from gpbridge.dnn.inducing_domains import cross_covariance, inducing_covariance
+from gpbridge.inducing_covariances import (
+    inducing_covariance,
+    inducing_cross_covariance,
+)
 
 
 class FixedLinearMean(Mean):
@@ -99,7 +101,7 @@ class InducingLayer(DeepGPLayer):
     Args:
         covar_module: One kernel for all outputs, or one for each with batch shape h.
         mean_module: Maps rows ``N x d`` to ``h x N``.
-        inducing_points: ``M x e``.
+        inducing_points: ``M x e``, patches for a kernel of patches.
         num_inputs: The number d.
         num_outputs: The number h.
         std: The first standard deviation of the whitened inducing values.
@@ -130,8 +132,20 @@ class InducingLayer(DeepGPLayer):
         share = variational_cholesky_jitter.value(inducing_points.dtype)
         self.register_buffer("jitter_share", inducing_points.new_tensor(share))
 
-    def __call__(self, inputs: Tensor, **kwargs: Any) -> MultitaskMultivariateNormal:
-        """Marginals as gpytorch has them, ``... x n x h``, without covariances."""
+    def __call__(self, inputs: Tensor) -> MultitaskMultivariateNormal:
+        """Marginals as gpytorch has them, ``... x n x h``, without covariances.
+
+        Upstream's layers take distributions and draw from the global state, or
+        ``are_samples``; this one takes values alone.
+
+        Raises:
+            TypeError: If inputs are a distribution.
+        """
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"A layer takes values ``... x n x {self.input_dims}``, but inputs is "
+                f"a {type(inputs).__name__}. Draw from it, as inputs.rsample()."
+            )
         mean, variance = self.marginals(inputs)
         covariance = DiagLinearOperator(variance.flatten(-2))
         return MultitaskMultivariateNormal(mean, covariance)
@@ -180,7 +194,7 @@ class InducingLayer(DeepGPLayer):
 
     def _whitened(self, rows: Tensor) -> Tensor:
         """Cross covariances with the whitened inducing values, ``(h x) M x N``."""
-        cross = cross_covariance(
+        cross = inducing_cross_covariance(
             self.covar_module, self.variational_strategy.inducing_points, rows
         )
         return torch.linalg.solve_triangular(self.prior_factor(), cross, upper=False)

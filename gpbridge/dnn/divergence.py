@@ -13,8 +13,9 @@ class DivergedError(RuntimeError):
     """A loss or a weight became NaN or infinite; ``last_good`` is the run before that.
 
     Of ``fit_map`` it is the network, of ``fit_ensemble`` an ``EnsembleFit``, of
-    ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`, of ``fit_vae`` and
-    ``fit_gp_vae`` what they return, of ``fit_iterative`` its record; of
+    ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`, of ``fit_vae``,
+    ``fit_gp_vae``, ``fit_deep_gp``, ``fit_sparse_gp``, ``fit_online`` and
+    ``learn_invariance`` what they return, of ``fit_iterative`` its record; of
     ``fit_mean_field``, ``fit_variational``, ``fit_curve`` and of chains the object
     itself.
     """

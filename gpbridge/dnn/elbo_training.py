@@ -2,8 +2,8 @@
 
 In: a model and its bound on some rows. Out: an :class:`ELBOFit`, the trained model, the
 bounds of the epochs, and a plain state from which the same run goes on. Where the bound
-becomes NaN the error has the last good one. Next: ``vae`` and ``gp_vae`` say what the
-rows are.
+becomes NaN the error has the last good one. Next: ``vae``, ``gp_vae_fit``,
+``deep_gp_fit`` and ``selection.sparse_fit`` say what the rows are.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from tqdm import tqdm
 
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError, rate_advice
-from gpbridge.dnn.training import isolated_randomness, split_rows
+from gpbridge.dnn.run_key import check_same_run, checksum, structure
+from gpbridge.dnn.training import Callback, adam, isolated_randomness, split_rows
 from gpbridge.frozen import first_line
 
 _DIVERGED = (FloatingPointError, torch.linalg.LinAlgError, NanError, NotPSDError)
-_USUAL_RATE = 1e-3
-_KEYS = {"model", "optimizer", "generator", "history"}
-
-Callback = Callable[[int, nn.Module, dict[str, float]], object]
+_KEYS = {"model", "optimizer", "generator", "history", "run"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class ELBOFit:
     Attributes:
         model: The trained copy, in eval mode.
         history: ``elbo``, nats per datum, the mean over each epoch.
-        state: Weights, moments of Adam and the generator: pass it as ``resume`` to
-            train on as if there had been no pause. Plain, for
-            :func:`gpbridge.storage.save_state`.
+        state: Weights, moments of Adam, the generator, and what data and model the run
+            is of: pass it as ``resume`` to train on as if there had been no pause.
+            Plain, for :func:`gpbridge.storage.save_state`.
     """
 
     model: nn.Module
@@ -51,8 +49,7 @@ class ELBOFit:
 def ascend_elbo(
     model: nn.Module,
     elbo: Callable[[Tensor, Generator], Tensor],
-    num_data: int,
-    device: torch.device,
+    data: Sequence[Tensor],
     *,
     groups: list[tuple[list[nn.Parameter], float]],
     epochs: int,
@@ -62,6 +59,7 @@ def ascend_elbo(
     progress: bool,
     callback: Callback | None,
     name: str,
+    usual_rate: float,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> ELBOFit:
     """Train ``model`` in place, leave it in eval mode at its last good epoch.
@@ -69,17 +67,18 @@ def ascend_elbo(
     Args:
         model: What is trained; not the caller's.
         elbo: The bound per datum of some row numbers, with a source of randomness.
-        num_data: The number of rows.
-        device: Where they are.
+        data: What the bound is of: tensors whose first axis are the n rows.
         groups: Parameters and their learning rates; frozen ones stay.
         epochs: Passes over the rows, after those of ``resume``.
         batch_size: Rows per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: The state of a run before.
+        resume: The state of a run before, of the same data and a model of the same
+            structure. Learning rates and ``batch_size`` may be others.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model, entries of the history);
             True ends training.
         name: Of the bar.
+        usual_rate: A learning rate that is seldom too large, for messages.
         optimizer: In place of Adam on the groups.
 
     Returns:
@@ -89,7 +88,8 @@ def ascend_elbo(
         DivergedError: If the bound or a weight is not finite; its ``last_good`` is the
             :class:`ELBOFit` of the last good epoch, or of none.
         KeyboardInterrupt: If it comes before one epoch is done.
-        ValueError: If an option is out of range, or nothing can be trained.
+        ValueError: If an option is out of range, nothing can be trained, or ``resume``
+            is of other data or of another model.
     """
     check_count(epochs=epochs, batch_size=batch_size)
     check_positive(learning_rate=groups[0][1])
@@ -103,14 +103,22 @@ def ascend_elbo(
             "resume must be the state of a fit before, fit.state, but lacks "
             f"{', '.join(sorted(_KEYS - set(resume)))}."
         )
-    optimizer = _adam(groups) if optimizer is None else optimizer
+    num_data, device = len(data[0]), data[0].device
+    # Not its values, which the state replaces, nor what changes as it is called.
+    run = {
+        "data": [checksum(part) for part in data],
+        "model": structure(model, values=False, private=False),
+    }
+    optimizer = adam(groups) if optimizer is None else optimizer
     history: dict[str, list[float]] = {"elbo": []}
     if resume is None:
         generator = Generator(device).manual_seed(0) if generator is None else generator
         check_generator(generator, device)
     else:
+        remedy = "Pass the same data and a model built alike, or start anew."
+        check_same_run(resume["run"], run, remedy)
         generator = Generator(device)
-        generator.set_state(resume["generator"])
+        generator.set_state(resume["generator"].cpu())
         model.load_state_dict(resume["model"])
         rates = [group["lr"] for group in optimizer.param_groups]
         # Adam would move the moments of the caller's state.
@@ -125,6 +133,7 @@ def ascend_elbo(
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
             "history": history,
+            "run": run,
         }
         return copy.deepcopy(state)
 
@@ -177,7 +186,7 @@ def ascend_elbo(
         raise DivergedError(
             f"Training diverged after {done} of {epochs} epochs: {trouble}. The last "
             "good state is .last_good of this error. Standardise the data, or go on by "
-            f"resume=error.last_good.state with {rate_advice(rate, _USUAL_RATE)}.",
+            f"resume=error.last_good.state with {rate_advice(rate, usual_rate)}.",
             fit,
         )
     if interrupted:
@@ -187,16 +196,6 @@ def ascend_elbo(
             RuntimeWarning,
         )
     return fit
-
-
-def _adam(groups: list[tuple[list[nn.Parameter], float]]) -> torch.optim.Adam:
-    free = [([p for p in group if p.requires_grad], rate) for group, rate in groups]
-    if not any(group for group, _ in free):
-        raise ValueError(
-            "The model has nothing to train: no parameter has requires_grad. Try "
-            "encoder.requires_grad_(True)."
-        )
-    return torch.optim.Adam([{"params": g, "lr": rate} for g, rate in free if g])
 
 
 def _epoch(

@@ -13,8 +13,9 @@ from torch import Generator, Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.dnn.divergence import DivergedError
-from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
+from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
 from gpbridge.dnn.gp_vae import GPPriorVAE
+from gpbridge.dnn.training import Callback
 
 
 def fit_gp_vae(
@@ -91,8 +92,7 @@ def fit_gp_vae(
         fit = ascend_elbo(
             own,
             elbo,
-            n,
-            Y.device,
+            (Y, X_aux),
             groups=[(networks, learning_rate), (others, prior_learning_rate)],
             epochs=epochs,
             batch_size=n if batch_size is None else batch_size,
@@ -101,6 +101,7 @@ def fit_gp_vae(
             progress=progress,
             callback=callback,
             name="fit_gp_vae",
+            usual_rate=1e-3,
         )
     except DivergedError as error:
         if error.last_good.history["elbo"]:

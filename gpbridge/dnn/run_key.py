@@ -27,7 +27,10 @@ def checksum(value: Tensor) -> str:
 
 
 def structure(
-    network: nn.Module, learnt: Set[str] | None = None, values: bool = True
+    network: nn.Module,
+    learnt: Set[str] | None = None,
+    values: bool = True,
+    private: bool = True,
 ) -> list[str]:
     """Modules with their plain options, then weights with the values that stay.
 
@@ -36,6 +39,8 @@ def structure(
         learnt: Names of the weights that training changes; default those that require
             gradients.
         values: Whether to add the values of the other weights.
+        private: Whether to add options whose names begin with an underscore: of
+            upstream's modules they are what a call leaves behind.
 
     Returns:
         One line for each module and each weight.
@@ -46,6 +51,7 @@ def structure(
             key: described(value)
             for key, value in vars(module).items()
             if key not in _OF_ALL_MODULES and _is_plain(value)
+            if private or not key.startswith("_")
         }
         found.append(f"{name or 'network'}: {type(module).__name__} {options}")
     for name, p in network.named_parameters():

@@ -17,8 +17,8 @@ from torch.distributions import Independent
 
 from gpbridge.checks import check_count, check_positive
 from gpbridge.dnn.autoencoder import Autoencoder
-from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
-from gpbridge.dnn.training import isolated_randomness
+from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
+from gpbridge.dnn.training import Callback, isolated_randomness
 from gpbridge.randomness import fresh, standard_normal
 
 
@@ -177,7 +177,8 @@ def fit_vae(
         batch_size: Rows per step.
         num_samples: Latent draws per datum and step.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: The ``state`` of a fit before, to go on from.
+        resume: The ``state`` of a fit before, of the same data and a model built alike,
+            to go on from.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model in eval mode, entries of
             the history); True ends training.
@@ -203,8 +204,7 @@ def fit_vae(
     return ascend_elbo(
         own,
         lambda rows, generator: own._elbo(Y[rows], num_samples, generator),
-        len(Y),
-        Y.device,
+        (Y,),
         groups=[(networks, learning_rate), (others, likelihood_learning_rate)],
         epochs=epochs,
         batch_size=batch_size,
@@ -213,4 +213,5 @@ def fit_vae(
         progress=progress,
         callback=callback,
         name="fit_vae",
+        usual_rate=1e-3,
     )

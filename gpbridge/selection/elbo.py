@@ -30,11 +30,17 @@ from gpytorch.variational import IndependentMultitaskVariationalStrategy
 from torch import Generator, Size, Tensor
 
 from gpbridge.augmentation import Augmentation
-from gpbridge.checks import check_count, check_inputs, check_same_length
+from gpbridge.checks import (
+    ShapeError,
+    check_count,
+    check_floating,
+    check_same_length,
+    check_tensor,
+)
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.inducing_orbits import draw_elements, orbit_kernel, unbiased_moments
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
-from gpbridge.likelihoods import GAUSSIAN
+from gpbridge.likelihoods import GAUSSIAN, check_outputs
 from gpbridge.polya_gamma import expected_quadratic, is_quadratic
 from gpbridge.selection.variational_bound import inducing_strategy
 
@@ -84,6 +90,7 @@ class OrbitVariationalELBO(VariationalELBO):
         TypeError: If ``unbiased`` is asked for a likelihood that is not quadratic, or
             the model has another strategy or kernel.
         ValueError: If both forms are asked for, or none, or C does not fit the orbit.
+        ShapeError: If the likelihood is one of another number of outputs.
 
     Example:
         >>> from gpytorch.kernels import RBFKernel
@@ -130,6 +137,7 @@ class OrbitVariationalELBO(VariationalELBO):
                 f"this one has a {type(strategy).__name__}."
             )
         wrapper = model.variational_strategy
+        check_outputs(likelihood, getattr(wrapper, "num_tasks", 1))
         independent = wrapper is strategy or isinstance(
             wrapper, IndependentMultitaskVariationalStrategy
         )
@@ -181,9 +189,21 @@ class OrbitVariationalELBO(VariationalELBO):
                 fixed noise variances of the batch.
 
         Returns:
-            The bound, or its terms without ``combine_terms``.
+            The bound, or its terms without ``combine_terms``. NaN in the inputs gives
+            NaN; ``fit_sparse_gp`` checks all data once.
+
+        Raises:
+            ShapeError: If inputs are no rows, or there is not one target for each.
+            TypeError: If they are no floats.
         """
-        check_inputs(x, "x")
+        # Values are not looked at: that would stop the device in each step.
+        check_tensor(x=x, target=target)
+        check_floating(x=x)
+        if x.dim() < 2:
+            raise ShapeError(
+                f"x must be ``n x d``, but has shape {tuple(x.shape)}. For one input "
+                "dimension try x[:, None]."
+            )
         check_same_length(x=x, target=target)
         if elements is None:
             elements = self.draw_elements(generator)

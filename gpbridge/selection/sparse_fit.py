@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpytorch.likelihoods import SoftmaxLikelihood
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.optim import NGD
 from gpytorch.variational import (
@@ -21,15 +22,19 @@ from gpytorch.variational import (
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
+    check_binary,
     check_finite,
     check_inputs,
+    check_labels,
     check_not_empty,
     check_positive,
     check_same_device,
     check_same_length,
     check_tensor,
 )
-from gpbridge.dnn.elbo_training import Callback, ELBOFit, ascend_elbo
+from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
+from gpbridge.dnn.training import Callback, adam
+from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.selection.elbo import OrbitVariationalELBO
 
 _NATURAL = (NaturalVariationalDistribution, TrilNaturalVariationalDistribution)
@@ -68,7 +73,8 @@ def fit_sparse_gp(
         learning_rate: Of Adam.
         natural_rate: Of natural gradients, where the distribution takes them.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: ``fit.state`` of a run before: as if there had been no pause.
+        resume: ``fit.state`` of a run before, of the same data and structure of the
+            bound: as if there had been no pause.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, elbo, entries of the history);
             True ends training.
@@ -81,7 +87,10 @@ def fit_sparse_gp(
         DivergedError: If the bound or a parameter is not finite; all is then as it was
             after the last good epoch, which ``last_good`` of the error holds.
         ValueError: If an option is out of range, the number of rows is not that of
-            ``elbo``, or nothing can be trained.
+            ``elbo``, nothing can be trained, or ``resume`` is of another run.
+        InputDataError: If inputs or targets are NaN or infinite, or labels are not
+            those of the likelihood.
+        TypeError: If class labels are no integers.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard.
@@ -109,6 +118,7 @@ def fit_sparse_gp(
     check_same_length(train_X=train_X, train_Y=train_Y)
     check_same_device(train_X=train_X, train_Y=train_Y)
     check_finite(train_Y=train_Y)
+    _check_labels(elbo, train_Y)
     check_positive(natural_rate=natural_rate, learning_rate=learning_rate)
     n = len(train_X)
     if getattr(elbo, "num_data", n) != n:
@@ -134,8 +144,7 @@ def fit_sparse_gp(
     return ascend_elbo(
         elbo,
         bound,
-        n,
-        train_X.device,
+        (train_X, train_Y),
         groups=[(others, learning_rate)],
         epochs=epochs,
         batch_size=batch_size,
@@ -144,8 +153,18 @@ def fit_sparse_gp(
         progress=progress,
         callback=callback,
         name="fit_sparse_gp",
+        usual_rate=1e-2,
         optimizer=optimizer,
     )
+
+
+def _check_labels(elbo: MarginalLogLikelihood, labels: Tensor) -> None:
+    """Once for all data: a look in each step would stop the device."""
+    likelihood = elbo.likelihood
+    if isinstance(likelihood, LogisticLikelihood):
+        check_binary(labels)
+    elif isinstance(likelihood, SoftmaxLikelihood):
+        check_labels(labels, likelihood.num_classes)
 
 
 def _natural_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -167,7 +186,7 @@ class _NaturalAndAdam(torch.optim.Optimizer):
     ) -> None:
         self.parts = [NGD(natural, num_data=num_data, lr=natural_rate)]
         if others:
-            self.parts.append(torch.optim.Adam(others, lr=learning_rate))
+            self.parts.append(adam([(others, learning_rate)]))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

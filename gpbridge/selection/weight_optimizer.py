@@ -36,7 +36,7 @@ def weight_optimizer(
         ValueError: If it moves other weights, or decays them.
     """
     if factory is None:
-        return adam(weights, learning_rate)
+        return adam([(weights, learning_rate)])
     optimizer = factory(weights)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(

@@ -24,10 +24,10 @@ from torch import nn
 
 from gpbridge.checks import ShapeError
 from gpbridge.dnn import DeepGaussianProcess, build_deep_gp
-from gpbridge.dnn.inducing_domains import (
-    cross_covariance,
+from gpbridge.inducing_covariances import (
     inducing_covariance,
-    initial_inducing_points,
+    inducing_cross_covariance,
+    inducing_width,
 )
 from gpbridge.kernels import NeuralTangentKernel
 from gpbridge.likelihoods import LogisticLikelihood
@@ -320,18 +320,23 @@ def _(kernel, Z):
     return kernel.base(Z).to_dense()
 
 
-@cross_covariance.register(MeanOfParts)
+@inducing_cross_covariance.register(MeanOfParts)
 def _(kernel, Z, X):
     return kernel.base(Z, X.reshape(-1, 1)).to_dense().unflatten(-1, X.shape).mean(-1)
 
 
-@initial_inducing_points.register(MeanOfParts)
-def _(kernel, X, num_points, generator):
-    return X.reshape(-1, 1)[:num_points]
+@inducing_width.register(MeanOfParts)
+def _(kernel, width):
+    return 1
 
 
 def test_a_kernel_may_have_inducing_points_in_a_domain_of_its_own():
-    model, X, Y = problem(kernels=[lambda _: MeanOfParts(), None], width=1)
+    factories = [lambda _: MeanOfParts(), None]
+    parts = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None]
+    with pytest.raises(ShapeError, match="layer 0 must have 1 columns.*MeanOfParts"):
+        problem(kernels=factories, width=1)
+    own = {"inducing_points": [parts, None], "width": 1}
+    model, X, Y = problem(kernels=factories, **own)
     layer = model.layers[0]
     q, K = layer.variational_strategy, layer.covar_module
     Z = q.inducing_points.detach()
@@ -475,3 +480,34 @@ def test_bad_inputs_are_named():
         model.draw(0)
     with pytest.raises(MemoryError, match="draw"):
         model.sample_joint(X.repeat(2000, 1), 100)
+
+
+def test_a_layer_takes_values_and_nothing_else():
+    model, X, _ = problem()
+    layer = model.layers[0]
+    assert layer(X).mean.shape == (12, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'are_samples'"):
+        layer(X, are_samples=True)
+    with pytest.raises(TypeError, match="inputs is a MultitaskMultivariateNormal"):
+        layer(layer(X))
+
+
+def test_joint_values_at_no_tensor_are_refused_by_name():
+    model, X, _ = problem()
+    for method in (model.sample_joint, model.posterior, model.predict):
+        with pytest.raises(TypeError, match="X must be a torch.Tensor"):
+            method(X.tolist())
+
+
+@pytest.mark.parametrize("depth, m", [(1, 1), (1, 3), (2, 1)])
+def test_joint_covariances_beyond_the_budget_are_refused(depth, m, monkeypatch):
+    """One layer has one covariance for all draws; outputs have a joint one."""
+    model, X, _ = problem(depth=depth, m=m)
+    draws = 20 * 2 if depth > 1 else 1 * m
+    needed = 3 * 8 * (draws + m**2) * len(X) ** 2
+    name = "gpbridge.dnn.deep_gp_predictions.MEMORY_BUDGET"
+    monkeypatch.setattr(name, needed)
+    assert model.posterior(X, 20).mean.isfinite().all()
+    monkeypatch.setattr(name, needed - 1)
+    with pytest.raises(MemoryError, match="Pass fewer points"):
+        model.posterior(X, 20)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
-from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel
+from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import (
     GaussianLikelihood,
     MultitaskGaussianLikelihood,
@@ -12,10 +12,12 @@ from gpytorch.likelihoods import (
 from gpytorch.likelihoods.likelihood import Likelihood
 from torch import nn
 
+from gpbridge.augmentation import FiniteOrbit
 from gpbridge.checks import ReliabilityWarning, ShapeError
-from gpbridge.dnn import build_deep_gp
+from gpbridge.dnn import build_deep_gp, fit_deep_gp
 from gpbridge.dnn.deep_gp_build import linear_map
-from gpbridge.kernels import DeepKernel
+from gpbridge.inducing_covariances import inducing_covariance, inducing_cross_covariance
+from gpbridge.kernels import ConvolutionalKernel, DeepKernel, InvariantKernel
 from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.testing import assert_module_unchanged
 from tests.dnn.deep_gp_problems import normal, seeded
@@ -193,3 +195,55 @@ def test_inputs_that_are_not_standardised_are_warned_of():
     with pytest.warns(ReliabilityWarning, match="standardize"):
         build_deep_gp(1000 * normal(20, 2), num_inducing=5)
     build_deep_gp(1000 * normal(20, 2), num_inducing=5, kernels=lambda d: RBFKernel())
+
+
+ORBITS = {
+    "patches": lambda d: ConvolutionalKernel(RBFKernel(), (4, 4), (2, 2)),
+    "turns": lambda d: InvariantKernel(RBFKernel(), FiniteOrbit.quarter_turns((4, 4))),
+    "scaled sum": lambda d: ScaleKernel(ORBITS["turns"](d)) + RBFKernel(),
+}
+
+
+@pytest.mark.parametrize("name, e", [("patches", 4), ("turns", 16), ("scaled sum", 16)])
+def test_a_layer_with_orbits_has_inducing_points_below_the_average(name, e):
+    """Patches, not whole images: K_uu is the base kernel's, K_uf one average."""
+    X = normal(30, 16)
+    model = build_deep_gp(X, width=3, num_inducing=8, kernels=[ORBITS[name], None])
+    layer = model.layers[0]
+    Z, outer = layer.variational_strategy.inducing_points, layer.covar_module
+    assert Z.shape == (8, e)
+    kernel, factor = outer.base_kernel, outer.outputscale
+    own = inducing_covariance(kernel, Z)
+    assert torch.allclose(layer.inducing_covariance(), factor * own)
+    C, rows = layer.prior_factor(), X[:5]
+    expected = torch.linalg.solve(
+        C, factor * inducing_cross_covariance(kernel, Z, rows)
+    )
+    assert torch.allclose(layer._whitened(rows), expected, atol=1e-8)
+    # The layer's variance is that of the function, an average, at its inputs.
+    assert outer(X, diag=True).mean().item() == pytest.approx(1e-6, rel=1e-5)
+    _, variance = layer.marginals(X)
+    assert (variance <= outer(X, diag=True)[:, None] * (1 + 1e-9)).all()
+    assert layer.mean_module(X).shape == (3, 30)
+
+
+def test_a_deep_gp_of_patches_trains_and_predicts():
+    X = normal(24, 16)
+    Y = X[:, :8].sum(-1, keepdim=True).sign()
+    model = build_deep_gp(X, width=2, num_inducing=6, kernels=[ORBITS["patches"], None])
+    fit = fit_deep_gp(model, X, Y, epochs=8, learning_rate=0.05, progress=False)
+    assert fit.history["elbo"][-1] > fit.history["elbo"][0]
+    with torch.no_grad():
+        f = fit.model.posterior(X[:5], 20)
+        assert f.mean.shape == (5,) and (f.variance > 0).all()
+        assert fit.model.sample_joint(X[:5], 3, seeded(0)).shape == (3, 5, 1)
+    with pytest.raises(NotImplementedError, match="Try sample_joint"):
+        fit.model.draw(2)
+
+
+def test_inducing_points_of_another_width_than_patches_are_refused():
+    X = normal(20, 16)
+    with pytest.raises(ShapeError, match="layer 0 must have 4 columns.*have 16"):
+        build_deep_gp(
+            X, depth=1, kernels=ORBITS["patches"], inducing_points=[X[:5].clone()]
+        )

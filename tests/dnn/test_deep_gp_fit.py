@@ -115,3 +115,20 @@ def test_bad_data_are_named():
         fit_deep_gp(model, X, Y.float())
     with pytest.raises(ValueError, match="num_samples must be"):
         fit_deep_gp(model, X, Y, num_samples=0)
+
+
+def test_a_state_of_another_run_is_refused():
+    model, X, Y = problem()
+    state = fit_deep_gp(model, X, Y, epochs=1, **QUIET).state
+    with pytest.raises(ValueError, match="of another run: its data is"):
+        fit_deep_gp(model, X, Y + 1, epochs=1, resume=state, **QUIET)
+    other, _, _ = problem(num_inducing=5)
+    with pytest.raises(ValueError, match=r"its model is .*\(6, 2\)"):
+        fit_deep_gp(other, X, Y, epochs=1, resume=state, **QUIET)
+
+
+def test_a_model_without_parameters_to_train_is_refused_by_what_it_has():
+    model, X, Y = problem()
+    with pytest.raises(ValueError, match="Try model.requires_grad_") as caught:
+        fit_deep_gp(model.requires_grad_(False), X, Y, epochs=1, **QUIET)
+    assert "encoder" not in str(caught.value)

@@ -278,11 +278,11 @@ class Overflowing(nn.Linear):
 
     def __init__(self, *sizes, steps):
         super().__init__(*sizes)
-        self.steps = steps
+        self._steps = steps  # no option: it changes as it is called
 
     def forward(self, x):
-        self.steps -= self.training
-        return super().forward(x) * (math.nan if self.steps < 0 else 1)
+        self._steps -= self.training
+        return super().forward(x) * (math.nan if self._steps < 0 else 1)
 
 
 def test_a_bound_that_becomes_nan_stops_with_the_last_good_state():
@@ -295,18 +295,18 @@ def test_a_bound_that_becomes_nan_stops_with_the_last_good_state():
         fit_vae(vae, Y, epochs=9, **options)
     fit = caught.value.last_good
     assert len(fit.history["elbo"]) == 2
-    vae.encoder.steps = 100
+    vae.encoder._steps = 100
     options["generator"] = seeded()
     good = fit_vae(vae, Y, epochs=2, **options).model
     for name, value in good.state_dict().items():
         assert torch.equal(value, fit.model.state_dict()[name])
-    vae.encoder.steps = 1
+    vae.encoder._steps = 1
     with pytest.raises(DivergedError, match=r"after 0 of 9 epochs") as caught:
         fit_vae(vae, Y, epochs=9, **options)
     untrained = caught.value.last_good.model
     for name, value in vae.state_dict().items():
         assert torch.equal(value, untrained.state_dict()[name])
-    vae.encoder.steps = 100  # and the fit goes on from what is kept
+    vae.encoder._steps = 100  # and the fit goes on from what is kept
     longer = fit_vae(vae, Y, epochs=1, progress=False, resume=fit.state)
     assert len(longer.history["elbo"]) == 3
 

@@ -1,6 +1,8 @@
 """Bounds over parts of orbits: unbiased by enumeration, below by Jensen, refusals."""
 
 import itertools
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +17,18 @@ from gpytorch.means import ConstantMean
 from gpytorch.mlls import VariationalELBO
 from gpytorch.models import ApproximateGP
 from gpytorch.variational import CholeskyVariationalDistribution, VariationalStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpbridge
 from gpbridge.augmentation import FiniteOrbit, Rotation2d
+from gpbridge.checks import ShapeError
 from gpbridge.inducing_gp import SparseGP
-from gpbridge.inducing_orbits import OrbitMoments, draw_elements, unbiased_moments
+from gpbridge.inducing_orbits import draw_elements
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
 from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.polya_gamma import PolyaGammaBernoulliLikelihood
 from gpbridge.selection import OrbitVariationalELBO
-from tests.test_inducing_strategy import (
+from tests.inducing_problems import (
     DOUBLE,
     LMC,
     convolutional,
@@ -127,19 +132,6 @@ def test_batches_of_data_and_orbits_average_to_the_whole_bound():
         for subset in itertools.combinations(range(4), 2)
     ]
     assert (torch.stack(values).mean() - whole).detach().abs() < 1e-11
-
-
-def test_an_infinite_orbit_uses_pairs_of_different_elements_only():
-    """Moments by hand for two elements: no pair of an element with itself."""
-    cross, mean = 0.3, torch.tensor([[1.0, 3.0]], dtype=DOUBLE)
-    variance = torch.tensor([[2.0, 5.0]], dtype=DOUBLE)
-    pooled = (variance.sum(-1) + 2 * cross) / 4
-    offset = torch.tensor([0.5], dtype=DOUBLE)
-    moments = OrbitMoments(mean, variance, pooled, offset)
-    first, second = unbiased_moments(moments, float("inf"))
-    assert first.item() == pytest.approx(2.5)
-    # E f^2 with f = h + 0.5, and E h^2 the mean of h_1 h_2 over pairs.
-    assert second.item() == pytest.approx((cross + 3.0) + 2 * 0.5 * 2.0 + 0.25)
 
 
 def test_draws_of_a_continuous_law_are_unbiased():
@@ -274,11 +266,6 @@ def test_a_number_of_elements_that_does_not_fit_is_refused(number):
         OrbitVariationalELBO(model.likelihood, model, 20, number)
 
 
-def test_more_elements_than_there_are_cannot_be_drawn():
-    with pytest.raises(ValueError, match="from an orbit of 6"):
-        draw_elements(FiniteOrbit.permutations(3), 7)
-
-
 def test_kernels_without_orbits_are_refused():
     model = sparse(rbf(), 3, GaussianLikelihood())
     with pytest.raises(TypeError, match="the kernel is a RBFKernel"):
@@ -297,3 +284,51 @@ def test_the_strategy_of_upstream_is_refused():
 
     with pytest.raises(TypeError, match="this one has a VariationalStrategy"):
         OrbitVariationalELBO(GaussianLikelihood(), Plain(), 20, 2)
+
+
+class Looks(TorchDispatchMode):
+    """Who brings values to the host, each of which stops a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.callers = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            files = [Path(frame.filename) for frame in traceback.extract_stack()[:-1]]
+            packages = [file for file in files if "torch" not in file.parts]
+            self.callers.append(packages[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["unbiased", "jensen"])
+def test_a_step_looks_at_no_values_but_where_upstream_does(form):
+    """Upstream looks at its flags and at what a factorisation says."""
+    likelihood, y, _, _ = likelihood_and_targets("gaussian")
+    model, x = build("patches", likelihood)
+    elbo = OrbitVariationalELBO(likelihood, model, 50, 2, **{form: True})
+    with Looks() as looks:
+        elbo(x, y)
+    assert looks.callers  # of upstream
+    ours = Path(gpbridge.__file__).parent
+    assert not [file for file in looks.callers if ours in file.parents]
+
+
+def test_inputs_of_a_step_are_checked_by_shape_and_type():
+    model, x = build("patches", GaussianLikelihood())
+    elbo = OrbitVariationalELBO(model.likelihood, model, 50, 2)
+    y = torch.zeros(N, dtype=DOUBLE)
+    for change, error, message in (
+        ((x[0], y), ShapeError, "must be ``n x d``"),
+        ((x, y[:2]), ShapeError, "target has 2"),
+        ((x.long(), y), TypeError, "float32 or float64"),
+        ((x, [0.0]), TypeError, "must be a torch.Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            elbo(*change)
+
+
+def test_a_likelihood_of_another_number_of_outputs_is_refused():
+    model, _ = build("patches", MultitaskGaussianLikelihood(num_tasks=2), 2)
+    with pytest.raises(ShapeError, match="of 1 latent output, but there are 2"):
+        OrbitVariationalELBO(GaussianLikelihood(), model, 20, 2)

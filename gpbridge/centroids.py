@@ -1,7 +1,7 @@
 r"""Centroids of rows by k-means: where inducing points are first put.
 
 In: rows and a number. Out: as many centres, or all distinct rows if they are fewer.
-Next: ``deep_gp`` pushes them through the fixed means of its layers.
+Next: ``inducing_points``; deep GPs push them through the fixed means of their layers.
 
 References:
     Arthur, Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
 
-from gpbridge.dnn.centroids import centroids
+from gpbridge.centroids import centroids
 from tests.dnn.deep_gp_problems import normal, seeded
 
 

@@ -1,0 +1,163 @@
+"""The ready sparse GP: start, outputs and their likelihoods, copies, marginals."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from gpytorch.kernels import ScaleKernel
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
+from gpytorch.mlls import VariationalELBO
+from gpytorch.variational import (
+    IndependentMultitaskVariationalStrategy,
+)
+
+from gpbridge.checks import ShapeError
+from gpbridge.inducing_gp import SparseGP
+from gpbridge.kernels import ConvolutionalKernel
+from gpbridge.polya_gamma import PolyaGammaBernoulliLikelihood
+from gpbridge.selection import OrbitVariationalELBO
+from tests.inducing_problems import (
+    DOUBLE,
+    M,
+    N,
+    convolutional,
+    kernels,
+    normal,
+    rbf,
+    sparse,
+)
+
+
+def test_state_dict_pickle_and_deepcopy_keep_the_posterior():
+    kernel, d, width = kernels("convolutional")
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    model = sparse(ScaleKernel(kernel).double(), width, softmax, num_outputs=3).eval()
+    x = normal(N, d, seed=2)
+    expected = model(x).mean
+    fresh = ConvolutionalKernel(rbf(0.3), (4, 4), (2, 2)).double()
+    other = SparseGP(
+        ScaleKernel(fresh).double(),
+        torch.zeros(M, width, dtype=DOUBLE),
+        SoftmaxLikelihood(num_classes=3, mixing_weights=False),
+        num_outputs=3,
+    ).eval()
+    other.load_state_dict(model.state_dict())
+    twins = other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
+        assert torch.equal(twin(x).mean, expected)
+    other.load_state_dict(
+        SparseGP(
+            ScaleKernel(convolutional()).double(),
+            normal(M, width),
+            softmax,
+            num_outputs=3,
+        ).state_dict()
+    )
+    assert (other(x).mean - expected).abs().max() > 0.1  # nothing kept of before
+
+
+def test_the_model_follows_its_dtype():
+    kernel, d, width = kernels("convolutional")
+    model = sparse(kernel, width).eval()
+    expected = model(normal(N, d, seed=2)).mean
+    single = model.float()(normal(N, d, seed=2).float())
+    assert single.mean.dtype == single.variance.dtype == torch.float32
+    assert (single.mean - expected).abs().max() < 1e-3  # jitter 1e-4 in float32
+
+
+def test_a_bound_and_its_gradients_are_finite_in_all_parameters():
+    kernel, d, width = kernels("convolutional")
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    model = SparseGP(
+        ScaleKernel(kernel).double(), normal(M, width), softmax, num_outputs=3
+    )
+    elbo = VariationalELBO(softmax, model, num_data=20)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    elbo(model(normal(N, d)), labels).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_the_model_refuses_an_unknown_distribution():
+    with pytest.raises(ValueError, match="one of 'cholesky', 'natural'"):
+        SparseGP(rbf(), normal(M, 2), distribution="full")
+
+
+def test_several_outputs_stand_in_the_wrapper_of_gpytorch():
+    noise = MultitaskGaussianLikelihood(num_tasks=2)
+    model = SparseGP(rbf(), normal(M, 2), noise, num_outputs=2)
+    wrapper = model.variational_strategy
+    assert isinstance(wrapper, IndependentMultitaskVariationalStrategy)
+
+
+@pytest.mark.parametrize("name", ["cholesky", "natural", "mean_field"])
+def test_the_start_has_the_asked_standard_deviation_and_no_noise(name):
+    state = torch.get_rng_state()
+    model = SparseGP(rbf(), normal(M, 2), distribution=name, initial_std=0.3)
+    model(normal(N, 2))
+    q = model.variational_strategy.variational_distribution
+    identity = torch.eye(M, dtype=DOUBLE)
+    assert (q.covariance_matrix - 0.09 * identity).abs().max() < 1e-8
+    assert torch.equal(q.mean, torch.zeros(M, dtype=DOUBLE))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="initial_std must be positive"):
+        SparseGP(rbf(), normal(M, 2), initial_std=0.0)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(num_outputs):
+    kernel, d, width = kernels("convolutional")
+    model = sparse(kernel, width, num_outputs=num_outputs).eval()
+    x = normal(N, d, seed=2)
+    joint, alone = model(x), model.marginals(x)
+    assert torch.allclose(alone.mean, joint.mean)
+    assert torch.allclose(alone.variance, joint.variance)
+    kernel._matrix = None  # would be called for pairs of different inputs
+    softmax = SoftmaxLikelihood(num_classes=max(2, num_outputs), mixing_weights=False)
+    if num_outputs > 1:
+        assert softmax(model.marginals(x)).probs.shape[-2:] == (N, 3)
+    assert model.marginals(x).rsample().shape == joint.mean.shape
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_several_outputs_have_a_noise_each_by_default(stochastic):
+    kernel, d, width = kernels("turns")
+    model = SparseGP(kernel, normal(M, width, seed=1), num_outputs=3).double()
+    model.likelihood.task_noises = torch.tensor([0.1, 0.5, 2.0], dtype=DOUBLE)
+    x, y = normal(N, d, seed=2), normal(N, 3, seed=3)
+    f = model(x)
+    noise = model.likelihood.task_noises
+    fit = torch.distributions.Normal(f.mean, noise.sqrt()).log_prob(y)
+    fit = fit - f.variance / (2 * noise)
+    kl = model.variational_strategy.kl_divergence().sum()
+    expected = fit.sum(-1).mean() - kl / 20
+    if stochastic:
+        elbo = OrbitVariationalELBO(model.likelihood, model, 20, 4)
+        found = elbo(x, y)
+    else:
+        found = VariationalELBO(model.likelihood, model, 20)(f, y)
+    assert found.shape == ()
+    assert (found - expected).detach().abs() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "likelihood, num_outputs, message",
+    [
+        (GaussianLikelihood(), 3, "of 1 latent output, but there are 3.*num_tasks=3"),
+        (PolyaGammaBernoulliLikelihood(), 2, "but there are 2.*num_classes=2"),
+        (BernoulliLikelihood(), 2, "of 1 latent output, but there are 2"),
+        (MultitaskGaussianLikelihood(2), 3, "of 2 latent outputs, but there are 3"),
+        (MultitaskGaussianLikelihood(2), 1, r"but there are 1.*GaussianLikelihood\(\)"),
+    ],
+)
+def test_a_likelihood_of_another_number_of_outputs_is_refused(
+    likelihood, num_outputs, message
+):
+    with pytest.raises(ShapeError, match=message):
+        SparseGP(rbf(), normal(M, 2), likelihood, num_outputs=num_outputs)
