@@ -180,12 +180,18 @@ def symmetric_in_blocks(
         else:
             block = function(start, stop)
         rows.append(functional.pad(block, (start * m, 0)))
-    upper = torch.cat(rows, -2).triu()
-    return upper + upper.triu(1).mT
+    upper = torch.cat(rows, -2)
+    del rows, block
+    # In place: at no time are there more than two matrices.
+    return upper.triu_().add_(upper.triu(1).mT)
 
 
 def block_sizes(
-    entries_per_pair: int, num_columns: int, chosen: int | None, device: torch.device
+    entries_per_pair: int,
+    num_columns: int,
+    chosen: int | None,
+    device: torch.device,
+    entries_per_row: int = 0,
 ) -> tuple[int, int]:
     """Points of the rows and of the columns of a block.
 
@@ -194,40 +200,14 @@ def block_sizes(
         num_columns: The number n' of points along the columns.
         chosen: Points along the rows, None for what suits the device.
         device: Where the block is formed.
+        entries_per_row: Numbers that one point of the rows takes, as its orbit does.
 
     Returns:
         Both, at least one.
     """
     entries = CPU_ENTRIES if device.type == "cpu" else ENTRIES
-    room = entries // max(1, entries_per_pair)
     if chosen is None:
-        chosen = max(1, room // max(1, num_columns))
-    return chosen, min(max(1, num_columns), max(1, room // chosen))
-
-
-def entries_needed(
-    points: tuple[int, int],
-    orbits: tuple[int, int],
-    num_outputs: int,
-    width: int,
-    chosen: int | None,
-    device: torch.device,
-) -> int:
-    """Numbers held at a time for one matrix: orbits, one block twice, the result.
-
-    Args:
-        points: n and n'.
-        orbits: s and s'.
-        num_outputs: The number m of outputs.
-        width: Columns of an orbit.
-        chosen: Points along the rows of a block, see :func:`block_sizes`.
-        device: Where blocks are formed.
-
-    Returns:
-        How many.
-    """
-    (n1, n2), (s1, s2), m = points, orbits, num_outputs
-    pair = s1 * s2 * m**2
-    rows, columns = block_sizes(pair, n2, chosen, device)
-    block = min(rows, n1) * min(columns, n2) * pair
-    return n2 * s2 * width + 2 * block + n1 * n2 * m**2
+        row = max(entries_per_pair * num_columns, entries_per_row, 1)
+        chosen = max(1, entries // row)
+    room = entries // max(1, entries_per_pair * chosen)
+    return chosen, min(max(1, num_columns), max(1, room))

@@ -1,0 +1,198 @@
+r"""Averages over the patches of images, where the kernel is a squared exponential.
+
+In: the same as for other orbits. Out: the same covariances, from one product of patches
+that are not formed for all images, and one pass of the exponential; for other kernels
+of patches what ``orbit_sums`` has. Next: ``convolutional``.
+"""
+
+from __future__ import annotations
+
+import torch
+from gpytorch.kernels import Kernel, RBFKernel
+from torch import Tensor
+from torch.nn import functional
+
+from gpbridge.kernels.orbit_blocks import (
+    block_sizes,
+    exponential_of_distances,
+    in_blocks,
+    symmetric_in_blocks,
+)
+from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
+from gpbridge.kernels.orbit_sums import (
+    CROSS_REMEDY,
+    DIAGONAL_REMEDY,
+    MATRIX_REMEDY,
+    OrbitAverage,
+    Sums,
+    average_cross,
+    average_diagonal,
+    average_matrix,
+    check_average,
+)
+from gpbridge.kernels.patch_kernel import PatchKernel
+
+PATCH_ENTRIES = 2**25  # pixels of patches at a time, where no value is kept
+
+
+def patch_matrix(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
+    """As :func:`~gpbridge.kernels.orbit_sums.average_matrix`, of flat images."""
+    if not _is_direct(average, x1, x2):
+        return average_matrix(average, x1, x2, same)
+    patches, P = average.augmentation, average.augmentation.num_samples
+    weights = patches.coefficients(x1)
+    n1, n2, width = len(x1), len(x2), patches.output_width(x1.shape[-1])
+    size, across = block_sizes(
+        P * P, n2, average.chunk_size, x1.device, P * (width + 1)
+    )
+    symmetric = same and across >= n2 > 0
+    height = min(size, -(-n1 // 8) if symmetric else n1)
+    check_average(
+        average,
+        x1,
+        (n1, n2),
+        (P, P),
+        (n1 * n2, height * min(across, n2) * P * P, _pixels(average, height + n2)),
+        MATRIX_REMEDY,
+        _passes(average),
+    )
+
+    def block(images: Tensor, others: Tensor) -> Tensor:
+        filters = patches(images).flatten(0, 1)
+        K = _values(average, filters, others) @ weights  # n' x (b P)
+        return (K.unflatten(-1, (len(images), P)) @ weights).mT
+
+    if symmetric:
+        return symmetric_in_blocks(
+            lambda start, stop: block(x1[start:stop], x1[start:]), n1, size, 1
+        )
+
+    def against(part: Tensor) -> Tensor:
+        return in_blocks(lambda images: block(images, part), (x1,), size, dim=-2)
+
+    return torch.cat([against(part) for part in x2.split(across)], -1)
+
+
+def patch_diagonal(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
+    """As :func:`~gpbridge.kernels.orbit_sums.average_diagonal`, of flat images."""
+    direct = same and _is_direct(average, x1, x2) and _is_exponential(average)
+    if not direct:
+        return average_diagonal(average, x1, x2, same)
+    patches, P = average.augmentation, average.augmentation.num_samples
+    weights, size = patches.coefficients(x1), _images(average, x1)
+    check_average(
+        average,
+        x1,
+        (len(x1),),
+        (P, P),
+        (len(x1), 0, _pixels(average, min(size, len(x1)))),
+        DIAGONAL_REMEDY,
+    )
+
+    def block(images: Tensor) -> Tensor:
+        orbits = patches(images) - _shift(x1)
+        return orbit_variance(orbits / _column_lengthscale(average, x1), weights)
+
+    return in_blocks(block, (x1,), size, dim=-1)
+
+
+def patch_cross(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
+    """As :func:`~gpbridge.kernels.orbit_sums.average_cross`, of patches and images."""
+    if not _is_direct(average, Z, x):
+        return average_cross(average, Z, x)
+    patches, P = average.augmentation, average.augmentation.num_samples
+    weights, u, n = patches.coefficients(x), len(Z), len(x)
+    exponential = _is_exponential(average)
+    if exponential:
+        size, entries = _images(average, x), 0
+    else:
+        size, _ = block_sizes(P, u, average.chunk_size, x.device, P * (Z.shape[-1] + 1))
+        entries = u * P * min(size, n)
+    check_average(
+        average,
+        x,
+        (u, n),
+        (1, P),
+        (u * n, entries, _pixels(average, min(size, n))),
+        CROSS_REMEDY,
+        _passes(average),
+    )
+
+    def block(images: Tensor) -> Tensor:
+        return (_values(average, Z, images) @ weights).mT
+
+    def exponential_block(images: Tensor) -> Tensor:
+        lengthscale, shift = _column_lengthscale(average, x), _shift(x)
+        orbits = (patches(images) - shift) / lengthscale
+        return orbit_cross((Z - shift) / lengthscale, orbits, weights)
+
+    return in_blocks(exponential_block if exponential else block, (x,), size, dim=-1)
+
+
+PATCH_SUMS = Sums(patch_matrix, patch_diagonal, patch_cross)
+
+
+def _is_direct(average: OrbitAverage, x1: Tensor, x2: Tensor) -> bool:
+    """Whether one product holds the distances: RBF, and no batches."""
+    unbatched = x1.dim() == x2.dim() == 2 and not len(average.base.batch_shape)
+    return unbatched and type(_pixel_kernel(average)) is RBFKernel
+
+
+def _is_exponential(average: OrbitAverage) -> bool:
+    """Whether k_g is one squared exponential of all columns of a patch."""
+    base = average.base
+    return not isinstance(base, PatchKernel) or type(base.location_kernel) is RBFKernel
+
+
+def _pixel_kernel(average: OrbitAverage) -> Kernel:
+    base = average.base
+    return base.base_kernel if isinstance(base, PatchKernel) else base
+
+
+def _column_lengthscale(average: OrbitAverage, like: Tensor) -> Tensor:
+    """The lengthscale of each column of a patch, places last."""
+    patches = average.augmentation
+    parts = [_pixel_kernel(average).lengthscale[0].expand(patches.patch_width)]
+    if patches.locations:
+        parts.append(average.base.location_kernel.lengthscale[0].expand(2))
+    return torch.cat(parts).to(like)
+
+
+def _shift(x: Tensor) -> Tensor:
+    # Distances do not change with a common shift, their rounding errors do.
+    return x.detach().mean()
+
+
+def _images(average: OrbitAverage, x: Tensor) -> int:
+    """Images whose patches are formed at a time, where no value is kept."""
+    return average.chunk_size or max(1, PATCH_ENTRIES // _pixels(average, 1))
+
+
+def _pixels(average: OrbitAverage, num_images: int) -> int:
+    """Numbers of the patches of images, their norms included."""
+    patches = average.augmentation
+    return num_images * patches.num_samples * (patches.output_width(0) + 1)
+
+
+def _passes(average: OrbitAverage) -> tuple[float, float]:
+    """Numbers held for each value of k_g, alone and when gradients are asked for."""
+    return (2.25, 5) if isinstance(average.base, PatchKernel) else (1.25, 3)
+
+
+def _values(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
+    """The base kernel between ``u`` patches and those of images, ``n x u x P``."""
+    patches = average.augmentation
+    images = patches.images(x)
+    Z, places = Z[:, : patches.patch_width], Z[:, patches.patch_width :]
+    shift = _shift(images)
+    scale = _pixel_kernel(average).lengthscale.reciprocal()  # 1 x (1 or d')
+    Z = (Z - shift) * scale
+    windows = functional.unfold(
+        images - shift, patches.patch_shape, stride=patches.stride
+    )
+    windows = windows * scale.mT
+    K = exponential_of_distances(Z, windows)
+    if patches.locations:
+        location_kernel = average.base.location_kernel
+        K = K * location_kernel(places, patches.places.to(x)).to_dense()
+    return K
