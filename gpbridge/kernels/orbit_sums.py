@@ -60,6 +60,26 @@ class OrbitAverage(NamedTuple):
     memory_budget: float
 
 
+class Held(NamedTuple):
+    """Measured: numbers held for each value of a base kernel and each of an orbit.
+
+    Attributes:
+        alone: For each value without gradients.
+        kept: For each value, kept for its gradient.
+        passing: For each value, besides, while the gradient is computed.
+        points: For each number of an orbit, without gradients.
+    """
+
+    alone: float
+    kept: float
+    passing: float
+    points: float
+
+
+DIRECT = Held(1.25, 1.25, 1.75, 4)  # one product and one exponential
+OTHER = Held(3, 4, 4, 4)  # what gpytorch's kernels take
+
+
 class Sums(NamedTuple):
     """The three covariances of an averaged function, as functions."""
 
@@ -101,10 +121,12 @@ def average_matrix(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) ->
         x1,
         (n1, n2),
         (s1, s2),
-        (
+        numbers_held(
+            average,
             n1 * n2 * m**2 * batch.numel(),
             height * min(across, n2) * pair,
             orbits * (width + 1) * batch.numel(),
+            stored=symmetric and 8 * height >= n1,
         ),
         MATRIX_REMEDY,
     )
@@ -162,7 +184,13 @@ def average_diagonal(
         x1,
         (n,),
         (s1, s2),
-        (n * m * batch.numel(), min(size, n) * pair, min(size, n) * orbits),
+        numbers_held(
+            average,
+            n * m * batch.numel(),
+            min(size, n) * pair,
+            # gpytorch copies a batch of single points more often than rows.
+            (1 if type(base) is RBFKernel else 1.5) * min(size, n) * orbits,
+        ),
         DIAGONAL_REMEDY,
     )
 
@@ -199,7 +227,8 @@ def average_cross(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
         x,
         (u, n),
         (1, s),
-        (
+        numbers_held(
+            average,
             u * n * m**2 * batch.numel(),
             u * min(size, n) * pair,
             min(size, n) * orbits + u * Z.shape[-1],
@@ -228,14 +257,49 @@ def _sides(average: OrbitAverage, like: Tensor):
     return lambda x: x[..., None, :], law.orbit, like.new_ones(1), law.weights
 
 
+def numbers_held(
+    average: OrbitAverage,
+    result: int,
+    block: int,
+    points: float,
+    stored: bool = False,
+    held: Held | None = None,
+) -> float:
+    """Numbers that are held at once, in the forward pass or in both.
+
+    Args:
+        average: What is averaged.
+        result: Entries of the result.
+        block: Values of the base kernel in the largest block.
+        points: Numbers of the orbits that are compared in it.
+        stored: Whether all blocks of a symmetric matrix are kept for its gradient, as
+            those of eight rows of blocks are.
+        held: What is held for each value; default by the base kernel.
+    """
+    direct = type(average.base) is RBFKernel
+    if held is None:
+        held = DIRECT if direct else OTHER
+    if not torch.is_grad_enabled():
+        return result + max(result, held.alone * block + held.points * points)
+    # The blocks of the upper half have 1 + ... + 8 columns of 8, and so their points.
+    blocks = 4.5 if stored else 1
+    parameters, weights = (
+        average.augmentation.parameters(),
+        average.augmentation.weights,
+    )
+    learnt = direct or any(p.requires_grad and p is not weights for p in parameters)
+    kept = held.kept * blocks * block + (3 * blocks * points if learnt else points)
+    passing = held.passing * block if learnt else block
+    return 2 * result + kept + passing + 3 * points
+
+
 def check_average(
     average: OrbitAverage,
     x: Tensor,
     points: tuple[int, ...],
     orbits: tuple[int, int],
-    numbers: tuple[int, int, int],
+    numbers: float,
     remedy: str,
-    passes: tuple[float, float] | None = None,
 ) -> None:
     """Refuse what is beyond the budget, before any of it is formed.
 
@@ -244,23 +308,13 @@ def check_average(
         x: Points, whose dtype the result has.
         points: How many there are on each side.
         orbits: How many elements the orbits have.
-        numbers: Those of the result, values of the base kernel in one block, and
-            numbers of the orbits that are compared in it.
+        numbers: How many are held at once.
         remedy: What to try.
-        passes: Numbers that are held for each value of the base kernel, without and
-            with gradients; measured, default those of gpytorch's kernels.
     """
-    result, block, sides = numbers
-    if passes is None:
-        passes = (1.25, 3) if type(average.base) is RBFKernel else (3, 5)
-    if torch.is_grad_enabled():
-        held = 3 * result + passes[1] * block + 6 * sides
-    else:
-        held = result + max(result, passes[0] * block + 4 * sides)
     check_memory(
         f"The average over orbits of {orbits[0]} and {orbits[1]} elements, for "
         f"{' and '.join(map(str, points))} points,",
-        x.dtype.itemsize * held,
+        x.dtype.itemsize * numbers,
         average.memory_budget,
         remedy,
     )

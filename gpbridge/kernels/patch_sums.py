@@ -22,13 +22,16 @@ from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
 from gpbridge.kernels.orbit_sums import (
     CROSS_REMEDY,
     DIAGONAL_REMEDY,
+    DIRECT,
     MATRIX_REMEDY,
+    Held,
     OrbitAverage,
     Sums,
     average_cross,
     average_diagonal,
     average_matrix,
     check_average,
+    numbers_held,
 )
 from gpbridge.kernels.patch_kernel import PatchKernel
 
@@ -52,9 +55,15 @@ def patch_matrix(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) -> T
         x1,
         (n1, n2),
         (P, P),
-        (n1 * n2, height * min(across, n2) * P * P, _pixels(average, height + n2)),
+        numbers_held(
+            average,
+            n1 * n2,
+            height * min(across, n2) * P * P,
+            _pixels(average, height + n2),
+            stored=symmetric and 8 * height >= n1,
+            held=_held(average),
+        ),
         MATRIX_REMEDY,
-        _passes(average),
     )
 
     def block(images: Tensor, others: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ def patch_diagonal(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) ->
         x1,
         (len(x1),),
         (P, P),
-        (len(x1), 0, _pixels(average, min(size, len(x1)))),
+        2 * len(x1) + 6.5 * _pixels(average, min(size, len(x1))),  # measured
         DIAGONAL_REMEDY,
     )
 
@@ -104,18 +113,22 @@ def patch_cross(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
     weights, u, n = patches.coefficients(x), len(Z), len(x)
     exponential = _is_exponential(average)
     if exponential:
-        size, entries = _images(average, x), 0
+        size = _images(average, x)
+        factor = 6 if torch.is_grad_enabled() else 2.5  # measured
+        numbers = 3 * u * n + factor * _pixels(average, min(size, n))
     else:
-        size, _ = block_sizes(P, u, average.chunk_size, x.device, P * (Z.shape[-1] + 1))
-        entries = u * P * min(size, n)
+        size, _ = block_sizes(P, u, average.chunk_size, x.device, _pixels(average, 1))
+        part = min(size, n)
+        numbers = numbers_held(
+            average, u * n, u * P * part, _pixels(average, part), held=_held(average)
+        )
     check_average(
         average,
         x,
         (u, n),
         (1, P),
-        (u * n, entries, _pixels(average, min(size, n))),
+        numbers,
         CROSS_REMEDY,
-        _passes(average),
     )
 
     def block(images: Tensor) -> Tensor:
@@ -174,9 +187,10 @@ def _pixels(average: OrbitAverage, num_images: int) -> int:
     return num_images * patches.num_samples * (patches.output_width(0) + 1)
 
 
-def _passes(average: OrbitAverage) -> tuple[float, float]:
-    """Numbers held for each value of k_g, alone and when gradients are asked for."""
-    return (2.25, 5) if isinstance(average.base, PatchKernel) else (1.25, 3)
+def _held(average: OrbitAverage) -> Held:
+    """Numbers held for each value of k_g, which places multiply, and each pixel."""
+    located = isinstance(average.base, PatchKernel)
+    return Held(2.25, 2.25, 2.75, 2) if located else DIRECT._replace(points=2)
 
 
 def _values(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:

@@ -240,14 +240,6 @@ def test_state_pickle_and_copy_keep_the_kernel(X):
         assert torch.equal(dense(same, X), expected)
 
 
-def test_a_matrix_beyond_the_budget_is_refused(X):
-    kernel = convolutional(memory_budget=1e3)
-    with pytest.raises(MemoryError, match="orbits of 9 and 9 .* 4 and 4 points"):
-        dense(kernel, X)
-    with pytest.raises(MemoryError, match="orbits of 1 and 9"):
-        kernel.base_cross(torch.zeros(3, 12).double(), X)
-
-
 @pytest.mark.parametrize(
     "build, error, message",
     [

@@ -569,19 +569,6 @@ def test_state_pickle_and_copy_keep_the_kernel(X):
         assert torch.equal(dense(same, X), expected)
 
 
-def test_a_matrix_beyond_the_budget_is_refused_before_it_is_formed(X):
-    turns = Rotation2d(64, sampling="qmc")
-    kernel = InvariantKernel(rbf(), turns, memory_budget=1e5).double()
-    many = X[:1].expand(100, 2)
-    with pytest.raises(MemoryError, match="orbits of 64 and 64 .* 100 and 100 points"):
-        dense(kernel, many)
-    with pytest.raises(MemoryError, match="base_cross"):
-        kernel.base_cross(many, many)
-    linear = InvariantKernel(LinearKernel(), turns, memory_budget=1e3).double()
-    with pytest.raises(MemoryError, match="2 averaged features of 100 points"):
-        dense(linear, many)
-
-
 @pytest.mark.parametrize(
     "build, error, message",
     [
