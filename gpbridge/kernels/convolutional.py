@@ -37,7 +37,8 @@ class ConvolutionalKernel(OrbitKernel):
     For a base kernel ``RBFKernel``, with or without ARD, a block of images is one
     product of patches and one pass of the exponential; the patches of other images are
     not formed meanwhile. A convolution gives the same inner products in twice the time
-    of the product.
+    of the product. Its diagonal and ``base_cross`` have first derivatives only; take
+    them from the matrix for second ones.
 
     Args:
         base_kernel: The kernel of flat patches, ``channels * height * width`` columns.

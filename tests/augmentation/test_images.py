@@ -143,7 +143,13 @@ def test_starts_and_caps_by_name():
         (dict(generators=["tx", "tx"]), ValueError, "different names"),
         (dict(generators=[]), ValueError, "at least one"),
         (dict(caps={"rotation": 6.3}), ValueError, "at most pi"),
-        (dict(caps={"turn": 1.0}), ValueError, "generators must be one of"),
+        (dict(caps={"turn": 1.0}), ValueError, r"caps must name gen.*\('turn',\)"),
+        (
+            dict(generators=["rotation"], init={"tx": 0.3}),
+            ValueError,
+            r"init must name generators of this augmentation, \('rotation',\), but "
+            r"names \('tx',\). Add them",
+        ),
         (dict(init=1.5), ValueError, "bound must lie above zero"),
         (dict(interpolation="cubic"), ValueError, "interpolation must be one of"),
         (dict(padding_mode="circular"), ValueError, "padding_mode must be one of"),
