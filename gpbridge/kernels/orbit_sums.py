@@ -135,7 +135,7 @@ def average_matrix(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) ->
 
         def upper(start: int, stop: int) -> Tensor:
             left, right = orbits[..., start:stop, :, :], orbits[..., start:, :, :]
-            return orbit_mean(base, left, right, v, w, m)
+            return orbit_mean(base, left, right, v, w, m, aligned=True)
 
         return symmetric_in_blocks(upper, n1, size, m)
 

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from gpbridge.kernels.orbit_blocks import (
     block_sizes,
-    exponential_of_distances,
+    distance_exponents,
+    exponentials,
     in_blocks,
     symmetric_in_blocks,
 )
@@ -66,14 +67,15 @@ def patch_matrix(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) -> T
         MATRIX_REMEDY,
     )
 
-    def block(images: Tensor, others: Tensor) -> Tensor:
+    def block(images: Tensor, others: Tensor, aligned: bool = False) -> Tensor:
         filters = patches(images).flatten(0, 1)
-        K = _values(average, filters, others) @ weights  # n' x (b P)
+        aligned = len(images) if aligned else 0
+        K = _values(average, filters, others, aligned) @ weights  # n' x (b P)
         return (K.unflatten(-1, (len(images), P)) @ weights).mT
 
     if symmetric:
         return symmetric_in_blocks(
-            lambda start, stop: block(x1[start:stop], x1[start:]), n1, size, 1
+            lambda start, stop: block(x1[start:stop], x1[start:], True), n1, size, 1
         )
 
     def against(part: Tensor) -> Tensor:
@@ -193,8 +195,11 @@ def _held(average: OrbitAverage) -> Held:
     return Held(2.25, 2.25, 2.75, 2) if located else DIRECT._replace(points=2)
 
 
-def _values(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
-    """The base kernel between ``u`` patches and those of images, ``n x u x P``."""
+def _values(average: OrbitAverage, Z: Tensor, x: Tensor, aligned: int = 0) -> Tensor:
+    """The base kernel between ``u`` patches and those of images, ``n x u x P``.
+
+    The patches may be those of the first images; ``aligned`` says of how many.
+    """
     patches = average.augmentation
     images = patches.images(x)
     Z, places = Z[:, : patches.patch_width], Z[:, patches.patch_width :]
@@ -205,7 +210,12 @@ def _values(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
         images - shift, patches.patch_shape, stride=patches.stride
     )
     windows = windows * scale.mT
-    K = exponential_of_distances(Z, windows)
+    K = distance_exponents(Z, windows)
+    if aligned:
+        own = K[:aligned].unflatten(-2, (aligned, -1)).diagonal(dim1=0, dim2=1)
+        with torch.no_grad():
+            own.diagonal(dim1=0, dim2=1).zero_()
+    K = exponentials(K)
     if patches.locations:
         location_kernel = average.base.location_kernel
         K = K * location_kernel(places, patches.places.to(x)).to_dense()

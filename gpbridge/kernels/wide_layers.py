@@ -192,6 +192,8 @@ class GELU(Elementwise):
 class Tanh(Elementwise):
     """The hyperbolic tangent, as a mixture of error functions."""
 
+    held = 11
+
     def dual(self) -> Dual:
         """The dual functions F and F'."""
         return dual_activations.tanh
