@@ -219,8 +219,8 @@ class Smooth(Elementwise):
         check_count(num_terms=self.num_terms)
 
     def kept(self, tangent: bool) -> int:
-        """One for each term of F and, if it is used, of F'."""
-        return 6 + (1 + tangent) * self.num_terms
+        """One for each term of F and of F'."""
+        return 6 + 2 * self.num_terms
 
     def dual(self) -> Dual:
         """The dual functions F and F'."""

@@ -13,7 +13,6 @@ from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
 from gpbridge.augmentation import PatchAugmentation
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
-from gpbridge.kernels.convolutional import PatchKernel
 from tests import oracles_architecture as oracles
 
 SHAPE, WINDOW = (2, 5, 4), (3, 2)
@@ -196,14 +195,6 @@ def test_without_locations_a_shift_of_the_content_changes_nothing():
     torch.testing.assert_close(K[0, 0], K[0, 1], **EXACT)
     K = dense(located, pair)
     assert K[0, 1] < K[0, 0] - 1e-3
-
-
-def test_a_location_kernel_multiplies_the_kernel_of_patches(generator):
-    Z = torch.randn(5, 14, dtype=torch.float64, generator=generator)
-    kernel = PatchKernel(rbf(), rbf()).double()
-    expected = dense(rbf(), Z[:, :12]) * dense(rbf(), Z[:, 12:])
-    torch.testing.assert_close(dense(kernel, Z), expected, **EXACT)
-    torch.testing.assert_close(kernel(Z, diag=True), expected.diagonal(), **EXACT)
 
 
 def test_features_of_patches_are_averaged(X, X2):
