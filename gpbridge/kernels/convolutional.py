@@ -58,6 +58,7 @@ class ConvolutionalKernel(OrbitKernel):
         ValueError: If a kernel of patches or places selects columns itself.
 
     Example:
+        >>> import torch
         >>> from gpytorch.kernels import RBFKernel
         >>> kernel = ConvolutionalKernel(RBFKernel(), (6, 6), (3, 3))
         >>> images = torch.zeros(4, 36)

@@ -61,6 +61,7 @@ class InvariantKernel(OrbitKernel):
         ValueError: If the mode does not apply, or ``batch_shape`` is passed.
 
     Example:
+        >>> import torch
         >>> from gpytorch.kernels import RBFKernel
         >>> from gpbridge.augmentation import Rotation2d
         >>> kernel = InvariantKernel(RBFKernel(), Rotation2d(num_samples=8))
