@@ -11,12 +11,32 @@ gradients also at k = q1 = q2, at zero variances and for parallel inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gpbridge.kernels.error_mixtures import erf_mixture
+
 Dual = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# b and c of tanh, by least squares on both the function and its derivative.
+_SCALES = (
+    0.3942544561694258,
+    0.5396711842688025,
+    0.7302884297509753,
+    0.9813979250567157,
+    1.3090683952881434,
+    1.7535213930353168,
+)
+_SHARES = (
+    0.013653308393225571,
+    0.1354055965037488,
+    0.33953917183448995,
+    0.35320006585908353,
+    0.14452120203799293,
+    0.013680655371459058,
+)
 
 
 def relu(k: Tensor, q1: Tensor, q2: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +191,7 @@ def tanh(k: Tensor, q1: Tensor, q2: Tensor) -> tuple[Tensor, Tensor]:
         Stefanski, A normal scale mixture representation of the logistic distribution,
         Statistics and Probability Letters 1991. Williams 1996, as for :func:`erf`.
     """
-    return _ErfMixture.apply(k, q1, q2)
+    return erf_mixture(k, q1, q2, _SCALES, _SHARES)
 
 
 def _coefficients(values: Tensor, weights: Tensor, projection: Tensor) -> Tensor:
@@ -225,84 +245,6 @@ def inverse_root(q: Tensor) -> Tensor:
 def _noise(dtype: torch.dtype) -> float:
     """Squared sines below this are rounding errors of a cosine of one."""
     return 16 * torch.finfo(dtype).eps
-
-
-# b and c of tanh, by least squares on both the function and its derivative.
-_SCALES = (
-    0.3942544561694258,
-    0.5396711842688025,
-    0.7302884297509753,
-    0.9813979250567157,
-    1.3090683952881434,
-    1.7535213930353168,
-)
-_SHARES = (
-    0.013653308393225571,
-    0.1354055965037488,
-    0.33953917183448995,
-    0.35320006585908353,
-    0.14452120203799293,
-    0.013680655371459058,
-)
-
-
-class _ErfMixture(torch.autograd.Function):
-    """F and F' of a mixture of error functions; the gradient keeps the inputs only."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(k: Tensor, q1: Tensor, q2: Tensor) -> tuple[Tensor, Tensor]:
-        value = derivative = 0.0
-        for sine, cosine, slope, share, *_ in _erf_pairs(k, q1, q2):
-            value = value + share * torch.atan2(sine, cosine)
-            derivative = derivative + slope
-        return value, derivative
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, of_value, of_derivative):
-        k, q1, q2 = ctx.saved_tensors
-        if of_value is None and of_derivative is None:
-            return None, None, None
-        of_k = of_q1 = of_q2 = 0.0
-        for _, cosine, slope, _, a1, a2 in _erf_pairs(k, q1, q2):
-            terms = [0.0, 0.0, 0.0]
-            if of_value is not None:
-                flow = of_value * slope
-                terms = [flow, -k * flow * a1 * a1, -k * flow * a2 * a2]
-            if of_derivative is not None:
-                flow = of_derivative * slope / (cosine * cosine)
-                first, second = flow * a1 * a1, flow * a2 * a2
-                terms[0] = terms[0] + 4 * k * first * a2 * a2
-                terms[1] = terms[1] - first
-                terms[2] = terms[2] - second
-            of_k, of_q1, of_q2 = of_k + terms[0], of_q1 + terms[1], of_q2 + terms[2]
-        return (
-            of_k.sum_to_size(k.shape),
-            of_q1.sum_to_size(q1.shape),
-            of_q2.sum_to_size(q2.shape),
-        )
-
-
-def _erf_pairs(k: Tensor, q1: Tensor, q2: Tensor) -> Iterator[tuple]:
-    """Of each pair of scales: sine, cosine, dF/dk, the share of F, a1 and a2."""
-    for b1, c1 in zip(_SCALES, _SHARES, strict=True):
-        rest1 = (1 + 2 * b1**2 * q1).reciprocal()
-        a1 = b1 * rest1.sqrt()
-        for b2, c2 in zip(_SCALES, _SHARES, strict=True):
-            rest2 = (1 + 2 * b2**2 * q2).reciprocal()
-            a2 = b2 * rest2.sqrt()
-            sine = 2 * k * a1 * a2
-            # At least what is left where k is the root of q1 q2, rounding or not.
-            least = rest1 + rest2 - rest1 * rest2
-            cosine = torch.maximum(1 - sine * sine, least).sqrt()
-            share = 2 / math.pi * c1 * c2
-            yield sine, cosine, 2 * share * a1 * a2 / cosine, share, a1, a2
 
 
 class _ArcCosine(torch.autograd.Function):
