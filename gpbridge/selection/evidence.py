@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from botorch.optim.core import scipy_minimize
@@ -30,8 +31,7 @@ from gpbridge.linearized.noise import check_noise_is_known
 from gpbridge.linearized.structures import Structure
 from gpbridge.metrics import gaussian_nll
 from gpbridge.selection.diagnostics import diagnose
-from gpbridge.selection.mll import LaplaceEvidence
-from gpbridge.spectral import GaussianSpectrum
+from gpbridge.selection.mll import LaplaceEvidence, log_hyperprior
 from gpbridge.types import Evidence
 
 # Log prior variance (of the kernel scaled to unit mean diagonal) and log noise: the
@@ -49,6 +49,9 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
     network's output are compared on those rows first, each with hyperparameters fitted
     on the other rows, and the better one is fitted on all. For classification evidence
     does not choose well calibrated probabilities: use ``model.calibrate``.
+
+    Priors that are registered on hyperparameters count, as in gpytorch: their log
+    densities are added to what is maximised, not to the evidence that comes back.
 
     Cost: one eigendecomposition of the smaller of ``n m x n m`` and ``p x p`` for one
     prior variance and one noise, one Cholesky factorisation per step otherwise.
@@ -90,11 +93,16 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
 
 def _search(model: LinearizedGP) -> None:
     single = len(model.covar_module.groups) == 1
+    owners = [owner for _, owner, *_ in model.named_priors()]
     if isinstance(model.inference, Structure):
         _search_gradient(model)
-    elif single and isinstance(model.likelihood, GaussianLikelihood):
+    elif (
+        single
+        and isinstance(model.likelihood, GaussianLikelihood)
+        and all(owner is model.likelihood.noise_covar for owner in owners)
+    ):
         _search_noise_spectrum(model)
-    elif single and not is_gaussian(model.likelihood):
+    elif single and not is_gaussian(model.likelihood) and not owners:
         _search_frozen_spectrum(model)
     else:
         _search_gradient(model)
@@ -128,8 +136,15 @@ def _search_noise_spectrum(model: LinearizedGP) -> None:
     starts = [now] + [
         (s + math.log(scale / size), v + math.log(scale)) for s, v in STARTS
     ]
+    priors = [prior for _, _, prior, *_ in model.named_priors()]
+
+    def objective(s: Tensor, v: Tensor) -> Tensor:
+        hyperprior = sum(prior.log_prob(v).sum() for prior in priors)
+        return spectrum.log_evidence(s, v) + hyperprior
+
+    like = spectrum.eigenvalues
     best = max(
-        (_climb(spectrum, start, bounds) for start in starts),
+        (_climb(objective, start, bounds, like) for start in starts),
         key=lambda found: found[0],
     )
     if learn_prior:
@@ -141,11 +156,11 @@ def _search_noise_spectrum(model: LinearizedGP) -> None:
 
 
 def _climb(
-    spectrum: GaussianSpectrum,
+    objective: Callable[[Tensor, Tensor], Tensor],
     start: tuple[float, float],
     bounds: dict[str, tuple[float, float]],
+    like: Tensor,
 ) -> tuple[float, float, float]:
-    like = spectrum.eigenvalues
     parameters = {
         name: torch.tensor(
             min(max(value, bounds[name][0]), bounds[name][1]),
@@ -158,7 +173,7 @@ def _climb(
 
     def closure() -> tuple[Tensor, list[Tensor]]:
         s, v = parameters.values()
-        loss = -spectrum.log_evidence(s.exp(), v.exp())
+        loss = -objective(s.exp(), v.exp())
         return loss, list(torch.autograd.grad(loss, [s, v]))
 
     result = scipy_minimize(closure, parameters, bounds)
@@ -217,7 +232,7 @@ def _search_gradient(model: LinearizedGP) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             fit_gpytorch_mll_scipy(mll, options={"maxiter": 200})
-        value = float(model.log_evidence().detach())
+        value = float((model.log_evidence() + log_hyperprior(model)).detach())
         if math.isfinite(value) and value > best_value:
             best_value = value
             best_state = {k: v.detach().clone() for k, v in mll.named_parameters()}

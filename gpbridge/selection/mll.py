@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpytorch import Module
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.mlls import MarginalLogLikelihood
@@ -21,7 +22,8 @@ class LaplaceEvidence(MarginalLogLikelihood):
 
     Exact for Gaussian noise, Laplace's approximation at the linear model's own optimum
     otherwise (see :mod:`gpbridge.linearized.evidence`). Per datum, as gpytorch's
-    objectives are; ``model.log_evidence()`` is in total nats. Without hyperpriors.
+    objectives are; ``model.log_evidence()`` is in total nats. The log densities of
+    priors that are registered on hyperparameters are added, as gpytorch does.
 
     Args:
         likelihood: The model's likelihood.
@@ -53,8 +55,24 @@ class LaplaceEvidence(MarginalLogLikelihood):
         self, function_dist: MultivariateNormal, target: Tensor, *params: Any
     ) -> Tensor:
         """Evidence per datum; the prior it needs is the model's, not the argument."""
-        return self.model.log_evidence() / self.model.train_targets.numel()
+        return -self.compute_custom_loss()
 
     def compute_custom_loss(self, **kwargs: Any) -> Tensor:
         """What botorch minimises: it never builds the prior over the data."""
-        return -self.model.log_evidence() / self.model.train_targets.numel()
+        total = self.model.log_evidence() + log_hyperprior(self.model)
+        return -total / self.model.train_targets.numel()
+
+
+def log_hyperprior(module: Module) -> Tensor | float:
+    """Log density of the priors that are registered on a model's hyperparameters.
+
+    Args:
+        module: A gpytorch model, its likelihood included.
+
+    Returns:
+        Their sum in nats; zero without any.
+    """
+    return sum(
+        prior.log_prob(closure(owner)).sum()
+        for _, owner, prior, closure, _ in module.named_priors()
+    )

@@ -351,10 +351,13 @@ def test_on_digits_the_posterior_comes_to_agree_with_its_labels():
 @both_spaces
 def test_scaled_weights_and_groups_take_the_same_steps(space):
     scaled = build("softmax", space, g_prior=True)
-    assert (scaled.refine(**QUIET).bounds.diff() > 0).all()
+    assert (scaled.refine(max_steps=6, **QUIET).bounds.diff() > 0).all()
     grouped = build("softmax", space, groups="layer")
     alone = build("softmax", space)
-    one, other = grouped.refine(**QUIET), alone.refine(**QUIET)
+    one, other = (
+        grouped.refine(max_steps=6, **QUIET),
+        alone.refine(max_steps=6, **QUIET),
+    )
     torch.testing.assert_close(one.bounds, other.bounds, **EXACT)
     torch.testing.assert_close(one.shift, other.shift, **EXACT)
     with pytest.raises(ValueError, match="has 2 groups. Build it with groups='all'"):
@@ -366,14 +369,16 @@ def test_features_that_do_not_fit_are_computed_again():
     X = inputs(20)
     small = build("softmax", X=X, inference=Exact("weight", memory_budget=budget))
     assert small.problem.rows() is None
-    found, expected = (m.refine(**QUIET) for m in (small, build("softmax", X=X)))
+    found, expected = (
+        m.refine(max_steps=6, **QUIET) for m in (small, build("softmax", X=X))
+    )
     torch.testing.assert_close(found.shift, expected.shift, **EXACT)
 
 
 def test_one_point_is_enough():
     X, Y = inputs(1), torch.tensor([1])
     model = LinearizedGP(network(3), X, Y)
-    assert model.refine(**QUIET).curvature.shape == (1, 3, 3)
+    assert model.refine(max_steps=6, **QUIET).curvature.shape == (1, 3, 3)
     assert model.train_gap.posterior < 0.5
 
 
@@ -397,7 +402,7 @@ def test_what_it_cannot_do_is_refused():
         model.refine(tolerance=0.0)
     with pytest.raises(ValueError, match=r"seed must be .* below 2\^31, but is -1"):
         model.refine(seed=-1)
-    model.refine(**QUIET)
+    model.refine(max_steps=6, **QUIET)
     with pytest.raises(NotImplementedError, match="Condition first and call refine()"):
         model.condition_on_observations(X + 1, targets("softmax", X))
     model.refinement = None

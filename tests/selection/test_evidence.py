@@ -9,6 +9,7 @@ from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import LogNormalPrior
 
 from gpbridge import Exact, FitResult, LinearizedGP
 from gpbridge.metrics import gaussian_nll
@@ -96,6 +97,31 @@ def test_the_start_does_not_decide(space):
         model.likelihood.noise = torch.tensor([noise]).double()
         values.append(fit_evidence(model, warn=False).value.item())
     assert max(values) - min(values) < 1e-5
+
+
+@pytest.mark.parametrize("groups", ["all", "layer"])
+def test_a_prior_on_the_noise_counts(groups):
+    # Far from what the data say, on either side, by the fast search and the other.
+    X, Y = easy("gaussian")
+    free = LinearizedGP(network(), X, Y, GaussianLikelihood().double(), groups=groups)
+    fit_evidence(free, warn=False)
+    for shift in (-0.5, 1.0):
+        center = float(free.noise_variance.log()) + shift
+        prior = LogNormalPrior(center, 0.02)
+        likelihood = GaussianLikelihood(noise_prior=prior).double()
+        model = LinearizedGP(network(), X, Y, likelihood, groups=groups)
+        found = fit_evidence(model, warn=False)
+        assert float(model.noise_variance.log()) == pytest.approx(center, abs=0.3)
+        assert found.value.item() == pytest.approx(model.log_evidence().item())
+        best = found.value + prior.log_prob(model.noise_variance)
+        for parameter in model.parameters():
+            for step in (-0.1, 0.1) if parameter.requires_grad else ():
+                with torch.no_grad():
+                    parameter.add_(step)
+                    value = model.log_evidence()
+                    value = value + prior.log_prob(model.noise_variance)
+                    parameter.sub_(step)
+                assert value < best + 1e-5
 
 
 @pytest.mark.parametrize(
