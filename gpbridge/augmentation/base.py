@@ -68,7 +68,6 @@ class Augmentation(gpytorch.Module):
 
     Attributes:
         weights: s weights :math:`w_a` of the transformations, or None for ones.
-        is_isometry: Whether every transformation keeps distances, exactly.
         orbit_size: The number of elements of the orbit that the s are taken from,
             infinite for a continuous law.
 
@@ -87,7 +86,6 @@ class Augmentation(gpytorch.Module):
         2018, section 4.1.
     """
 
-    is_isometry = False
     orbit_size: float = math.inf
 
     def __init__(
@@ -119,7 +117,7 @@ class Augmentation(gpytorch.Module):
         return None
 
     def transform(self, x: Tensor) -> Tensor:
-        """The orbits of inputs that were checked, ``... x n x d`` to ``n x s x d``."""
+        """Orbits of checked inputs, ``... x n x d`` to ``... x n x s x d'``."""
         raise NotImplementedError
 
     def output_width(self, width: int) -> int:

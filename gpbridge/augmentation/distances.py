@@ -25,6 +25,9 @@ def median_orbit_distance(
     Returns:
         A number without gradient.
 
+    Raises:
+        ValueError: If all transformed inputs are alike.
+
     Example:
         >>> from gpbridge.augmentation import PatchAugmentation
         >>> images = torch.arange(32.0).reshape(2, 16)
@@ -39,4 +42,11 @@ def median_orbit_distance(
         places = torch.linspace(0, len(points) - 1, min(len(points), num_points))
         points = points[places.long()]
         distances = torch.pdist(points)
-        return distances[distances > 0].median()
+        distances = distances[distances > 0]
+        if not len(distances):
+            raise ValueError(
+                f"The {len(points)} transformed inputs that were compared are all "
+                f"alike, of {len(X)} inputs: no distance is above zero. Set the "
+                "lengthscale by hand, or pass inputs that differ."
+            )
+        return distances.median()

@@ -51,7 +51,8 @@ class AffineAugmentation2d(BoundedAugmentation):
         generators: Names among ``rotation``, ``tx``, ``ty``, ``scale``, ``xscale``,
             ``yscale`` and ``shear``; default all but ``scale``, the sum of two others.
         num_samples: The number s of warps.
-        init: Half-widths b at the start: one number, or by name.
+        init: Half-widths b at the start: one number, or by name of the generators
+            above, default .05.
         caps: Upper limits by name; default pi for the rotation, 1 for others.
         interpolation: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``, which has no
             gradient in b.
@@ -64,8 +65,8 @@ class AffineAugmentation2d(BoundedAugmentation):
     Raises:
         ShapeError: If ``image_shape`` is no shape of an image, or is not that of the
             inputs.
-        ValueError: If a generator is unknown or named twice, or a cap passes the
-            period.
+        ValueError: If a generator is unknown or named twice, if ``init`` or ``caps``
+            name another one, or if a cap passes the period.
 
     Example:
         >>> augmentation = AffineAugmentation2d((8, 8), ["rotation"], num_samples=4)
@@ -93,10 +94,13 @@ class AffineAugmentation2d(BoundedAugmentation):
     ) -> None:
         image_shape = full_image_shape(image_shape)
         names = _checked_names(generators)
+        for word, given in (("init", init), ("caps", caps)):
+            if isinstance(given, Mapping) and not set(given) <= set(names):
+                raise ValueError(
+                    f"{word} must name generators of this augmentation, {names}, but "
+                    f"names {tuple(given)}. Add them to generators, or leave them out."
+                )
         caps = CAPS | dict(caps or {})
-        for given in (caps, init if isinstance(init, Mapping) else {}):
-            for name in given:
-                check_choice("generators", name, tuple(GENERATORS))
         check_angle_cap(caps["rotation"])
         check_choice("interpolation", interpolation, ("bicubic", "bilinear", "nearest"))
         check_choice("padding_mode", padding_mode, ("zeros", "border", "reflection"))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
 from gpbridge.augmentation.images import full_image_shape
@@ -34,7 +34,8 @@ class FiniteOrbit(Augmentation):
 
     Args:
         elements: Permutations, ``s x d`` indices with :math:`(T_a x)_i = x_{a_i}`; or
-            functions from ``... x d`` to ``... x d'`` that treat each row alone.
+            functions from ``... x d`` to ``... x d'`` that treat each row alone, of one
+            number d' of columns.
         num_samples: Take so many of them, drawn without replacement; default all.
         seed: Of that draw, at construction.
 
@@ -73,7 +74,6 @@ class FiniteOrbit(Augmentation):
         self.register_buffer("chosen", torch.arange(num_samples))
         if num_samples < size:
             self.chosen = self._choose(Generator().manual_seed(seed))
-        self.is_isometry = index is not None
         self.is_group = index is not None and _closed(index)
 
     @classmethod
@@ -159,6 +159,17 @@ class FiniteOrbit(Augmentation):
                 f"{x.shape[-1]} (shape {tuple(x.shape)})."
             )
         return x[..., self.index[self.chosen]]
+
+    def output_width(self, width: int) -> int:
+        """The number d' of columns that the elements make of d."""
+        if self.functions is None:
+            return width
+        function = self.functions[0]
+        like = torch.empty(0, device=self.noise.device)
+        if isinstance(function, nn.Module):  # it has a dtype of its own
+            like = next(function.parameters(), like)
+        with torch.no_grad():
+            return function(like.new_zeros(1, width)).shape[-1]
 
     def difference_law(self) -> DifferenceLaw | None:
         """Uniform on the group; None if the elements are not known to be one."""

@@ -48,8 +48,6 @@ class Rotation2d(BoundedAugmentation):
         torch.Size([5, 8, 2])
     """
 
-    is_isometry = True
-
     def __init__(
         self,
         num_samples: int = 16,

@@ -22,6 +22,7 @@ from gpytorch.kernels import (
 )
 from torch import Tensor
 
+from gpbridge.augmentation.base import Augmentation
 from gpbridge.kernels.compositions import draw_feature_map, register_with_botorch
 from gpbridge.kernels.deep import DeepKernel
 from gpbridge.kernels.random_features import BasisMap
@@ -36,7 +37,8 @@ def has_exact_features(kernel: Kernel) -> bool:
     A kernel of the user's has if it has a method ``features``, and then must be
     registered with :func:`~gpbridge.kernels.draw_feature_map`.
     """
-    if isinstance(kernel, ScaleKernel | DeepKernel):
+    averaged = isinstance(getattr(kernel, "augmentation", None), Augmentation)
+    if averaged or isinstance(kernel, ScaleKernel | DeepKernel):
         return has_exact_features(kernel.base_kernel)
     if isinstance(kernel, AdditiveKernel | ProductKernel):
         return all(has_exact_features(part) for part in kernel.kernels)

@@ -42,7 +42,9 @@ class InfiniteWidthKernel(Kernel):
     them to mean zero and variance one. Deep ReLU networks make all inputs alike:
     use float64, and biases.
 
-    Cost of n² entries: one arc tangent per pair and ReLU layer; images multiply it by
+    Cost of n² entries: one arc tangent per pair and ReLU layer, 36 for Tanh, and some
+    hundred products for SiLU and Softplus, whose series wants variances below 30 (see
+    :func:`~gpbridge.kernels.dual_activations.hermite_dual`); images multiply it by
     the number P of pixels, and pooling or correlated filters by P² (a convolutional
     network of 8 x 8 images with pooling costs 4096 times a dense one). Memory is the
     matrix itself and one tile of pairs, also in the backward pass, which computes the
@@ -119,6 +121,9 @@ class InfiniteWidthKernel(Kernel):
         **kwargs,
     ) -> InfiniteWidthKernel:
         """The kernel of a network's architecture; its weights are not read.
+
+        The scale and the shift of a LayerNorm count as constants, one and zero, also
+        for ``kind="ntk"``.
 
         Args:
             module: A ``torch.nn.Sequential``, nested or not, of modules with a limit.

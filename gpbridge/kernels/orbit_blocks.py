@@ -27,6 +27,7 @@ def orbit_mean(
     row_weights: Tensor,
     column_weights: Tensor,
     num_outputs: int = 1,
+    aligned: bool = False,
 ) -> Tensor:
     r"""The matrix :math:`\sum_{a, a'} v_a w_{a'}\, k(T_a x, T_{a'} x')`.
 
@@ -37,6 +38,7 @@ def orbit_mean(
         row_weights: Weights v, ``s``.
         column_weights: Weights w, ``s'``.
         num_outputs: The number m.
+        aligned: Whether the columns start with the rows.
 
     Returns:
         The matrix, ``... x (n m) x (n' m)``.
@@ -44,7 +46,7 @@ def orbit_mean(
     (n1, s1), (n2, s2) = rows.shape[-3:-1], columns.shape[-3:-1]
     flat = rows.flatten(-3, -2)
     others = flat if rows is columns else columns.flatten(-3, -2)
-    K = kernel_values(kernel, flat, others)
+    K = kernel_values(kernel, flat, others, aligned)
     batch = K.shape[:-2]
     if num_outputs == 1:
         K = K.reshape(*batch, n1 * s1, n2, s2) @ column_weights.to(K)
@@ -57,10 +59,21 @@ def orbit_mean(
     return K.reshape(*batch, n1 * m, n2 * m)
 
 
-def kernel_values(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
+def kernel_values(
+    kernel: Kernel, x1: Tensor, x2: Tensor, aligned: bool = False
+) -> Tensor:
     """The matrix of a kernel, with fewer passes over it for a squared exponential.
 
     Upstream makes some six matrices on the way, of distances and their parts.
+
+    Args:
+        kernel: The kernel.
+        x1: Rows ``... x n x d``.
+        x2: Columns ``... x n' x d``.
+        aligned: Whether the columns start with the rows, as they do where both are one.
+
+    Returns:
+        The matrix ``... x n x n'``.
     """
     if type(kernel) is not RBFKernel or kernel.active_dims is not None:
         return kernel(x1, x2).to_dense()
@@ -69,13 +82,17 @@ def kernel_values(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
     shift = x1.detach().mean(-2, keepdim=True)
     left = (x1 - shift) * scale
     right = left if x2 is x1 else (x2 - shift) * scale
-    return exponential_of_distances(left, right.mT)
+    K = distance_exponents(left, right.mT)
+    if aligned or x2 is x1:
+        with torch.no_grad():
+            K.diagonal(dim1=-2, dim2=-1).zero_()
+    return exponentials(K)
 
 
-def exponential_of_distances(left: Tensor, right: Tensor) -> Tensor:
-    r"""The matrix :math:`\exp(-|z - x|^2 / 2)` of rows z and columns x.
+def distance_exponents(left: Tensor, right: Tensor) -> Tensor:
+    r"""The matrix :math:`-|z - x|^2 / 2` of rows z and columns x.
 
-    One product holds the exponents, whose norms are two more columns.
+    One product, in which the norms are two more columns.
 
     Args:
         left: Rows ``... x n x d``, centred.
@@ -88,7 +105,18 @@ def exponential_of_distances(left: Tensor, right: Tensor) -> Tensor:
     others = -0.5 * right.square().sum(-2, keepdim=True)
     rows = torch.cat([left, own, torch.ones_like(own)], -1)
     columns = torch.cat([right, torch.ones_like(others), others], -2)
-    return (rows @ columns).exp_()
+    return rows @ columns
+
+
+def exponentials(exponents: Tensor) -> Tensor:
+    """The exponential of a product, in its place; what is above zero is rounding.
+
+    Rounding may leave a distance below zero, and a correlation above one. Its gradient
+    is that of the product, as if nothing was cut.
+    """
+    with torch.no_grad():
+        exponents.clamp_max_(0)
+    return exponents.exp_()
 
 
 def orbit_diagonal(
@@ -180,12 +208,18 @@ def symmetric_in_blocks(
         else:
             block = function(start, stop)
         rows.append(functional.pad(block, (start * m, 0)))
-    upper = torch.cat(rows, -2).triu()
-    return upper + upper.triu(1).mT
+    upper = torch.cat(rows, -2)
+    del rows, block
+    # In place: at no time are there more than two matrices.
+    return upper.triu_().add_(upper.triu(1).mT)
 
 
 def block_sizes(
-    entries_per_pair: int, num_columns: int, chosen: int | None, device: torch.device
+    entries_per_pair: int,
+    num_columns: int,
+    chosen: int | None,
+    device: torch.device,
+    entries_per_row: int = 0,
 ) -> tuple[int, int]:
     """Points of the rows and of the columns of a block.
 
@@ -194,40 +228,14 @@ def block_sizes(
         num_columns: The number n' of points along the columns.
         chosen: Points along the rows, None for what suits the device.
         device: Where the block is formed.
+        entries_per_row: Numbers that one point of the rows takes, as its orbit does.
 
     Returns:
         Both, at least one.
     """
     entries = CPU_ENTRIES if device.type == "cpu" else ENTRIES
-    room = entries // max(1, entries_per_pair)
     if chosen is None:
-        chosen = max(1, room // max(1, num_columns))
-    return chosen, min(max(1, num_columns), max(1, room // chosen))
-
-
-def entries_needed(
-    points: tuple[int, int],
-    orbits: tuple[int, int],
-    num_outputs: int,
-    width: int,
-    chosen: int | None,
-    device: torch.device,
-) -> int:
-    """Numbers held at a time for one matrix: orbits, one block twice, the result.
-
-    Args:
-        points: n and n'.
-        orbits: s and s'.
-        num_outputs: The number m of outputs.
-        width: Columns of an orbit.
-        chosen: Points along the rows of a block, see :func:`block_sizes`.
-        device: Where blocks are formed.
-
-    Returns:
-        How many.
-    """
-    (n1, n2), (s1, s2), m = points, orbits, num_outputs
-    pair = s1 * s2 * m**2
-    rows, columns = block_sizes(pair, n2, chosen, device)
-    block = min(rows, n1) * min(columns, n2) * pair
-    return n2 * s2 * width + 2 * block + n1 * n2 * m**2
+        row = max(entries_per_pair * max(1, num_columns), entries_per_row, 1)
+        chosen = max(1, entries // row)
+    room = entries // max(1, entries_per_pair * chosen)
+    return chosen, min(max(1, num_columns), max(1, room))

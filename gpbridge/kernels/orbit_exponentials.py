@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpbridge.kernels.orbit_blocks import exponentials
+
 _CACHED = 2**19  # exponentials made at a time on a CPU, 2 MiB in float32
 _LAUNCHED = 2**25  # and elsewhere, where starting a kernel costs more
 
@@ -128,8 +130,7 @@ def _right(points: Tensor) -> Tensor:
 
 
 def _exponentials(left: Tensor, right: Tensor) -> Tensor:
-    # Rounding may leave a distance below zero, and a correlation above one.
-    return (left @ right.mT).clamp_max_(0).exp_()
+    return exponentials(left @ right.mT)
 
 
 def _block(entries: int, like: Tensor) -> int:

@@ -73,6 +73,11 @@ class Conv(Weighted):
             found["tap_lengthscale"] = self.tap_lengthscale
         return found
 
+    def kept(self, tangent: bool) -> int:
+        """Correlated taps keep one for each pair of taps along each axis."""
+        pairs = 0 if self.tap_lengthscale is None else self.kernel_size**2
+        return super().kept(tangent) + 2 * pairs
+
     @property
     def zeros(self) -> int:
         """Zeros on each side."""

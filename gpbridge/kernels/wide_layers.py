@@ -24,7 +24,19 @@ from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
 
 
 class Layer:
-    """One layer: checks when the network is built, and its map of covariances."""
+    """One layer: checks when the network is built, and its map of covariances.
+
+    Attributes:
+        held: Covariances of a tile that exist at once while it is applied; measured.
+        held_each: Numbers for each variance of a single pixel, besides.
+    """
+
+    held = 5.5
+    held_each = 0
+
+    def kept(self, tangent: bool) -> int:
+        """Covariances of a tile that its gradient keeps; measured."""
+        return 1 + tangent
 
     def initial(self) -> dict[str, float]:
         """Initial values of its hyperparameters, by name of the group."""
@@ -108,6 +120,10 @@ class Dense(Weighted):
 class Elementwise(Layer):
     """A nonlinearity of each preactivation."""
 
+    def kept(self, tangent: bool) -> int:
+        """Covariances of a tile that its gradient keeps; measured."""
+        return 2 + tangent
+
     def dual(self) -> Dual:
         """Its dual functions F and F'."""
         raise NotImplementedError
@@ -148,6 +164,10 @@ class LeakyReLU(Elementwise):
 class Erf(Elementwise):
     """The error function."""
 
+    def kept(self, tangent: bool) -> int:
+        """Covariances of a tile that its gradient keeps; measured."""
+        return 5 + tangent
+
     def dual(self) -> Dual:
         """The dual functions F and F'."""
         return dual_activations.erf
@@ -157,6 +177,12 @@ class Erf(Elementwise):
 class GELU(Elementwise):
     """x times the normal distribution function of x."""
 
+    held = 10
+
+    def kept(self, tangent: bool) -> int:
+        """Covariances of a tile that its gradient keeps; measured."""
+        return 6 + tangent
+
     def dual(self) -> Dual:
         """The dual functions F and F'."""
         return dual_activations.gelu
@@ -164,7 +190,9 @@ class GELU(Elementwise):
 
 @dataclass(frozen=True)
 class Tanh(Elementwise):
-    """The hyperbolic tangent, by expansion in Hermite polynomials."""
+    """The hyperbolic tangent, as a mixture of error functions."""
+
+    held = 11
 
     def dual(self) -> Dual:
         """The dual functions F and F'."""
@@ -185,8 +213,14 @@ class Smooth(Elementwise):
     derivative: Callable[[Tensor], Tensor]
     num_terms: int = 48
 
+    held_each = 600  # nodes and coefficients
+
     def __post_init__(self) -> None:
         check_count(num_terms=self.num_terms)
+
+    def kept(self, tangent: bool) -> int:
+        """One for each term of F and of F'."""
+        return 6 + 2 * self.num_terms
 
     def dual(self) -> Dual:
         """The dual functions F and F'."""
@@ -295,6 +329,18 @@ def every_layer(layers: Sequence[Layer]) -> Iterator[Layer]:
         if isinstance(layer, Residual):
             yield from every_layer(layer.layers)
             yield from every_layer(layer.shortcut)
+
+
+def layers_and_signals(
+    layers: Sequence[Layer], signal: Signal
+) -> Iterator[tuple[Layer, Signal]]:
+    """All layers, as by :func:`every_layer`, with the signal before each."""
+    for layer in layers:
+        yield layer, signal
+        if isinstance(layer, Residual):
+            yield from layers_and_signals(layer.layers, signal)
+            yield from layers_and_signals(layer.shortcut, signal)
+        signal = layer.trace(signal, "")
 
 
 def trace_all(layers: Sequence[Layer], signal: Signal, path: str) -> Signal:

@@ -6,7 +6,7 @@ limit is named by its path. Next: ``infinite_width`` makes the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ def layers_of(
 ) -> list[Layer]:
     """The layers of a module's limit.
 
+    The scale and the shift of a LayerNorm count as constants, one and zero, also in
+    the tangent kernel.
+
     Args:
         module: The module.
         weight_variance: Variance of the weights of every layer.
@@ -44,17 +47,39 @@ def layers_of(
     Raises:
         ValueError: For a module without a limit, or with an option that has none.
     """
-    if isinstance(module, nn.Sequential):
-        return [
-            layer
-            for name, child in module._modules.items()  # also one that comes twice
-            for layer in layers_of(
-                child,
-                weight_variance,
-                bias_variance,
-                f"{path}.{name}" if path else name,
+    layers = []
+    for where, leaf in _leaves(module, path):
+        if isinstance(leaf, nn.LayerNorm) and _is_image(layers):
+            _refuse(
+                leaf,
+                where,
+                "normalises over the pixels of a row, since images come, and not over "
+                "the channels of a pixel. Put Flatten or AdaptiveAvgPool2d(1) and a "
+                "Linear before it",
             )
-        ]
+        layers += _layer_of(leaf, weight_variance, bias_variance, where)
+    return layers
+
+
+def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside of Sequentials and their paths, in order."""
+    if not isinstance(module, nn.Sequential):
+        yield path, module
+        return
+    for name, child in module._modules.items():  # also one that comes twice
+        yield from _leaves(child, f"{path}.{name}" if path else name)
+
+
+def _is_image(layers: Sequence[Layer]) -> bool:
+    """Whether images come out of some layers; no layer without pixels takes any."""
+    kinds = (Conv, AvgPool, Flatten, GlobalAvgPool)
+    shapes = [layer for layer in layers if isinstance(layer, kinds)]
+    return bool(shapes) and isinstance(shapes[-1], Conv | AvgPool)
+
+
+def _layer_of(
+    module: nn.Module, weight_variance: float, bias_variance: float, path: str
+) -> list[Layer]:
     bias = bias_variance if getattr(module, "bias", None) is not None else 0.0
     match module:
         case nn.Identity():

@@ -29,11 +29,16 @@ from gpbridge.kernels.layer_covariance import (
 )
 from gpbridge.kernels.tiled_gram import tile_rows, tiled_gram
 from gpbridge.kernels.wide_convolutions import needs_pairs
-from gpbridge.kernels.wide_layers import Layer, apply_all, every_layer, trace_all
+from gpbridge.kernels.wide_layers import (
+    Layer,
+    apply_all,
+    every_layer,
+    layers_and_signals,
+    trace_all,
+)
 
 KINDS = ("nngp", "ntk")
 GROUPS = ("weight_variance", "bias_variance", "tap_lengthscale")
-KEPT = 6  # tensors of a tile that one layer keeps for its gradient
 
 Hyperparameters = Sequence[Tensor | None]  # of each group, or None without any
 
@@ -204,14 +209,23 @@ class WideNetwork:
         rows = min(tile_rows(per_pair), max(x1.shape[-2], x2.shape[-2], 1))
         if self.input_shape is None:
             return rows
-        depth = sum(1 for _ in every_layer(self.layers))
-        kept = 4 + KEPT * (depth if torch.is_grad_enabled() else 1)
         _, h, w = self.input_shape
+        image = Signal((h, w))
+        each = list(layers_and_signals(self.layers, image))
+        held = max(layer.held for layer, _ in each)
+        singles = max(layer.held_each for layer, _ in each) * h * w * batch.numel()
+        if torch.is_grad_enabled():
+            power = 2 if self.pairs else 1
+            for layer, signal in each:  # smaller after pooling and strides
+                height, width = signal.image or (1, 1)
+                share = (height * width / (h * w)) ** power
+                held += share * layer.kept(self.tangent)
         check_memory(
             f"One tile of {rows} x {rows} inputs with "
             f"{'all pairs of' if self.pairs else 'the'} {h} x {w} pixels",
             # pairs, and inputs with themselves
-            per_pair * x1.element_size() * kept * (rows**2 + 2 * rows),
+            (per_pair * held * (rows**2 + 2 * rows) + 2 * rows * singles)
+            * x1.element_size(),
             self.memory_budget,
             "Use smaller images, Flatten() in place of pooling and no tap_lengthscale "
             "(then pixels need no pairs), or a larger memory_budget.",

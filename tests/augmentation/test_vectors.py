@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from gpbridge.augmentation import (
-    FiniteOrbit,
     GaussianInputNoise,
-    PatchAugmentation,
     Rotation2d,
-    median_orbit_distance,
 )
 from gpbridge.checks import ShapeError
 from tests import oracles_architecture as oracles
@@ -29,7 +26,6 @@ def test_rotation_turns_each_point(X):
         [torch.stack([oracles.rotated(x, angle) for angle in angles]) for x in X]
     )
     torch.testing.assert_close(augmentation(X), expected, rtol=1e-6, atol=1e-7)
-    assert augmentation.is_isometry
 
 
 def test_other_columns_stay_as_they_are(X):
@@ -72,18 +68,6 @@ def test_gauss_hermite_nodes_integrate_polynomials():
     torch.testing.assert_close(
         augmentation.average(values), expected, atol=1e-4, rtol=1e-5
     )
-
-
-def test_the_median_distance_is_that_of_the_orbits():
-    X = torch.tensor([[0.0, 1.0], [0.0, 3.0]])
-    orbits = FiniteOrbit.permutations(2)(X).flatten(0, 1)
-    expected = torch.pdist(orbits).median()
-    assert median_orbit_distance(FiniteOrbit.permutations(2), X) == expected
-    images = torch.rand(30, 36, generator=torch.Generator().manual_seed(0))
-    all_patches = PatchAugmentation((6, 6), (3, 3))(images).flatten(0, 1)
-    found = median_orbit_distance(PatchAugmentation((6, 6), (3, 3)), images, 100)
-    expected = torch.pdist(all_patches).median()
-    assert found.item() == pytest.approx(expected.item(), rel=0.1)
 
 
 @pytest.mark.parametrize(

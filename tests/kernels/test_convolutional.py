@@ -13,7 +13,6 @@ from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
 from gpbridge.augmentation import PatchAugmentation
 from gpbridge.checks import ShapeError
 from gpbridge.kernels import ConvolutionalKernel, InvariantKernel
-from gpbridge.kernels.convolutional import PatchKernel
 from tests import oracles_architecture as oracles
 
 SHAPE, WINDOW = (2, 5, 4), (3, 2)
@@ -198,14 +197,6 @@ def test_without_locations_a_shift_of_the_content_changes_nothing():
     assert K[0, 1] < K[0, 0] - 1e-3
 
 
-def test_a_location_kernel_multiplies_the_kernel_of_patches(generator):
-    Z = torch.randn(5, 14, dtype=torch.float64, generator=generator)
-    kernel = PatchKernel(rbf(), rbf()).double()
-    expected = dense(rbf(), Z[:, :12]) * dense(rbf(), Z[:, 12:])
-    torch.testing.assert_close(dense(kernel, Z), expected, **EXACT)
-    torch.testing.assert_close(kernel(Z, diag=True), expected.diagonal(), **EXACT)
-
-
 def test_features_of_patches_are_averaged(X, X2):
     kernel = convolutional(LinearKernel())
     assert kernel.resolved_mode(X) == "features"
@@ -238,14 +229,6 @@ def test_state_pickle_and_copy_keep_the_kernel(X):
     other.load_state_dict(kernel.state_dict())
     for same in (other, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
         assert torch.equal(dense(same, X), expected)
-
-
-def test_a_matrix_beyond_the_budget_is_refused(X):
-    kernel = convolutional(memory_budget=1e3)
-    with pytest.raises(MemoryError, match="orbits of 9 and 9 .* 4 and 4 points"):
-        dense(kernel, X)
-    with pytest.raises(MemoryError, match="orbits of 1 and 9"):
-        kernel.base_cross(torch.zeros(3, 12).double(), X)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Invariant kernels: the double sum, its shortcuts, exact groups, and frozen orbits."""
 
-import copy
 import math
-import pickle
 import unittest
 
 import gpytorch
@@ -13,40 +11,27 @@ from botorch.models import SingleTaskGP
 from gpytorch.kernels import (
     LinearKernel,
     MaternKernel,
-    PeriodicKernel,
     RBFKernel,
     RFFKernel,
     ScaleKernel,
 )
 from gpytorch.mlls import ExactMarginalLogLikelihood, VariationalELBO
 from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
-from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.augmentation import (
-    AffineAugmentation2d,
     AveragedNetwork,
     FiniteOrbit,
     GaussianInputNoise,
-    PatchAugmentation,
     Rotation2d,
 )
-from gpbridge.checks import ShapeError
 from gpbridge.kernels import (
-    DeepKernel,
-    FeatureKernel,
     InvariantKernel,
     NeuralTangentKernel,
-    draw_feature_map,
 )
 from gpbridge.testing import assert_module_unchanged
 from tests import oracles_architecture as oracles
-
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def dense(kernel, *args):
-    return kernel(*args).to_dense()
+from tests.kernels.orbit_problems import EXACT, dense, network, rbf
 
 
 def contract_kernel(augmentation, batch_shape=None, ard=None, **kwargs):
@@ -102,12 +87,6 @@ def X(generator):
 @pytest.fixture
 def X2(generator):
     return torch.randn(4, 2, dtype=torch.float64, generator=generator)
-
-
-def rbf(lengthscale=0.7, **options):
-    kernel = RBFKernel(**options).double()
-    kernel.lengthscale = torch.tensor(lengthscale, dtype=torch.float64)
-    return kernel
 
 
 def test_the_double_sum_is_that_of_the_definition(X, X2):
@@ -247,75 +226,9 @@ def test_every_number_of_samples_gives_a_covariance(s, generator):
             turns.resample(torch.Generator().manual_seed(turns.redraws))
 
 
-@pytest.mark.parametrize("mode", ["double", "difference", "features"])
-def test_no_point_and_one_point_have_matrices_too(mode, X, X2):
-    base = LinearKernel().double() if mode == "features" else rbf()
-    kernel = InvariantKernel(base, Rotation2d(3), mode).double()
-    assert dense(kernel, X[:0]).shape == (0, 0)
-    assert dense(kernel, X[:0], X2).shape == (0, 4)
-    assert kernel(X[:0], diag=True).shape == (0,)
-    torch.testing.assert_close(dense(kernel, X[:1]), dense(kernel, X)[:1, :1], **EXACT)
-
-
 def test_one_still_element_is_the_base_kernel(X, X2):
     kernel = InvariantKernel(rbf(), FiniteOrbit([[0, 1]])).double()
     torch.testing.assert_close(dense(kernel, X, X2), dense(rbf(), X, X2), **EXACT)
-
-
-def test_the_cross_covariance_is_the_single_sum(X, X2):
-    turns = Rotation2d(4, init=1.0).double()
-    for chunk_size in (None, 2):
-        kernel = InvariantKernel(rbf(), turns, chunk_size=chunk_size).double()
-        expected = torch.stack(
-            [dense(rbf(), X2, turns(X)[:, a]) for a in range(4)]
-        ).mean(0)
-        found = kernel.base_cross(X2, X)
-        torch.testing.assert_close(found, expected, **EXACT)
-    # Averaged over the orbit of Z, it is the kernel.
-    orbits = [kernel.base_cross(turns(X2)[:, a], X) for a in range(4)]
-    torch.testing.assert_close(
-        torch.stack(orbits).mean(0), dense(kernel, X2, X), **EXACT
-    )
-
-
-def test_batches_of_kernels_and_inputs_are_loops(X, generator):
-    base = RBFKernel(batch_shape=torch.Size([2])).double()
-    base.lengthscale = torch.tensor([[[0.5]], [[1.5]]]).double()
-    turns = Rotation2d(3, init=1.0).double()
-    inputs = torch.randn(2, 5, 2, dtype=torch.float64, generator=generator)
-    Z = torch.randn(3, 2, dtype=torch.float64, generator=generator)
-    for mode in ("double", "difference"):
-        kernel = InvariantKernel(base, turns, mode).double()
-        for b, lengthscale in enumerate((0.5, 1.5)):
-            alone = InvariantKernel(rbf(lengthscale), turns, mode).double()
-            for x in (X, inputs):
-                mine = x if x.dim() == 2 else x[b]
-                torch.testing.assert_close(
-                    dense(kernel, x)[b], dense(alone, mine), **EXACT
-                )
-                torch.testing.assert_close(
-                    kernel(x, diag=True)[b], alone(mine, diag=True), **EXACT
-                )
-                torch.testing.assert_close(
-                    kernel.base_cross(Z, x)[b], alone.base_cross(Z, mine), **EXACT
-                )
-
-
-def test_columns_are_selected_before_the_transformation(X):
-    wide = torch.cat([X[:, :1], X], -1)
-    kernel = InvariantKernel(
-        rbf(), Rotation2d(3, init=1.0), active_dims=[1, 2]
-    ).double()
-    plain = InvariantKernel(rbf(), Rotation2d(3, init=1.0)).double()
-    torch.testing.assert_close(dense(kernel, wide), dense(plain, X), **EXACT)
-    torch.testing.assert_close(
-        kernel.base_cross(X, wide), plain.base_cross(X, X), **EXACT
-    )
-
-
-def network(outputs=1):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -366,36 +279,6 @@ def test_the_linearized_averaged_network_is_the_gp_of_the_invariant_kernel(X, X2
     torch.testing.assert_close(
         posterior.distribution.covariance_matrix, covariance, rtol=1e-5, atol=1e-7
     )
-
-
-def test_features_of_compositions_are_averaged_too(X, X2):
-    class Squares(nn.Module):
-        def forward(self, x):
-            return torch.cat([x, x.square()], -1)
-
-    base = (
-        ScaleKernel(FeatureKernel(Squares()))
-        + LinearKernel() * FeatureKernel(Squares())
-        + DeepKernel(Squares(), LinearKernel())
-    ).double()
-    turns = Rotation2d(3, init=1.0).double()
-    kernel = InvariantKernel(base, turns).double()
-    assert kernel.resolved_mode(X) == "features"
-    double = InvariantKernel(base, turns, "double").double()
-    torch.testing.assert_close(dense(kernel, X, X2), dense(double, X, X2), **EXACT)
-    nested = InvariantKernel(kernel, FiniteOrbit.permutations(2)).double()
-    assert nested.resolved_mode(X) == "features"
-    twice = InvariantKernel(double, FiniteOrbit.permutations(2), "double").double()
-    torch.testing.assert_close(dense(nested, X), dense(twice, X), **EXACT)
-
-
-def test_random_features_of_the_base_kernel_are_averaged(X, generator):
-    turns = Rotation2d(3, init=1.0).double()
-    kernel = ScaleKernel(InvariantKernel(rbf(), turns)).double()
-    kernel.outputscale = 2.0
-    features = draw_feature_map(kernel, 2, 4096, generator)(X)
-    error = features @ features.mT - dense(kernel, X)
-    assert error.abs().max() < 2 * 4 * (1 / 2048) ** 0.5
 
 
 def test_gradients_of_the_bound_are_right_and_not_zero_at_the_start(generator):
@@ -458,60 +341,6 @@ def test_an_exact_gp_learns_the_bound_and_predicts(generator):
     assert error < 0.5 * plain_error
 
 
-@pytest.mark.parametrize("sampling", ["grid", "qmc", "fixed"])
-def test_predictive_variances_are_never_negative_with_fixed_draws(sampling, generator):
-    X, Y = annulus(generator, 40)
-    turns = Rotation2d(6, init=1.5, sampling=sampling)
-    kernel = InvariantKernel(RBFKernel(), turns)
-    model = SingleTaskGP(X, Y, covar_module=kernel, outcome_transform=None)
-    model.likelihood.noise = 1e-4
-    for _ in range(3):
-        model.eval()
-        with torch.no_grad():
-            variance = model.posterior(X + 0.01).variance
-        assert variance.min() > 0
-        model.train()
-        turns.resample(torch.Generator().manual_seed(turns.redraws))
-
-
-def test_orbits_redrawn_at_each_call_would_have_negative_variances(generator):
-    class Restless(Rotation2d):
-        def transform(self, x):
-            self._redraw(generator)
-            return super().transform(x)
-
-    (X, _), (X2, _) = annulus(generator, 40), annulus(generator, 40)
-
-    def least_variance(turns):
-        kernel = InvariantKernel(rbf(), turns, "double").double()
-        K, cross = dense(kernel, X), dense(kernel, X2, X)
-        own = dense(kernel, X2)
-        solved = torch.linalg.solve(K + 1e-4 * torch.eye(40), cross.mT)
-        return (own - cross @ solved).diagonal().min().item()
-
-    options = {"num_samples": 4, "init": 1.5, "sampling": "fixed"}
-    assert least_variance(Restless(**options)) < -0.1
-    assert least_variance(Rotation2d(**options)) > 0
-
-
-def test_an_orbit_redrawn_behind_a_prediction_is_refused(generator):
-    X, Y = annulus(generator, 20)
-    turns = Rotation2d(6, sampling="fixed")
-    model = SingleTaskGP(
-        X, Y, covar_module=InvariantKernel(RBFKernel(), turns), outcome_transform=None
-    )
-    model.posterior(X)
-    with pytest.raises(RuntimeError, match="cannot be redrawn in eval mode"):
-        turns.resample()
-    turns.train().resample()
-    with pytest.raises(RuntimeError, match="redrawn while this kernel"):
-        model.posterior(X + 1)
-    with pytest.raises(RuntimeError, match="redrawn while this kernel"):
-        model.covar_module.base_cross(X, X)
-    model.train()
-    assert model.posterior(X).variance.min() > 0
-
-
 def test_a_sparse_gp_trains_the_bound(generator):
     X, Y = annulus(generator)
 
@@ -548,116 +377,3 @@ def test_a_sparse_gp_trains_the_bound(generator):
     assert losses[-1] < losses[0] - 0.1 and turns.bound.item() != pytest.approx(1.0)
     model.eval()
     assert model(X).variance.min() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtypes_follow_the_inputs(dtype, generator):
-    X = torch.randn(5, 36, dtype=dtype, generator=generator)
-    augmentation = AffineAugmentation2d((6, 6), num_samples=3)
-    kernel = InvariantKernel(RBFKernel(), augmentation).to(dtype)
-    assert dense(kernel, X).dtype == dtype
-    assert kernel.base_cross(X, X).dtype == dtype
-
-
-def test_state_pickle_and_copy_keep_the_kernel(X):
-    kernel = InvariantKernel(rbf(), Rotation2d(5, init=1.0, sampling="fixed")).double()
-    kernel.augmentation.resample(torch.Generator().manual_seed(3))
-    expected = dense(kernel, X)
-    other = InvariantKernel(rbf(0.1), Rotation2d(5, sampling="fixed")).double()
-    other.load_state_dict(kernel.state_dict())
-    for same in (other, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
-        assert torch.equal(dense(same, X), expected)
-
-
-def test_a_matrix_beyond_the_budget_is_refused_before_it_is_formed(X):
-    turns = Rotation2d(64, sampling="qmc")
-    kernel = InvariantKernel(rbf(), turns, memory_budget=1e5).double()
-    many = X[:1].expand(100, 2)
-    with pytest.raises(MemoryError, match="orbits of 64 and 64 .* 100 and 100 points"):
-        dense(kernel, many)
-    with pytest.raises(MemoryError, match="base_cross"):
-        kernel.base_cross(many, many)
-    linear = InvariantKernel(LinearKernel(), turns, memory_budget=1e3).double()
-    with pytest.raises(MemoryError, match="2 averaged features of 100 points"):
-        dense(linear, many)
-
-
-@pytest.mark.parametrize(
-    "build, error, message",
-    [
-        (lambda: InvariantKernel(nn.Linear(2, 1), Rotation2d()), TypeError, "Linear"),
-        (lambda: InvariantKernel(RBFKernel(), nn.Tanh()), TypeError, "is Tanh"),
-        (
-            lambda: InvariantKernel(RBFKernel(), Rotation2d(), "single"),
-            ValueError,
-            "mode must be one of",
-        ),
-        (
-            lambda: InvariantKernel(RBFKernel(), Rotation2d(), "features"),
-            ValueError,
-            "RBFKernel has no exact features",
-        ),
-        (
-            lambda: InvariantKernel(
-                RBFKernel(), Rotation2d(sampling="qmc"), "difference"
-            ),
-            ValueError,
-            "Rotation2d has no law of differences",
-        ),
-        (
-            lambda: InvariantKernel(
-                RBFKernel(), AffineAugmentation2d((4, 4), ["rotation"]), "difference"
-            ),
-            ValueError,
-            "AffineAugmentation2d has no law of differences",
-        ),
-        (
-            lambda: InvariantKernel(PeriodicKernel(), Rotation2d(), "difference"),
-            ValueError,
-            "of the distance only.*PeriodicKernel",
-        ),
-        (
-            lambda: InvariantKernel(
-                RBFKernel(ard_num_dims=2), Rotation2d(), "difference"
-            ),
-            ValueError,
-            "without ARD",
-        ),
-        (
-            lambda: InvariantKernel(
-                RBFKernel(), Rotation2d(), batch_shape=torch.Size([2])
-            ),
-            ValueError,
-            "Pass it to base_kernel",
-        ),
-        (
-            lambda: InvariantKernel(RBFKernel(), Rotation2d(), chunk_size=0),
-            ValueError,
-            "chunk_size must be a whole number",
-        ),
-        (
-            lambda: InvariantKernel(
-                RBFKernel(), PatchAugmentation((4, 4), (2, 2))
-            ).base_cross(torch.zeros(3, 5), torch.zeros(2, 16)),
-            ShapeError,
-            r"Z must be ``... x u x 4``.*\(3, 5\)",
-        ),
-        (
-            lambda: InvariantKernel(RFFKernel(8), Rotation2d())(
-                torch.zeros(3, 2)
-            ).to_dense(),
-            ValueError,
-            "Pass num_dims",
-        ),
-        (
-            lambda: InvariantKernel(RBFKernel(), Rotation2d()).forward(
-                torch.zeros(3, 2), torch.zeros(3, 2), last_dim_is_batch=True
-            ),
-            NotImplementedError,
-            "last_dim_is_batch",
-        ),
-    ],
-)
-def test_bad_input_is_refused(build, error, message):
-    with pytest.raises(error, match=message):
-        build()

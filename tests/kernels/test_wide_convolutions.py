@@ -8,7 +8,7 @@ import torch
 from gpbridge.kernels import InfiniteWidthKernel, tiled_gram, wide_network
 from gpbridge.kernels.wide_convolutions import AvgPool, Conv, GlobalAvgPool
 from gpbridge.kernels.wide_layers import Dense, Flatten, ReLU, Residual
-from tests.kernels.test_infinite_width import KINDS, agree, build, inputs
+from tests.kernels.wide_problems import KINDS, agree, build, inputs
 from tests.oracles_architecture import relu_convolution_by_loops
 
 SHAPE = (2, 4, 4)
