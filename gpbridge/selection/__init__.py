@@ -25,6 +25,11 @@ from gpbridge.selection.invariance import (
     learn_invariance,
     learn_invariance_from,
 )
+from gpbridge.selection.invariance_gp import (
+    InvarianceStart,
+    KernelInvarianceFit,
+    learn_kernel_invariance,
+)
 from gpbridge.selection.invariance_training import InvarianceStep
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
 from gpbridge.selection.loss_curvature import CompositeLoss
@@ -60,8 +65,10 @@ __all__ = [
     "Hypergradient",
     "HypergradientDescent",
     "InvarianceFit",
+    "InvarianceStart",
     "InvarianceStep",
     "IterativeFit",
+    "KernelInvarianceFit",
     "LBFGSTraining",
     "LaplaceEvidence",
     "LeaveOneOut",
@@ -97,6 +104,7 @@ __all__ = [
     "input_noise",
     "learn_invariance",
     "learn_invariance_from",
+    "learn_kernel_invariance",
     "leave_one_out",
     "log_evidence",
     "multi_start",
