@@ -165,9 +165,9 @@ def learn_kernel_invariance(
     gp = model if objective is None else objective.model
     laws = free_laws(gp)
     names = {f"{path}.{name}" for path, law in laws.items() for name in free_names(law)}
-    for count in (num_points, None if polish == 0 else polish, polish_steps):
-        if count is not None:
-            check_count(num_points_polish_and_polish_steps=count)
+    check_count(polish_steps=polish_steps, polish=polish or 1)
+    if num_points is not None:
+        check_count(num_points=num_points)
     scanned = objective is None and len(names) == 1
     if scanned:
         (name,) = names
