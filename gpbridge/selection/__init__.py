@@ -32,6 +32,10 @@ from gpbridge.selection.invariance_gp import (
 )
 from gpbridge.selection.invariance_training import InvarianceStep
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
+from gpbridge.selection.last_layer import (
+    LastLayerFit,
+    learn_last_layer_invariance,
+)
 from gpbridge.selection.loss_curvature import CompositeLoss
 from gpbridge.selection.marginal_likelihood import (
     EvidenceParts,
@@ -71,6 +75,7 @@ __all__ = [
     "KernelInvarianceFit",
     "LBFGSTraining",
     "LaplaceEvidence",
+    "LastLayerFit",
     "LeaveOneOut",
     "LinearModel",
     "MatchedWeightDecay",
@@ -105,6 +110,7 @@ __all__ = [
     "learn_invariance",
     "learn_invariance_from",
     "learn_kernel_invariance",
+    "learn_last_layer_invariance",
     "leave_one_out",
     "log_evidence",
     "multi_start",

@@ -161,7 +161,7 @@ def learn_kernel_invariance(
         >>> fit.learnt["bound"].shape, len(fit.curve.evidence)
         (torch.Size([1]), 3)
     """
-    objective = _objective(model, data)
+    objective = objective_of(model, data)
     gp = model if objective is None else objective.model
     laws = free_laws(gp)
     names = {f"{path}.{name}" for path, law in laws.items() for name in free_names(law)}
@@ -281,7 +281,7 @@ class _Objective(MarginalLogLikelihood):
         super().__init__(model.likelihood, model)
 
 
-def _objective(
+def objective_of(
     model: object, data: tuple[Tensor, Tensor] | None
 ) -> MarginalLogLikelihood | None:
     """The bound of a sparse GP; None for an exact one."""
