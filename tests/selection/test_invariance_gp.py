@@ -123,12 +123,12 @@ def drawn(n, degrees, outputs=1, noise_std=0.1, seed=0):
 
 
 def test_a_scan_finds_an_optimum_that_one_ascent_misses():
-    model = exact(*drawn(40, 60), Rotation2d(12))
-    options = {"polish_steps": 30} | QUIET
-    fit = learn_kernel_invariance(model, num_points=7, polish=2, **options)
+    model = exact(*drawn(30, 60), Rotation2d(8))
+    options = {"polish_steps": 20, "refit_steps": 5} | QUIET
+    fit = learn_kernel_invariance(model, num_points=6, polish=2, **options)
     single = learn_kernel_invariance(model, starts=[3.0], **options)
     assert fit.evidence > single.evidence + 1
-    assert len(fit.curve.grid) == 7 and 1 <= len(fit.starts) <= 2
+    assert len(fit.curve.grid) == 6 and 1 <= len(fit.starts) <= 2
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_a_sparse_gp_learns_a_wide_law_from_radial_targets(orbit_bound):
             elbo,
             (X, Y),
             starts=[0.3, 2.0],
-            epochs=15,
+            epochs=10,
             batch_size=20,
             learning_rate=0.05,
             **QUIET,

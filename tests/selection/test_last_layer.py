@@ -1,7 +1,6 @@
 """Alternating phases: what moves when, a toy of known invariance, resumed, doors."""
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -61,7 +60,7 @@ def radial(X):
 
 
 def angular(X):
-    return torch.atan2(X[:, 1], X[:, 0]).sin()
+    return (3 * torch.atan2(X[:, 1], X[:, 0])).sin()
 
 
 def kernel(X, law=None, **options):
@@ -83,14 +82,16 @@ def run(model, data=None, **options):
     return learn_last_layer_invariance(model, data, **options)
 
 
-def test_the_law_widens_for_radial_targets_and_not_for_angular_ones():
-    X = points(30)
+def test_the_law_widens_for_radial_targets_and_narrows_for_angular_ones():
+    """From 0.4; an average over a third of a turn would leave nothing of the second."""
+    X = points()
     found = {}
     for target in (radial, angular):
-        fit = run(exact(X, target(X)), cycles=3, hyper_epochs=25, weight_epochs=5)
-        found[target] = math.degrees(fit.learnt["bound"].item())
+        options = {"hyper_epochs": 15, "weight_epochs": 3, "learning_rate": 0.1}
+        fit = run(exact(X, target(X)), **options)
+        found[target] = fit.learnt["bound"].item()
         assert fit.history["elbo"][-1] > fit.history["elbo"][0]
-    assert found[radial] > 60 > 30 > found[angular]
+    assert found[radial] > 0.6 > 0.4 > found[angular]
 
 
 @pytest.mark.parametrize("build", [exact, sparse])
