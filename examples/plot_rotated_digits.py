@@ -169,7 +169,7 @@ for place, row in enumerate(mended.tolist()):
 left.imshow(frame, cmap="gray", vmin=0, vmax=1)
 left.set(xticks=[], yticks=[])
 left.spines[:].set_visible(False)
-left.set_title("Wrong by pixels → right by orbits", **bold)
+left.set_title("All angles: wrong by pixels → right by orbits", **bold)
 
 for column, degrees in enumerate((90, 180)):
     grid, curve = curves[column]

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from botorch.optim.utils import get_parameters_and_bounds
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.models import GP, ExactGP
 from torch import Generator, Tensor, nn
@@ -81,7 +82,7 @@ def learn_last_layer_invariance(
     cycles: int = 10,
     hyper_epochs: int = 20,
     weight_epochs: int = 10,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.02,
     network_learning_rate: float = 1e-3,
     batch_size: int = 100,
     generator: Generator | None = None,
@@ -94,7 +95,7 @@ def learn_last_layer_invariance(
     Each cycle moves hyperparameters, noise and law by the evidence or its bound, the
     features held, and then the weights of the network, everything else held. The
     distribution of the inducing variables and their places move in both. Adam, with
-    moments of their own for each of these.
+    moments of their own for each of these, inside the bounds of their constraints.
 
     The evidence has several optima in the law, and the draws of the law are fixed:
     compare ``evidence`` of several starts (``augmentation.bound = ...``), or scan the
@@ -140,7 +141,7 @@ def learn_last_layer_invariance(
         >>> from gpytorch.kernels import RBFKernel
         >>> from gpbridge.augmentation import Rotation2d
         >>> from gpbridge.kernels import DeepKernel, InvariantKernel
-        >>> X = torch.linspace(0, 1, 20).double().reshape(10, 2)
+        >>> X = torch.rand(10, 2, generator=Generator().manual_seed(0)).double()
         >>> body = nn.Sequential(nn.Linear(2, 5), nn.Tanh()).double()
         >>> kernel = InvariantKernel(DeepKernel(body, RBFKernel()), Rotation2d(4))
         >>> gp = SingleTaskGP(X, X.norm(dim=-1, keepdim=True), covar_module=kernel)
@@ -184,12 +185,19 @@ def learn_last_layer_invariance(
             before = _misfit_and_log_det(gp)[1]
         return callback is not None and callback(epoch, module, entry)
 
+    # BoTorch's noise has no transform: a step could make it negative.
+    parameters, limits = get_parameters_and_bounds(own, requires_grad=True)
+    bounds = {
+        parameters[name]: [torch.as_tensor(end).to(parameters[name]) for end in limit]
+        for name, limit in limits.items()
+    }
     steps = math.ceil(n / rows_per_step)
     optimizer = _Toggling(
         groups,
         (hyper_epochs * steps, weight_epochs * steps),
         learning_rate,
         network_learning_rate,
+        bounds,
     )
     fit = ascend_elbo(
         own,
@@ -295,6 +303,7 @@ class _Toggling(torch.optim.Optimizer):
         lengths: tuple[int, int],
         rate: float,
         network_rate: float,
+        bounds: dict[nn.Parameter, list[Tensor]],
     ) -> None:
         rates = (rate, network_rate, rate)
         self.parts = [
@@ -302,7 +311,7 @@ class _Toggling(torch.optim.Optimizer):
             for group, lr in zip(groups, rates, strict=True)
             if group
         ]
-        self.lengths = lengths
+        self.lengths, self.bounds = lengths, bounds
         self.count = 0
 
     @property
@@ -313,6 +322,9 @@ class _Toggling(torch.optim.Optimizer):
         turn = int(self.count % sum(self.lengths) >= self.lengths[0])
         for part in (self.parts[turn], *self.parts[2:]):
             part.step()
+        with torch.no_grad():
+            for parameter, (low, high) in self.bounds.items():
+                parameter.clamp_(low, high)
         self.count += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:

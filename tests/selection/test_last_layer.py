@@ -181,6 +181,18 @@ def test_the_global_random_state_stays_and_the_seed_decides():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_noise_without_a_transform_stays_above_its_bound():
+    """BoTorch's is bounded by its optimiser; a large step would make it negative."""
+    X = points(12)
+    seen = []
+
+    def keep(epoch, module, entry):
+        seen.append(module.likelihood.noise.item())
+
+    run(exact(X, radial(X)), cycles=1, learning_rate=0.2, callback=keep)
+    assert min(seen) == 1e-4
+
+
 def test_a_run_that_diverges_says_so():
     X = points(8)
 
