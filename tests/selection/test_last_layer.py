@@ -1,6 +1,7 @@
 """Alternating phases: what moves when, a toy of known invariance, resumed, doors."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -20,7 +21,7 @@ from gpbridge.selection import (
     learn_last_layer_invariance,
     log_evidence,
 )
-from gpbridge.selection.last_layer import _warn_if_exploited
+from gpbridge.selection.last_layer import _Toggling, _warn_if_exploited
 from gpbridge.storage import load_state, save_state
 from gpbridge.testing import assert_module_unchanged
 
@@ -181,16 +182,17 @@ def test_the_global_random_state_stays_and_the_seed_decides():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_noise_without_a_transform_stays_above_its_bound():
-    """BoTorch's is bounded by its optimiser; a large step would make it negative."""
-    X = points(12)
-    seen = []
-
-    def keep(epoch, module, entry):
-        seen.append(module.likelihood.noise.item())
-
-    run(exact(X, radial(X)), cycles=1, learning_rate=0.2, callback=keep)
-    assert min(seen) == 1e-4
+def test_a_parameter_without_a_transform_stays_inside_its_bounds():
+    """As BoTorch's noise, which a step of Adam would make negative."""
+    noise, weight = (nn.Parameter(torch.tensor(0.1, dtype=DOUBLE)) for _ in range(2))
+    bounds = {noise: [torch.tensor(0.05).double(), torch.tensor(math.inf).double()]}
+    optimizer = _Toggling(([noise], [weight], []), (1, 1), 1.0, 1.0, bounds)
+    for parameter in (noise, weight):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert noise.item() == 0.05 and weight.item() == 0.1
+    optimizer.step()
+    assert noise.item() == 0.05 and weight.item() < 0
 
 
 def test_a_run_that_diverges_says_so():
