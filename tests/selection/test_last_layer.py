@@ -185,7 +185,7 @@ def test_the_global_random_state_stays_and_the_seed_decides():
 def test_a_parameter_without_a_transform_stays_inside_its_bounds():
     """As BoTorch's noise, which a step of Adam would make negative."""
     noise, weight = (nn.Parameter(torch.tensor(0.1, dtype=DOUBLE)) for _ in range(2))
-    bounds = {noise: [torch.tensor(0.05).double(), torch.tensor(math.inf).double()]}
+    bounds = {noise: [torch.tensor(end, dtype=DOUBLE) for end in (0.05, math.inf)]}
     optimizer = _Toggling(([noise], [weight], []), (1, 1), 1.0, 1.0, bounds)
     for parameter in (noise, weight):
         parameter.grad = torch.ones_like(parameter)
