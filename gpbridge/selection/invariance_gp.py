@@ -165,7 +165,9 @@ def learn_kernel_invariance(
     gp = model if objective is None else objective.model
     laws = free_laws(gp)
     names = {f"{path}.{name}" for path, law in laws.items() for name in free_names(law)}
-    check_count(polish_steps=polish_steps, polish=polish or 1)
+    check_count(
+        polish_steps=polish_steps, polish=polish or 1, refit_steps=refit_steps or 1
+    )
     if num_points is not None:
         check_count(num_points=num_points)
     scanned = objective is None and len(names) == 1
