@@ -25,8 +25,17 @@ from gpbridge.selection.invariance import (
     learn_invariance,
     learn_invariance_from,
 )
+from gpbridge.selection.invariance_gp import (
+    InvarianceStart,
+    KernelInvarianceFit,
+    learn_kernel_invariance,
+)
 from gpbridge.selection.invariance_training import InvarianceStep
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
+from gpbridge.selection.last_layer import (
+    LastLayerFit,
+    learn_last_layer_invariance,
+)
 from gpbridge.selection.loss_curvature import CompositeLoss
 from gpbridge.selection.marginal_likelihood import (
     EvidenceParts,
@@ -60,10 +69,13 @@ __all__ = [
     "Hypergradient",
     "HypergradientDescent",
     "InvarianceFit",
+    "InvarianceStart",
     "InvarianceStep",
     "IterativeFit",
+    "KernelInvarianceFit",
     "LBFGSTraining",
     "LaplaceEvidence",
+    "LastLayerFit",
     "LeaveOneOut",
     "LinearModel",
     "MatchedWeightDecay",
@@ -97,6 +109,8 @@ __all__ = [
     "input_noise",
     "learn_invariance",
     "learn_invariance_from",
+    "learn_kernel_invariance",
+    "learn_last_layer_invariance",
     "leave_one_out",
     "log_evidence",
     "multi_start",
