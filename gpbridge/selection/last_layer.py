@@ -161,13 +161,14 @@ def learn_last_layer_invariance(
     laws = free_laws(gp)
     groups = _groups(gp, own)
     if exact:
-        n, device, rows_per_step = 1, gp.train_inputs[0].device, 1
-        count = gp.train_targets.numel()
+        # One row, all data, as the evidence has no terms for each datum.
+        rows_of = (gp.train_inputs[0].unsqueeze(0), gp.train_targets.unsqueeze(0))
+        rows_per_step, count = 1, gp.train_targets.numel()
     else:
         X, Y = data
         check_inputs(X)
         check_finite(Y=Y)
-        n, device, rows_per_step = len(X), X.device, batch_size
+        rows_of, rows_per_step = (X, Y), batch_size
 
     def value(rows: Tensor, generator: Generator) -> Tensor:
         if exact:
@@ -191,7 +192,7 @@ def learn_last_layer_invariance(
         parameters[name]: [torch.as_tensor(end).to(parameters[name]) for end in limit]
         for name, limit in limits.items()
     }
-    steps = math.ceil(n / rows_per_step)
+    steps = math.ceil(len(rows_of[0]) / rows_per_step)
     optimizer = _Toggling(
         groups,
         (hyper_epochs * steps, weight_epochs * steps),
@@ -202,8 +203,7 @@ def learn_last_layer_invariance(
     fit = ascend_elbo(
         own,
         value,
-        n,
-        device,
+        rows_of,
         groups=[(groups[0], learning_rate)],
         epochs=cycles * (hyper_epochs + weight_epochs),
         batch_size=rows_per_step,
@@ -212,6 +212,7 @@ def learn_last_layer_invariance(
         progress=progress,
         callback=after_epoch,
         name="learn_last_layer_invariance",
+        usual_rate=1e-2,
         optimizer=optimizer,
     )
     with torch.no_grad():
