@@ -13,22 +13,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from gpbridge.augmentation.averaged import AveragedNetwork
 from gpbridge.dnn.run_key import checksum
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.kernels.tangent import Groups
+from gpbridge.selection.invariance_curvatures import InvarianceCurvatures
 from gpbridge.selection.online_evidence import OnlineEvidence
 from gpbridge.selection.online_training import NonFiniteError, OnlineTraining
-from gpbridge.selection.orbit_curvature import OrbitCurvature, OrbitStructure
-from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
+from gpbridge.selection.orbit_curvature import OrbitStructure
+from gpbridge.selection.orbit_jacobians import orbits, row_noise
 from gpbridge.selection.orbit_likelihood import OrbitData
-from gpbridge.selection.tangent_blocks import TangentBlocks
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory
 from gpbridge.types import Evidence, Params
@@ -140,7 +139,7 @@ class InvarianceTraining(OnlineTraining):
     @property
     def block_size(self) -> int:
         """Data of a block of the last evidence; all where there are no blocks."""
-        return self._size_of_blocks(self._whole_curvature)
+        return self._curvatures.block_size(self._curvatures.whole)
 
     def natural_values(self) -> dict[str, Tensor]:
         """Learnt parameters of the augmentation, in natural units by name."""
@@ -160,7 +159,7 @@ class InvarianceTraining(OnlineTraining):
         """
         dropout = self._noise.get_state()
         generator = Generator().manual_seed(self._seed % 2**31)
-        curvature = self._whole_curvature
+        curvature = self._curvatures.whole
         found = []
         saved = self.augmentation.noise.clone()
         for _ in range(1 if self.orbit == "fixed" else _FINAL_DRAWS):
@@ -219,39 +218,15 @@ class InvarianceTraining(OnlineTraining):
 
     def _check_structure(self) -> None:
         """Build what measures the evidence, which checks the structure."""
-        prefix = "network."
-        groups = [[n.removeprefix(prefix) for n in names] for names in self.groups]
-        self._groups = groups
-        self._law_curvature = self._curvature_of(self.curvature)
-        whole, self._prior_curvature = self.curvature, self._law_curvature
-        if self.prior_curvature is not None:
-            whole = self.prior_curvature
-            self._prior_curvature = self._curvature_of(whole)
-        # Built at once, since its blocks may be larger than those of training.
-        self._whole_curvature = self._prior_curvature
-        if isinstance(whole, TangentBlocks):
-            outputs = "independent" if whole.outputs == "sampled" else whole.outputs
-            self._whole_curvature = self._curvature_of(
-                replace(whole, outputs=outputs, num_blocks=None)
-            )
-
-    def _curvature_of(self, structure: OrbitStructure) -> OrbitCurvature:
-        net = OrbitNet(
-            self.network.network,
-            self.network.augmentation,
-            self._groups,
-            self.network.input_shape,
+        self._curvatures = InvarianceCurvatures(
+            self.network,
+            self.groups,
+            self.likelihood,
             self.batches.first,
+            self.batches.num_rows,
+            self.curvature,
+            self.prior_curvature,
         )
-        dtype = getattr(structure, "jacobian_dtype", None)
-        if dtype is not None:
-            net.net.to(dtype)
-        return OrbitCurvature(net, self.likelihood, structure, self.batches.num_rows)
-
-    def _size_of_blocks(self, curvature: OrbitCurvature) -> int:
-        structure, n = curvature.structure, self.batches.num_rows
-        is_blocks = isinstance(structure, TangentBlocks)
-        return min(n, structure.block_size) if is_blocks else n
 
     def _drawn(self, num_rows: int, generator: Generator) -> Tensor | None:
         """Orbits for an evaluation: noise of each row, or None for shared noise."""
@@ -266,19 +241,16 @@ class InvarianceTraining(OnlineTraining):
 
     def _measured(self, curvature, noise, values: Params, generator: Generator):
         data = OrbitData(self.batches.X, self.batches.Y, noise)
-        curvature.net.augmentation = self.augmentation
-        self._copy_weights(curvature.net.net.network)
+        state = self.prior_variance, self.noise_variance, values
         with isolated_randomness(self._noise, self.batches.device):
-            return curvature.measure(
-                data, self.prior_variance, self.noise_variance, values, generator
-            )
+            return self._curvatures.measure(curvature, data, *state, generator)
 
     def _measure(self) -> OnlineEvidence:
         """The curvature of the moment; one step of the augmentation on the way."""
         noise = self._drawn(self.batches.num_rows, self.generator)
         own = dict(self.augmentation.named_parameters())
         values = {name: own[name] for name in self._learnt}
-        law, prior = self._law_curvature, self._prior_curvature
+        law, prior = self._curvatures.law, self._curvatures.prior
         prior_moves = self._prior_moves()
         found = []
         if values or not prior_moves:
@@ -309,15 +281,9 @@ class InvarianceTraining(OnlineTraining):
         step = super()._update()
         learnt = self.natural_values()
         numbers = [x for value in learnt.values() for x in value.flatten().tolist()]
-        by_prior = self._prior_moves()
-        measured = self._prior_curvature if by_prior else self._law_curvature
-        return InvarianceStep(*step, numbers or None, self._size_of_blocks(measured))
-
-    @torch.no_grad()
-    def _copy_weights(self, network: nn.Module) -> None:
-        frozen = network.state_dict()
-        for name, value in self.network.network.state_dict().items():
-            frozen[name].copy_(value)
+        found = self._curvatures
+        measured = found.prior if self._prior_moves() else found.law
+        return InvarianceStep(*step, numbers or None, found.block_size(measured))
 
     # -- state -------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from gpbridge.selection import (
     learn_invariance_from,
 )
 from gpbridge.selection.orbit_curvature import OrbitCurvature
+from gpbridge.selection.orbit_jacobians import OrbitNet
 from gpbridge.testing import assert_module_unchanged
 
 N = 24
@@ -223,6 +224,53 @@ def test_the_rate_of_the_law_falls_as_a_cosine():
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("phases", ["online", "toggle"])
+def test_prior_and_law_move_by_structures_of_their_own(phases):
+    sampled = TangentBlocks(block_size=6, outputs="sampled", num_blocks=1)
+    options = {"phases": phases, "structure": sampled, "every": 2, "epochs": 16}
+    fit = run(prior_structure=Exact(), prior_every=3, **options)
+    sizes = [step.block_size for step in fit.steps]
+    assert sizes == [6, 6, N] * 2 + [6, 6] and fit.block_size == N
+    assert not fit.evidence.lower_bound
+    priors = [step.prior_variance[0] for step in fit.steps]
+    assert priors[0] == priors[1] == 1.0
+    assert len(set(priors)) == 3 and priors[2] == priors[4]
+    laws = [step.augmentation[0] for step in fit.steps]
+    assert len(set(laws)) == 8
+
+
+def test_a_law_that_is_held_is_measured_only_where_the_prior_moves():
+    law = Rotation2d(3).requires_grad_(False)
+    sampled = TangentBlocks(block_size=6, outputs="sampled")
+    options = {"structure": sampled, "prior_structure": Exact(), "prior_every": 2}
+    fit = run(augmentation=law, epochs=5, **options)
+    assert [step.epoch for step in fit.steps] == [2, 4]
+
+
+def test_the_same_structure_for_both_is_one_structure():
+    one = run(structure=Exact())
+    two = run(structure=Exact(), prior_structure=Exact())
+    assert one.steps == two.steps
+
+
+@pytest.mark.parametrize("structure", [Exact, Kronecker])
+def test_jacobians_have_the_precision_that_is_asked_for(structure, monkeypatch):
+    whole, seen = OrbitNet.jacobian, []
+
+    def noted(self, *args):
+        value, parts = whole(self, *args)
+        seen.extend(part.dense().dtype for part in parts)
+        return value, parts
+
+    monkeypatch.setattr(OrbitNet, "jacobian", noted)
+    for dtype in (torch.float64, None):
+        seen.clear()
+        fit = run(structure=structure(jacobian_dtype=dtype), epochs=2)
+        assert set(seen) == {torch.float32 if dtype is None else dtype}
+        assert fit.augmentation.bound.dtype == torch.float32
+        assert fit.augmentation.bound.item() != Rotation2d(3).bound.item()
+
+
 # -- state -----------------------------------------------------------------------------
 
 
@@ -337,6 +385,8 @@ def test_augerino_rewards_the_norm_of_twice_the_half_widths():
         ({"orbit": "some"}, ValueError, "orbit must be one of 'fixed'"),
         ({"phases": "never"}, ValueError, "phases must be one of 'online'"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number"),
+        ({"prior_every": 0}, ValueError, "prior_every must be a whole number"),
+        ({"prior_structure": "full"}, TypeError, "but is str"),
         ({"burn_in": -1}, ValueError, "burn_in must be a number of epochs"),
         ({"augmentation_learning_rate": 0.0}, ValueError, "augmentation_learning_rate"),
         ({"structure": "full"}, TypeError, "but is str"),

@@ -21,8 +21,8 @@ from gpbridge.augmentation.base import Augmentation
 from gpbridge.linearized import Diagonal, Exact, Kronecker
 from gpbridge.selection import TangentBlocks
 from gpbridge.selection.orbit_curvature import OrbitCurvature
-from gpbridge.selection.orbit_likelihood import OrbitData
 from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
+from gpbridge.selection.orbit_likelihood import OrbitData
 from gpbridge.selection.tangent_blocks import BlockCurvature, GramBlock
 from tests import oracles_invariance as oracles
 
