@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.averaged import AveragedNetwork
 from gpbridge.augmentation.base import Augmentation
-from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.checks import check_choice, check_count, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.functional import FunctionalNet
@@ -96,7 +96,16 @@ def learn_invariance(
     An epoch of training costs s times one of the plain network. An update costs one
     forward and m backward passes over all orbits, differentiated once more; with
     ``TangentBlocks(outputs="sampled", num_blocks=k)`` one backward pass over k blocks.
-    For images, take these with ``prior_structure=Kronecker()`` and ``prior_every=5``.
+
+    Two orders of events go wrong. A network that is trained with a narrow law for long
+    stays near its optimum when the law widens: start the law early (``burn_in``), or
+    train anew with the law that was learnt, which stays what it is after
+    ``fit.augmentation.requires_grad_(False)``. A prior that moves before the network
+    fits anything, or by small blocks, falls to zero, and the network with it: let it
+    move late (``prior_every``) and by ``prior_structure``. What served images of 312
+    rows and 200 epochs was ``TangentBlocks(78, outputs="sampled", num_blocks=1)`` with
+    ``prior_structure=Kronecker(), burn_in=10, every=2, prior_every=20,
+    hyper_steps=40, augmentation_learning_rate=0.2``.
 
     Args:
         network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or ``n``. It is
@@ -145,6 +154,9 @@ def learn_invariance(
 
     Returns:
         The averaged network, hyperparameters, and their history.
+
+    Warns:
+        UserWarning: If the data determine less than one direction of the weights.
 
     Raises:
         DivergedError: If a loss, a weight, an evidence or a gradient is not finite; its
@@ -248,7 +260,17 @@ def learn_invariance(
             diverged_message(training, error, learning_rate, _USUAL_RATE),
             invariance_fit(training, None),
         ) from error
-    return invariance_fit(training, training.evidence())
+    evidence = training.evidence()
+    if float(evidence.effective_dimension) < 1:
+        priors = ", ".join(f"{value:.2g}" for value in training.prior_variance.tolist())
+        warn_user(
+            "The evidence prefers a constant network: at prior variances of "
+            f"{priors} the data determine {float(evidence.effective_dimension):.2g} "
+            "directions of its weights. Let the weights fit before the prior moves, by "
+            "a larger burn_in or prior_every, or pass prior_structure=Kronecker() in "
+            "place of small blocks."
+        )
+    return invariance_fit(training, evidence)
 
 
 def _rows(

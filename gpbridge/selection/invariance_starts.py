@@ -39,14 +39,15 @@ def learn_invariance_from(
         augmentation: With a ``bound``.
         likelihood: As there.
         seed: Of every run.
-        **options: As there; no ``generator``.
+        **options: As there; no ``generator`` and no ``checkpoint``, which are of one
+            run.
 
     Returns:
         One fit per start, that of the largest evidence first.
 
     Raises:
-        ValueError: If there are no starts.
-        TypeError: If the augmentation has no half-width.
+        ValueError: If there are no starts, or nothing of the augmentation is learnt.
+        TypeError: If the augmentation has no half-width, or an option is of one run.
     """
     starts = list(starts)
     if not starts:
