@@ -90,7 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--smoke", action="store_true", help="tiny, means nothing")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.seeds, arguments.epochs = 1, 2
     timing.one_thread()
     toy_table(arguments.seeds, arguments.epochs)
 
