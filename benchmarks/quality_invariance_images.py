@@ -49,6 +49,7 @@ from torch.nn import functional as F
 from gpbridge import metrics
 from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork
 from gpbridge.data import load_images
+from gpbridge.dnn import swa_factor
 from gpbridge.linearized import Kronecker
 from gpbridge.selection import TangentBlocks, augerino_penalty, learn_invariance
 
@@ -132,6 +133,7 @@ def options(epochs: int, seed: int) -> dict[str, Any]:
         "hyper_steps": 40,
         "augmentation_learning_rate": 0.2,
         "learning_rate": 1e-2,
+        "schedule": swa_factor(epochs, 0.05),
         "batch_size": 104,
         "input_shape": (1, SIDE, SIDE),
         "generator": torch.Generator().manual_seed(seed),
@@ -156,6 +158,9 @@ def augerino(
         ],
         lr=1e-2,
     )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [swa_factor(epochs, 0.05), lambda epoch: 1.0]
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         averaged.train()
@@ -165,6 +170,7 @@ def augerino(
             optimizer.zero_grad()
             (loss + augerino_penalty(own, 0.01)).backward()
             optimizer.step()
+        schedule.step()
     return averaged.eval()
 
 
