@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from gpbridge import metrics
 from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork
 from gpbridge.data import load_images
-from gpbridge.dnn import swa_factor
+from gpbridge.dnn.schedules import swa_factor
 from gpbridge.linearized import Kronecker
 from gpbridge.selection import TangentBlocks, augerino_penalty, learn_invariance
 
