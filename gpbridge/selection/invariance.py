@@ -105,7 +105,8 @@ def learn_invariance(
     move late (``prior_every``) and by ``prior_structure``. What served images of 312
     rows and 200 epochs was ``TangentBlocks(78, outputs="sampled", num_blocks=1)`` with
     ``prior_structure=Kronecker(), burn_in=10, every=2, prior_every=20,
-    hyper_steps=40, augmentation_learning_rate=0.2``.
+    hyper_steps=40, augmentation_learning_rate=0.2``, and a ``schedule`` by which the
+    weights' rate falls in the second half.
 
     Args:
         network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or ``n``. It is
