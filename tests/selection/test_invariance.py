@@ -284,6 +284,7 @@ def test_jacobians_have_the_precision_that_is_asked_for(structure, monkeypatch):
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, orbit):
     sampled = TangentBlocks(block_size=9, outputs="sampled", num_blocks=2)
     options = {"epochs": 5, "orbit": orbit, "structure": sampled, "batch_size": 10}
+    options |= {"prior_structure": Exact(), "prior_every": 2}
     file = {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
     whole = run(**options)
 
