@@ -100,7 +100,7 @@ def _affine_grid(theta, size, align_corners=None):
     for length in size[-2:]:
         steps = torch.arange(length, dtype=theta.dtype, device=theta.device)
         if align_corners:
-            sides.append(2 * steps / max(1, length - 1) - (length > 1))
+            sides.append(2 * steps / max(1, length - 1) - float(length > 1))
         else:
             sides.append((2 * steps + 1) / length - 1)
     y, x = torch.meshgrid(*sides, indexing="ij")

@@ -1,8 +1,10 @@
 r"""Learning which transformations a network is invariant to, while it is trained.
 
-In: a network, data, an augmentation. Out: an :class:`InvarianceFit`: a trained network,
-averaged over orbits whose widths the evidence chose, without validation data.
-Next: ``InvarianceFit.model`` makes a Gaussian process of it.
+In: a network, data, an augmentation. Out: an
+:class:`~gpbridge.selection.invariance_fit.InvarianceFit`: a trained network, averaged
+over orbits whose widths the evidence chose, without validation data. Next:
+``InvarianceFit.model`` makes a Gaussian process of it; ``invariance_starts`` runs it
+from several starts.
 
 References:
     Immer, van der Ouderaa, Rätsch, Fortuin, van der Wilk, Invariance learning in deep
@@ -12,77 +14,33 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
 
 from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.averaged import AveragedNetwork
 from gpbridge.augmentation.base import Augmentation
-from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.checks import check_choice, check_count, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.frozen import copy_without_hooks
 from gpbridge.functional import FunctionalNet
 from gpbridge.kernels.tangent import Groups, weight_groups
 from gpbridge.linearized.inference import Exact
+from gpbridge.selection.invariance_fit import InvarianceFit, invariance_fit
 from gpbridge.selection.invariance_training import (
     ORBITS,
     PHASES,
     InvarianceTraining,
 )
-from gpbridge.selection.online import OnlineFit
 from gpbridge.selection.online_run import check_folder, diverged_message, run_epochs
 from gpbridge.selection.online_training import NonFiniteError
 from gpbridge.selection.orbit_curvature import OrbitStructure
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory
-from gpbridge.types import Evidence
 
 _USUAL_RATE = 5e-3
-
-
-@dataclass(frozen=True, repr=False)
-class InvarianceFit(OnlineFit):
-    """A network and the law of its augmentation, learnt together.
-
-    Attributes:
-        network: The trained copy, an :class:`~gpbridge.augmentation.AveragedNetwork` of
-            rows ``n x d`` in eval mode. Predictions average over orbits.
-        learnt: Parameters of the augmentation by name, in natural units, as ``bound``.
-        block_size: Data of the blocks of which the evidence was made; the number of
-            all data where the log determinant has no blocks. Evidences of different
-            block sizes are not comparable.
-    """
-
-    learnt: dict[str, Tensor]
-    block_size: int
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """A copy of the law, which can be learnt on from here."""
-        law = copy.deepcopy(self.network.augmentation)
-        return law.requires_grad_(bool(self.learnt))
-
-    def __repr__(self) -> str:
-        """What was learnt, and the evidence with its block size."""
-        found = {
-            name: [round(x, 4) for x in value.flatten().tolist()]
-            for name, value in self.learnt.items()
-        }
-        value = "unknown"
-        if self.evidence is not None:
-            bound = "at least " if self.evidence.lower_bound else ""
-            value = f"{bound}{float(self.evidence.value):.5g} nats"
-        shown = ", ".join(f"{name} {numbers}" for name, numbers in found.items())
-        return (
-            f"{type(self).__name__}({type(self.network.network).__name__}, "
-            f"{type(self.augmentation).__name__}, {shown or 'nothing learnt'}; "
-            f"{len(self.losses)} epochs, {len(self.steps)} updates; evidence {value}, "
-            f"block size {self.block_size})"
-        )
 
 
 def learn_invariance(
@@ -93,6 +51,8 @@ def learn_invariance(
     *,
     groups: Groups = "all",
     structure: OrbitStructure = Exact(),
+    prior_structure: OrbitStructure | None = None,
+    prior_every: int = 1,
     orbit: str = "per_datum",
     phases: str = "online",
     prior_variance: float = 1.0,
@@ -129,12 +89,24 @@ def learn_invariance(
     said otherwise.
 
     E has several optima in the parameters: compare the evidence of several starts
-    (:func:`learn_invariance_from`). M is differentiated twice through the network, so
-    that smooth activations (tanh, softplus, GELU) are right and ReLU almost.
+    (:func:`gpbridge.selection.learn_invariance_from`). M is differentiated twice
+    through the network, so that smooth activations (tanh, softplus, GELU) are right and
+    ReLU almost.
 
     An epoch of training costs s times one of the plain network. An update costs one
     forward and m backward passes over all orbits, differentiated once more; with
     ``TangentBlocks(outputs="sampled", num_blocks=k)`` one backward pass over k blocks.
+
+    Two orders of events go wrong. A network that is trained with a narrow law for long
+    stays near its optimum when the law widens: start the law early (``burn_in``), or
+    train anew with the law that was learnt, which stays what it is after
+    ``fit.augmentation.requires_grad_(False)``. A prior that moves before the network
+    fits anything, or by small blocks, falls to zero, and the network with it: let it
+    move late (``prior_every``) and by ``prior_structure``. What served images of 312
+    rows and 200 epochs was ``TangentBlocks(78, outputs="sampled", num_blocks=1)`` with
+    ``prior_structure=Kronecker(), burn_in=10, every=2, prior_every=20,
+    hyper_steps=40, augmentation_learning_rate=0.2``, and a ``schedule`` by which the
+    weights' rate falls in the second half.
 
     Args:
         network: Maps ``n x d`` (or ``n x input_shape``) to ``n x m`` or ``n``. It is
@@ -146,7 +118,13 @@ def learn_invariance(
         groups: Weights that share a prior variance, as there.
         structure: Of M: ``Exact()`` by weights or by data, whichever are fewer;
             :class:`TangentBlocks`, lower bounds; ``Kronecker()``, no bound;
-            ``Diagonal()``, a lower bound.
+            ``Diagonal()``, a lower bound. Precision of Jacobians is that of its
+            ``jacobian_dtype``, None that of the network.
+        prior_structure: Of M where prior and noise take steps, and for the evidence of
+            the end; None is ``structure``. Few and small blocks are good enough for the
+            direction of the law, but bias the prior so much that a network may do worse
+            than a constant: take ``Kronecker()``, or ``Exact()`` for few data.
+        prior_every: Updates of the law to each that moves prior and noise, too.
         orbit: ``"per_datum"`` draws an orbit of its own for every row and step,
             ``"resampled"`` one for all rows per epoch, ``"fixed"`` keeps that of the
             augmentation, so that nothing is random but the batches.
@@ -156,7 +134,7 @@ def learn_invariance(
         epochs: Passes over the data; with ``"toggle"`` the updates count as such.
         burn_in: Epochs before anything but the weights moves.
         every: Epochs from one update to the next.
-        hyper_steps: Steps of Adam for prior and noise in an update. The augmentation
+        hyper_steps: Steps of Adam for prior and noise when they move. The augmentation
             takes one.
         hyper_learning_rate: Of these, for the logarithms.
         augmentation_learning_rate: Of Adam for the augmentation's raw parameters, at
@@ -177,6 +155,9 @@ def learn_invariance(
 
     Returns:
         The averaged network, hyperparameters, and their history.
+
+    Warns:
+        UserWarning: If the data determine less than one direction of the weights.
 
     Raises:
         DivergedError: If a loss, a weight, an evidence or a gradient is not finite; its
@@ -220,6 +201,7 @@ def learn_invariance(
     check_count(
         epochs=epochs,
         every=every,
+        prior_every=prior_every,
         hyper_steps=hyper_steps,
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
@@ -248,6 +230,8 @@ def learn_invariance(
         batches,
         names,
         structure,
+        prior_structure,
+        prior_every,
         orbit,
         phases,
         epochs,
@@ -275,72 +259,19 @@ def learn_invariance(
     except NonFiniteError as error:
         raise DivergedError(
             diverged_message(training, error, learning_rate, _USUAL_RATE),
-            _result(training, None),
+            invariance_fit(training, None),
         ) from error
-    return _result(training, training.evidence())
-
-
-def learn_invariance_from(
-    starts: Iterable[float | Sequence[float] | Tensor],
-    network: nn.Module,
-    data: tuple[Tensor, Tensor],
-    augmentation: Augmentation,
-    likelihood: Likelihood | None = None,
-    *,
-    seed: int = 0,
-    **options: Any,
-) -> list[InvarianceFit]:
-    """Learn from several half-widths, since the evidence has several optima in them.
-
-    All runs have the same seed, so that their evidences are of the same draws.
-
-    Args:
-        starts: Half-widths, one number or one for each parameter of the augmentation.
-        network: As for :func:`learn_invariance`.
-        data: As there.
-        augmentation: With a ``bound``.
-        likelihood: As there.
-        seed: Of every run.
-        **options: As there; no ``generator``.
-
-    Returns:
-        One fit per start, that of the largest evidence first.
-
-    Raises:
-        ValueError: If there are no starts.
-        TypeError: If the augmentation has no half-width.
-    """
-    starts = list(starts)
-    if not starts:
-        raise ValueError("starts must name at least one half-width.")
-    if not hasattr(augmentation, "bound"):
-        raise TypeError(
-            f"{type(augmentation).__name__} has no bound to start from. Call "
-            "learn_invariance."
+    evidence = training.evidence()
+    if float(evidence.effective_dimension) < 1:
+        priors = ", ".join(f"{value:.2g}" for value in training.prior_variance.tolist())
+        warn_user(
+            "The evidence prefers a constant network: at prior variances of "
+            f"{priors} the data determine {float(evidence.effective_dimension):.2g} "
+            "directions of its weights. Let the weights fit before the prior moves, by "
+            "a larger burn_in or prior_every, or pass prior_structure=Kronecker() in "
+            "place of small blocks."
         )
-    if not any(p.requires_grad for p in augmentation.parameters()):
-        raise ValueError(
-            f"{type(augmentation).__name__} has no parameter with requires_grad, so "
-            "that there is nothing to learn from several starts. Call "
-            "requires_grad_(True) on it."
-        )
-    alone = {"checkpoint", "generator"} & set(options)
-    if alone:
-        raise TypeError(
-            f"{sorted(alone)} are of one run, but there are {len(starts)}. Pass seed=, "
-            "or call learn_invariance for each start."
-        )
-    fits = []
-    for start in starts:
-        own = copy.deepcopy(augmentation)
-        own.bound = start
-        generator = Generator().manual_seed(seed)
-        fits.append(
-            learn_invariance(
-                network, data, own, likelihood, generator=generator, **options
-            )
-        )
-    return sorted(fits, key=lambda fit: -float(fit.evidence.value))
+    return invariance_fit(training, evidence)
 
 
 def _rows(
@@ -358,19 +289,3 @@ def _rows(
         input_shape = getattr(augmentation, "output_shape", X.shape[1:])
     shape = None if input_shape is None else tuple(input_shape)
     return (X.flatten(1) if X.dim() > 2 else X), Y, shape
-
-
-def _result(training: InvarianceTraining, evidence: Evidence | None) -> InvarianceFit:
-    return InvarianceFit(
-        training.network,
-        training.trained_likelihood(),
-        training.groups,
-        training.prior_variance,
-        training.noise_variance,
-        evidence,
-        training.losses,
-        training.steps,
-        None,
-        training.natural_values(),
-        training.block_size,
-    )

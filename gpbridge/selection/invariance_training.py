@@ -22,15 +22,12 @@ from gpbridge.augmentation.averaged import AveragedNetwork
 from gpbridge.dnn.run_key import checksum
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.kernels.tangent import Groups
+from gpbridge.selection.invariance_curvatures import InvarianceCurvatures
 from gpbridge.selection.online_evidence import OnlineEvidence
 from gpbridge.selection.online_training import NonFiniteError, OnlineTraining
-from gpbridge.selection.orbit_curvature import (
-    OrbitCurvature,
-    OrbitData,
-    OrbitStructure,
-)
-from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
-from gpbridge.selection.tangent_blocks import TangentBlocks
+from gpbridge.selection.orbit_curvature import OrbitStructure
+from gpbridge.selection.orbit_jacobians import orbits, row_noise
+from gpbridge.selection.orbit_likelihood import OrbitData
 from gpbridge.selection.training_batches import TrainingBatches
 from gpbridge.selection.weight_optimizer import OptimizerFactory
 from gpbridge.types import Evidence, Params
@@ -41,7 +38,11 @@ _FINAL_DRAWS = 3  # of the orbits, over which the last evidence is averaged
 
 
 class InvarianceStep(NamedTuple):
-    """Hyperparameters after an update, and the evidence there, in total nats."""
+    """An update: hyperparameters after it, and the evidence there, in total nats.
+
+    The evidence is of the orbits of before, at the prior and noise of after: the law
+    takes its step along the gradient that comes with the same pass over the data.
+    """
 
     epoch: int  # epochs that were trained before
     evidence: float
@@ -70,6 +71,8 @@ class InvarianceTraining(OnlineTraining):
         batches: TrainingBatches,
         groups: Groups,
         curvature: OrbitStructure,
+        prior_curvature: OrbitStructure | None,
+        prior_every: int,
         orbit: str,
         phases: str,
         epochs: int,
@@ -85,6 +88,7 @@ class InvarianceTraining(OnlineTraining):
         generator: Generator | None,
     ) -> None:
         self.orbit, self.phases, self.epochs, self.rates = orbit, phases, epochs, rates
+        self.prior_curvature, self.prior_every = prior_curvature, prior_every
         self._learnt = [
             name
             for name, p in network.augmentation.named_parameters()
@@ -116,6 +120,8 @@ class InvarianceTraining(OnlineTraining):
         state = [v.flatten() for v in self.augmentation.state_dict().values()]
         state = [value.double().cpu() for value in state]
         self._options |= {
+            "structure of the prior": repr(prior_curvature),
+            "updates to each of the prior": prior_every,
             "orbit": orbit,
             "phases": phases,
             "learning rates of the augmentation": list(rates),
@@ -132,10 +138,8 @@ class InvarianceTraining(OnlineTraining):
 
     @property
     def block_size(self) -> int:
-        """Data of a block of the tangent kernel; of all where there are none."""
-        structure, n = self._orbit_curvature.structure, self.batches.num_rows
-        is_blocks = isinstance(structure, TangentBlocks)
-        return min(n, structure.block_size) if is_blocks else n
+        """Data of a block of the last evidence; all where there are no blocks."""
+        return self._curvatures.block_size(self._curvatures.whole)
 
     def natural_values(self) -> dict[str, Tensor]:
         """Learnt parameters of the augmentation, in natural units by name."""
@@ -155,8 +159,7 @@ class InvarianceTraining(OnlineTraining):
         """
         dropout = self._noise.get_state()
         generator = Generator().manual_seed(self._seed % 2**31)
-        curvature = self._whole_curvature
-        self._copy_weights()
+        curvature = self._curvatures.whole
         found = []
         saved = self.augmentation.noise.clone()
         for _ in range(1 if self.orbit == "fixed" else _FINAL_DRAWS):
@@ -177,10 +180,24 @@ class InvarianceTraining(OnlineTraining):
 
     def _plan(self) -> tuple[bool, bool]:
         if self.phases == "online":
-            return super()._plan()
+            trains, updates = super()._plan()
+        else:
+            late = self.epoch - self.burn_in
+            updates = late >= 0 and late // self.every % 2 == 1
+            trains = not updates
+        return trains, updates and (bool(self._learnt) or self._prior_moves())
+
+    def _prior_moves(self) -> bool:
+        """Whether the update of this epoch is one of prior and noise."""
         late = self.epoch - self.burn_in
-        updates = late >= 0 and self.epoch > 0 and late // self.every % 2 == 1
-        return not updates, updates
+        if self.phases == "online":
+            count = (late + 1) // self.every
+        else:
+            count = late // (2 * self.every) * self.every + late % self.every + 1
+        return count % self.prior_every == 0
+
+    def _prior_steps(self) -> int:
+        return self.hyper_steps if self._prior_moves() else 0
 
     def _train_epoch(self) -> float:
         if self.orbit == "resampled":
@@ -201,30 +218,14 @@ class InvarianceTraining(OnlineTraining):
 
     def _check_structure(self) -> None:
         """Build what measures the evidence, which checks the structure."""
-        prefix = "network."
-        groups = [[n.removeprefix(prefix) for n in names] for names in self.groups]
-        self._orbit_net = OrbitNet(
-            self.network.network,
-            self.network.augmentation,
-            groups,
-            self.network.input_shape,
+        self._curvatures = InvarianceCurvatures(
+            self.network,
+            self.groups,
+            self.likelihood,
             self.batches.first,
-        )
-        self._orbit_curvature = self._curvature_of(self.curvature)
-        # Built at once, since its blocks may be larger than those of training.
-        self._whole_curvature = self._orbit_curvature
-        if isinstance(self.curvature, TangentBlocks):
-            outputs = self.curvature.outputs
-            every = TangentBlocks(
-                block_size=self.curvature.block_size,
-                outputs="independent" if outputs == "sampled" else outputs,
-                memory_budget=self.curvature.memory_budget,
-            )
-            self._whole_curvature = self._curvature_of(every)
-
-    def _curvature_of(self, structure: OrbitStructure) -> OrbitCurvature:
-        return OrbitCurvature(
-            self._orbit_net, self.likelihood, structure, self.batches.num_rows
+            self.batches.num_rows,
+            self.curvature,
+            self.prior_curvature,
         )
 
     def _drawn(self, num_rows: int, generator: Generator) -> Tensor | None:
@@ -240,22 +241,25 @@ class InvarianceTraining(OnlineTraining):
 
     def _measured(self, curvature, noise, values: Params, generator: Generator):
         data = OrbitData(self.batches.X, self.batches.Y, noise)
-        self._orbit_net.augmentation = self.augmentation
+        state = self.prior_variance, self.noise_variance, values
         with isolated_randomness(self._noise, self.batches.device):
-            return curvature.measure(
-                data, self.prior_variance, self.noise_variance, values, generator
-            )
+            return self._curvatures.measure(curvature, data, *state, generator)
 
     def _measure(self) -> OnlineEvidence:
         """The curvature of the moment; one step of the augmentation on the way."""
-        self._copy_weights()
         noise = self._drawn(self.batches.num_rows, self.generator)
         own = dict(self.augmentation.named_parameters())
         values = {name: own[name] for name in self._learnt}
-        measured = self._measured(self._orbit_curvature, noise, values, self.generator)
+        law, prior = self._curvatures.law, self._curvatures.prior
+        prior_moves = self._prior_moves()
+        found = []
+        if values or not prior_moves:
+            found.append(self._measured(law, noise, values, self.generator))
+        if prior_moves and (not found or prior is not law):
+            found.append(self._measured(prior, noise, {}, self.generator))
         if values:
-            self._step(own, measured.gradients)
-        return measured.evidence
+            self._step(own, found[0].gradients)
+        return found[-1].evidence
 
     def _step(self, own: Params, gradients: Params) -> None:
         flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
@@ -277,13 +281,9 @@ class InvarianceTraining(OnlineTraining):
         step = super()._update()
         learnt = self.natural_values()
         numbers = [x for value in learnt.values() for x in value.flatten().tolist()]
-        return InvarianceStep(*step, numbers or None, self.block_size)
-
-    @torch.no_grad()
-    def _copy_weights(self) -> None:
-        frozen = self._orbit_net.net.network.state_dict()
-        for name, value in self.network.network.state_dict().items():
-            frozen[name].copy_(value)
+        found = self._curvatures
+        measured = found.prior if self._prior_moves() else found.law
+        return InvarianceStep(*step, numbers or None, found.block_size(measured))
 
     # -- state -------------------------------------------------------------------------
 

@@ -238,6 +238,9 @@ class OnlineTraining:
     def _check_structure(self) -> None:
         check_structure(self.net, self.curvature)
 
+    def _prior_steps(self) -> int:
+        return self.hyper_steps
+
     def _measure(self) -> OnlineEvidence:
         self._copy_weights()
         with isolated_randomness(self._noise, self.batches.device):
@@ -257,7 +260,7 @@ class OnlineTraining:
 
     def _update(self) -> OnlineStep:
         try:
-            found = self.hyperparameters.ascend(self._measure(), self.hyper_steps)
+            found = self.hyperparameters.ascend(self._measure(), self._prior_steps())
         except torch.linalg.LinAlgError as error:
             raise NonFiniteError("a curvature that cannot be factorised") from error
         values = [float(value) for value in found[:4]]

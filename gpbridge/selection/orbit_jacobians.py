@@ -152,7 +152,7 @@ class OrbitNet(nn.Module):
         self, X: Tensor, values: Params | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """The outputs at rows ``n x d``, ``n x m``."""
-        images = orbits(self.augmentation, X, values, noise)
+        images = self._images(X, values, noise)
         outputs = self.net(images)
         return torch.einsum("nsm,s->nm", outputs, self.coefficients(values, outputs))
 
@@ -179,7 +179,7 @@ class OrbitNet(nn.Module):
         Returns:
             ``n x m``, and for each of ``blocks`` its derivatives, ``n x r`` of them.
         """
-        images = orbits(self.augmentation, X, values, noise)
+        images = self._images(X, values, noise)
         n, s = images.shape[:2]
         c = self.coefficients(values, images)
         seen: dict[str, Tensor] = {}
@@ -209,6 +209,10 @@ class OrbitNet(nn.Module):
             else:
                 parts.append(self._columns(block, rows, c, seen["root"]))
         return seen["value"], parts
+
+    def _images(self, X: Tensor, values: Params | None, noise: Tensor | None) -> Tensor:
+        # The law keeps its precision; the network may have another.
+        return orbits(self.augmentation, X, values, noise).to(self.net.dtype)
 
     def _columns(
         self, block: WeightBlock, rows: Tensor, c: Tensor, root: Tensor

@@ -155,11 +155,11 @@ def gram_block(
     grams: list[Tensor | None] = [None] * num_groups
     for J, block in zip(parts, blocks, strict=True):
         rows = J.dense().flatten(2)  # n x r x (o i)
+        n, r = rows.shape[:2]
         rows = rows.flatten(0, 1)[None] if joint else rows.movedim(1, 0)
         K = (rows @ rows.mT).double()
         before = grams[block.group]
         grams[block.group] = K if before is None else before + K
-    n, r = parts[0].dense().shape[:2] if parts[0].signal is None else _rows(parts[0])
     channels = channels.expand(n, r)
     channels = channels.reshape(1, -1) if joint else channels.mT
     return GramBlock(torch.stack(grams), channels)
@@ -171,7 +171,3 @@ def partition(num_rows: int, block_size: int, generator: Generator) -> list[Tens
     return list(
         torch.randperm(num_rows, generator=generator, device=device).split(block_size)
     )
-
-
-def _rows(part: BlockJacobian) -> tuple[int, int]:
-    return part.signal.shape[0], part.signal.shape[1]

@@ -20,9 +20,9 @@ from gpbridge.selection import (
     augerino_penalty,
     fit_online,
     learn_invariance,
-    learn_invariance_from,
 )
 from gpbridge.selection.orbit_curvature import OrbitCurvature
+from gpbridge.selection.orbit_jacobians import OrbitNet
 from gpbridge.testing import assert_module_unchanged
 
 N = 24
@@ -223,6 +223,60 @@ def test_the_rate_of_the_law_falls_as_a_cosine():
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("phases", ["online", "toggle"])
+def test_prior_and_law_move_by_structures_of_their_own(phases):
+    sampled = TangentBlocks(block_size=6, outputs="sampled", num_blocks=1)
+    options = {"phases": phases, "structure": sampled, "every": 2, "epochs": 16}
+    fit = run(prior_structure=Exact(), prior_every=3, **options)
+    sizes = [step.block_size for step in fit.steps]
+    assert sizes == [6, 6, N] * 2 + [6, 6] and fit.block_size == N
+    assert not fit.evidence.lower_bound
+    priors = [step.prior_variance[0] for step in fit.steps]
+    assert priors[0] == priors[1] == 1.0
+    assert len(set(priors)) == 3 and priors[2] == priors[4]
+    laws = [step.augmentation[0] for step in fit.steps]
+    assert len(set(laws)) == 8
+
+
+def test_a_law_that_is_held_is_measured_only_where_the_prior_moves():
+    law = Rotation2d(3).requires_grad_(False)
+    sampled = TangentBlocks(block_size=6, outputs="sampled")
+    options = {"structure": sampled, "prior_structure": Exact(), "prior_every": 2}
+    fit = run(augmentation=law, epochs=5, **options)
+    assert [step.epoch for step in fit.steps] == [2, 4]
+
+
+def test_a_prior_that_leaves_a_constant_network_is_said():
+    options = {"prior_variance": 1e-9, "hyper_learning_rate": 1e-3}
+    with pytest.warns(UserWarning, match="prefers a constant network.*larger burn_in"):
+        fit = run(**options)
+    assert fit.evidence.effective_dimension < 1
+
+
+def test_the_same_structure_for_both_is_one_structure():
+    one = run(structure=Exact())
+    two = run(structure=Exact(), prior_structure=Exact())
+    assert one.steps == two.steps
+
+
+@pytest.mark.parametrize("structure", [Exact, Kronecker])
+def test_jacobians_have_the_precision_that_is_asked_for(structure, monkeypatch):
+    whole, seen = OrbitNet.jacobian, []
+
+    def noted(self, *args):
+        value, parts = whole(self, *args)
+        seen.extend(part.dense().dtype for part in parts)
+        return value, parts
+
+    monkeypatch.setattr(OrbitNet, "jacobian", noted)
+    for dtype in (torch.float64, None):
+        seen.clear()
+        fit = run(structure=structure(jacobian_dtype=dtype), epochs=2)
+        assert set(seen) == {torch.float32 if dtype is None else dtype}
+        assert fit.augmentation.bound.dtype == torch.float32
+        assert fit.augmentation.bound.item() != Rotation2d(3).bound.item()
+
+
 # -- state -----------------------------------------------------------------------------
 
 
@@ -230,6 +284,7 @@ def test_the_rate_of_the_law_falls_as_a_cosine():
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, orbit):
     sampled = TangentBlocks(block_size=9, outputs="sampled", num_blocks=2)
     options = {"epochs": 5, "orbit": orbit, "structure": sampled, "batch_size": 10}
+    options |= {"prior_structure": Exact(), "prior_every": 2}
     file = {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
     whole = run(**options)
 
@@ -287,33 +342,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_last_good_fit(monkeypatch):
     assert good.learnt["bound"].item() == pytest.approx(good.steps[-1].augmentation[0])
 
 
-# -- several starts, the baseline ------------------------------------------------------
-
-
-def test_several_starts_are_ordered_by_evidence():
-    data = rings(N, 120)
-    fits = learn_invariance_from(
-        [0.1, 2.0], tanh_net(), data, Rotation2d(3), epochs=2, progress=False
-    )
-    values = [float(fit.evidence.value) for fit in fits]
-    assert values == sorted(values, reverse=True)
-    bounds = sorted(fit.learnt["bound"].item() for fit in fits)
-    assert bounds[0] < 0.2 and bounds[1] > 1.5
-    law = fits[0].augmentation  # can be learnt on from there
-    again = learn_invariance(tanh_net(), data, law, epochs=2, progress=False)
-    assert not torch.equal(again.learnt["bound"], fits[0].learnt["bound"])
-    with pytest.raises(ValueError, match="nothing to learn from several starts"):
-        learn_invariance_from(
-            [0.1], tanh_net(), data, Rotation2d(3).requires_grad_(False)
-        )
-    with pytest.raises(TypeError, match=r"\['checkpoint'\] are of one run"):
-        learn_invariance_from(
-            [0.1, 1.0], tanh_net(), data, Rotation2d(3), checkpoint="a.pt"
-        )
-    with pytest.raises(ValueError, match="at least one half-width"):
-        learn_invariance_from([], tanh_net(), data, Rotation2d(3))
-    with pytest.raises(TypeError, match="has no bound to start from"):
-        learn_invariance_from([1.0], tanh_net(), data, Augmentation(2))
+# -- the baseline ------------------------------------------------------
 
 
 def test_augerino_rewards_the_norm_of_twice_the_half_widths():
@@ -337,6 +366,8 @@ def test_augerino_rewards_the_norm_of_twice_the_half_widths():
         ({"orbit": "some"}, ValueError, "orbit must be one of 'fixed'"),
         ({"phases": "never"}, ValueError, "phases must be one of 'online'"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number"),
+        ({"prior_every": 0}, ValueError, "prior_every must be a whole number"),
+        ({"prior_structure": "full"}, TypeError, "but is str"),
         ({"burn_in": -1}, ValueError, "burn_in must be a number of epochs"),
         ({"augmentation_learning_rate": 0.0}, ValueError, "augmentation_learning_rate"),
         ({"structure": "full"}, TypeError, "but is str"),

@@ -20,8 +20,9 @@ from gpbridge.augmentation import (
 from gpbridge.augmentation.base import Augmentation
 from gpbridge.linearized import Diagonal, Exact, Kronecker
 from gpbridge.selection import TangentBlocks
-from gpbridge.selection.orbit_curvature import OrbitCurvature, OrbitData
+from gpbridge.selection.orbit_curvature import OrbitCurvature
 from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
+from gpbridge.selection.orbit_likelihood import OrbitData
 from gpbridge.selection.tangent_blocks import BlockCurvature, GramBlock
 from tests import oracles_invariance as oracles
 
@@ -338,7 +339,7 @@ def test_weights_of_an_orbit_have_the_gradient_of_finite_differences(structure):
 def test_chunks_of_data_change_nothing(monkeypatch):
     for structure in (Exact(space="weight"), Kronecker(), Diagonal()):
         whole = evidence_at(0.9, "softmax", structure, gradient=True)
-        monkeypatch.setattr("gpbridge.selection.orbit_curvature.CHUNK_BYTES", 1)
+        monkeypatch.setattr("gpbridge.selection.orbit_sums.CHUNK_BYTES", 1)
         parts = evidence_at(0.9, "softmax", structure, gradient=True)
         monkeypatch.undo()
         torch.testing.assert_close(parts[0].value, whole[0].value)

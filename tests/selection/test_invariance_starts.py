@@ -1,0 +1,58 @@
+"""Several starts of an invariance: one seed, an order, doors."""
+
+import pytest
+import torch
+
+from gpbridge.augmentation import Rotation2d
+from gpbridge.augmentation.base import Augmentation
+from gpbridge.selection import learn_invariance, learn_invariance_from
+from tests.selection.test_invariance import N, rings, tanh_net
+
+
+def test_several_starts_are_ordered_by_evidence():
+    data = rings(N, 120)
+    fits = learn_invariance_from(
+        [0.1, 2.0], tanh_net(), data, Rotation2d(3), epochs=2, progress=False
+    )
+    values = [float(fit.evidence.value) for fit in fits]
+    assert values == sorted(values, reverse=True)
+    bounds = sorted(fit.learnt["bound"].item() for fit in fits)
+    assert bounds[0] < 0.2 and bounds[1] > 1.5
+    law = fits[0].augmentation  # can be learnt on from there
+    again = learn_invariance(tanh_net(), data, law, epochs=2, progress=False)
+    assert not torch.equal(again.learnt["bound"], fits[0].learnt["bound"])
+
+
+def test_one_seed_is_of_all_starts():
+    options = {"epochs": 1, "progress": False}
+    data, start = rings(N, 120), [0.3]
+    first, second = (
+        learn_invariance_from(start, tanh_net(), data, Rotation2d(3), seed=s, **options)
+        for s in (1, 1)
+    )
+    other = learn_invariance_from(
+        start, tanh_net(), data, Rotation2d(3), seed=2, **options
+    )
+    assert first[0].losses == second[0].losses != other[0].losses
+
+
+@pytest.mark.parametrize(
+    "name, value", [("checkpoint", "a.pt"), ("generator", torch.Generator())]
+)
+def test_what_belongs_to_one_run_is_refused(name, value):
+    with pytest.raises(TypeError, match=rf"\['{name}'\] are of one run, but there are"):
+        learn_invariance_from(
+            [0.1, 1.0], tanh_net(), rings(N, 120), Rotation2d(3), **{name: value}
+        )
+
+
+def test_starts_that_are_none_are_refused():
+    data = rings(N, 120)
+    with pytest.raises(ValueError, match="nothing to learn from several starts"):
+        learn_invariance_from(
+            [0.1], tanh_net(), data, Rotation2d(3).requires_grad_(False)
+        )
+    with pytest.raises(ValueError, match="at least one half-width"):
+        learn_invariance_from([], tanh_net(), data, Rotation2d(3))
+    with pytest.raises(TypeError, match="has no bound to start from"):
+        learn_invariance_from([1.0], tanh_net(), data, Augmentation(2))
