@@ -20,11 +20,7 @@ from gpbridge.selection.held_out_problem import HeldOutProblem
 from gpbridge.selection.hypergradient import Hypergradient, hypergradient
 from gpbridge.selection.hypergradient_descent import HypergradientDescent, OuterStep
 from gpbridge.selection.inner_training import LBFGSTraining
-from gpbridge.selection.invariance import (
-    InvarianceFit,
-    learn_invariance,
-    learn_invariance_from,
-)
+from gpbridge.selection.invariance import learn_invariance
 from gpbridge.selection.invariance_fit import InvarianceFit
 from gpbridge.selection.invariance_gp import (
     InvarianceStart,
