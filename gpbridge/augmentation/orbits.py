@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
 from gpbridge.augmentation.images import full_image_shape
@@ -74,6 +74,7 @@ class FiniteOrbit(Augmentation):
         self.register_buffer("chosen", torch.arange(num_samples))
         if num_samples < size:
             self.chosen = self._choose(Generator().manual_seed(seed))
+        self._widths: dict[int, int] = {}  # of what the functions return, by d
         self.is_group = index is not None and _closed(index)
 
     @classmethod
@@ -164,12 +165,18 @@ class FiniteOrbit(Augmentation):
         """The number d' of columns that the elements make of d."""
         if self.functions is None:
             return width
-        function = self.functions[0]
-        like = torch.empty(0, device=self.noise.device)
-        if isinstance(function, nn.Module):  # it has a dtype of its own
-            like = next(function.parameters(), like)
+        if width not in self._widths:
+            self._widths[width] = self._measured_width(width)
+        return self._widths[width]
+
+    def _measured_width(self, width: int) -> int:
+        # Tensors that a function holds decide what it takes, and nothing tells which.
+        zeros = torch.zeros(1, width, dtype=torch.float64, device=self.noise.device)
         with torch.no_grad():
-            return function(like.new_zeros(1, width)).shape[-1]
+            try:
+                return self.functions[0](zeros).shape[-1]
+            except RuntimeError:
+                return self.functions[0](zeros.float()).shape[-1]
 
     def difference_law(self) -> DifferenceLaw | None:
         """Uniform on the group; None if the elements are not known to be one."""

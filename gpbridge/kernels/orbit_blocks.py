@@ -1,7 +1,7 @@
 r"""Averages over orbits, in blocks of points, so that memory stays bounded.
 
 In: a kernel and the orbits of two sets of points. Out: the weighted mean of all entries
-that belong to a pair of points. Next: ``invariant`` says which orbits, which weights.
+that belong to a pair of points. Next: ``orbit_sums`` says which orbits, which weights.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ and another product. The backward pass makes them once more and needs products o
 :math:`\partial_z e^{-|z - o|^2 / 2} = e^{-|z - o|^2 / 2} (o - z)`.
 
 In: points and orbits divided by the lengthscale. Out: both averages, with first
-derivatives in all arguments. Next: ``convolutional``, where orbits are patches.
+derivatives in all arguments. Next: ``patch_sums``, where orbits are patches.
 """
 
 from __future__ import annotations

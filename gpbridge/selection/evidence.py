@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from botorch.optim.core import scipy_minimize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
+from gpytorch import Module
 from gpytorch.constraints import Interval
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
@@ -31,7 +32,7 @@ from gpbridge.linearized.noise import check_noise_is_known
 from gpbridge.linearized.structures import Structure
 from gpbridge.metrics import gaussian_nll
 from gpbridge.selection.diagnostics import diagnose
-from gpbridge.selection.mll import LaplaceEvidence, log_hyperprior
+from gpbridge.selection.mll import LaplaceEvidence, log_prior
 from gpbridge.types import Evidence
 
 # Log prior variance (of the kernel scaled to unit mean diagonal) and log noise: the
@@ -93,19 +94,33 @@ def fit_evidence(model: LinearizedGP, warn: bool = True) -> Evidence:
 
 def _search(model: LinearizedGP) -> None:
     single = len(model.covar_module.groups) == 1
-    owners = [owner for _, owner, *_ in model.named_priors()]
+    priors = [(owner, closure) for _, owner, _, closure, _ in model.named_priors()]
     if isinstance(model.inference, Structure):
         _search_gradient(model)
     elif (
         single
         and isinstance(model.likelihood, GaussianLikelihood)
-        and all(owner is model.likelihood.noise_covar for owner in owners)
+        and all(_is_on_noise(model, *prior) for prior in priors)
     ):
         _search_noise_spectrum(model)
-    elif single and not is_gaussian(model.likelihood) and not owners:
+    elif single and not is_gaussian(model.likelihood) and not priors:
         _search_frozen_spectrum(model)
     else:
         _search_gradient(model)
+
+
+@torch.no_grad()
+def _is_on_noise(model: LinearizedGP, owner: Module, closure: Callable) -> bool:
+    """Whether a prior is on the noise variance itself, and not on its logarithm."""
+    if owner is not model.likelihood.noise_covar:
+        return False
+    kept = owner.raw_noise.detach().clone()
+    same = []
+    for shift in (0.0, 0.5):  # at one value functions may agree by chance
+        owner.raw_noise.copy_(kept + shift)
+        same.append(torch.equal(closure(owner), owner.noise))
+    owner.raw_noise.copy_(kept)
+    return all(same)
 
 
 def _log_bounds(constraint: Interval) -> tuple[float, float]:
@@ -232,7 +247,9 @@ def _search_gradient(model: LinearizedGP) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             fit_gpytorch_mll_scipy(mll, options={"maxiter": 200})
-        value = float((model.log_evidence() + log_hyperprior(model)).detach())
+        with torch.no_grad():
+            value = model.log_evidence()
+            value = float(value + log_prior(model, value))
         if math.isfinite(value) and value > best_value:
             best_value = value
             best_state = {k: v.detach().clone() for k, v in mll.named_parameters()}

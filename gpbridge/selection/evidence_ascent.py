@@ -39,7 +39,8 @@ from gpbridge.posterior_draws import mean_values, solve_columns
 from gpbridge.randomness import standard_normal
 from gpbridge.representers import Data, right_hand_sides
 from gpbridge.sampled import SampledGP
-from gpbridge.selection.subset_start import SubsetStart, fit_subsets, log_priors
+from gpbridge.selection.mll import log_prior
+from gpbridge.selection.subset_start import SubsetStart, fit_subsets
 from gpbridge.types import Solution, Solver
 
 _TINY = 1e-12  # beyond what data in any units ask for
@@ -290,7 +291,7 @@ def _surrogate(
         torch.cat([v, right], -1),
     )
     total = 0.5 * quadratic + (v * mean_values(work.mean_module, data.X, m)).sum()
-    return total + log_priors(work)
+    return total + log_prior(work, total)
 
 
 def _values(work: SampledGP) -> Iterator[tuple[str, Tensor]]:

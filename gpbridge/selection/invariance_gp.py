@@ -36,7 +36,8 @@ from gpbridge.selection.law_starts import (
     short_name,
     value_of,
 )
-from gpbridge.selection.marginal_likelihood import log_evidence, log_prior
+from gpbridge.selection.marginal_likelihood import log_evidence
+from gpbridge.selection.mll import log_prior
 from gpbridge.selection.multi_start import StartRecord, multi_start
 from gpbridge.selection.scan import ScanResult, scan
 from gpbridge.selection.sparse_fit import fit_sparse_gp

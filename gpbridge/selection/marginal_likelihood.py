@@ -30,6 +30,7 @@ from gpbridge.selection.gaussian_marginal import (
     gaussian_marginal,
     log_density,
 )
+from gpbridge.selection.mll import log_prior
 from gpbridge.selection.variational_bound import (
     expected_fit,
     inducing_strategy,
@@ -194,25 +195,6 @@ def evidence_parts(
         "evidence_parts needs a LinearizedGP, a gpytorch ExactGP or a variational GP, "
         f"but model is {type(model).__name__}."
     )
-
-
-def log_prior(module: nn.Module, like: Tensor) -> Tensor:
-    """Log density of the hyperpriors, summed for each element of a batch.
-
-    Args:
-        module: A gpytorch module, or one that contains some.
-        like: A value of the batch shape that is wanted.
-
-    Returns:
-        Nats, of the shape of ``like``. Zero without hyperpriors.
-    """
-    total = torch.zeros_like(like)
-    if not hasattr(module, "named_priors"):  # a wrapper of botorch's
-        return sum((log_prior(child, like) for child in module.children()), total)
-    for _, owner, prior, closure, _ in module.named_priors():
-        terms = prior.log_prob(closure(owner)).to(like)
-        total = total + terms.reshape(*terms.shape[: like.dim()], -1).sum(-1)
-    return total
 
 
 def _kind(model: LinearizedGP, is_bound: bool) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpytorch import Module
+import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.mlls import MarginalLogLikelihood
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpbridge.linearized.gp import LinearizedGP
 
@@ -59,20 +59,25 @@ class LaplaceEvidence(MarginalLogLikelihood):
 
     def compute_custom_loss(self, **kwargs: Any) -> Tensor:
         """What botorch minimises: it never builds the prior over the data."""
-        total = self.model.log_evidence() + log_hyperprior(self.model)
+        evidence = self.model.log_evidence()
+        total = evidence + log_prior(self.model, evidence)
         return -total / self.model.train_targets.numel()
 
 
-def log_hyperprior(module: Module) -> Tensor | float:
-    """Log density of the priors that are registered on a model's hyperparameters.
+def log_prior(module: nn.Module, like: Tensor) -> Tensor:
+    """Log density of the hyperpriors, summed for each element of a batch.
 
     Args:
-        module: A gpytorch model, its likelihood included.
+        module: A gpytorch module, or one that contains some.
+        like: A value of the batch shape that is wanted.
 
     Returns:
-        Their sum in nats; zero without any.
+        Nats, of the shape of ``like``. Zero without hyperpriors.
     """
-    return sum(
-        prior.log_prob(closure(owner)).sum()
-        for _, owner, prior, closure, _ in module.named_priors()
-    )
+    total = torch.zeros_like(like)
+    if not hasattr(module, "named_priors"):  # a wrapper of botorch's
+        return sum((log_prior(child, like) for child in module.children()), total)
+    for _, owner, prior, closure, _ in module.named_priors():
+        terms = prior.log_prob(closure(owner)).to(like)
+        total = total + terms.reshape(*terms.shape[: like.dim()], -1).sum(-1)
+    return total

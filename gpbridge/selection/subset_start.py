@@ -16,6 +16,7 @@ from gpbridge.checks import check_positive
 from gpbridge.posterior_draws import mean_values
 from gpbridge.representers import Data
 from gpbridge.sampled import SampledGP
+from gpbridge.selection.mll import log_prior
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,5 @@ def _exact_objective(local: SampledGP, data: Data, rows: Tensor) -> Tensor:
     misfit = Y - mean_values(local.mean_module, X, Y.shape[-1])
     whitened = torch.linalg.solve_triangular(L, misfit, upper=False)
     complexity = Y.shape[-1] * L.diagonal().log().sum()
-    return -0.5 * whitened.square().sum() - complexity + log_priors(local)
-
-
-def log_priors(work: SampledGP) -> Tensor | float:
-    """Log density of the priors on hyperparameters."""
-    return sum(
-        prior.log_prob(closure(module)).sum()
-        for _, module, prior, closure, _ in work.named_priors()
-    )
+    evidence = -0.5 * whitened.square().sum() - complexity
+    return evidence + log_prior(local, evidence)

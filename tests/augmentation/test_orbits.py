@@ -99,3 +99,22 @@ def test_functions_may_change_the_number_of_columns(generator):
     torch.testing.assert_close(kernel.base_cross(Z, x), sum(expected) / 2)
     with pytest.raises(ShapeError, match="Z must be ``... x u x 2``"):
         kernel.base_cross(x, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_may_hold_tensors_of_any_precision(generator, dtype):
+    turn = torch.randn(3, 2, dtype=dtype, generator=generator)
+    calls = []
+
+    def turned(x):
+        calls.append(len(x))
+        return x @ turn
+
+    orbit = FiniteOrbit([turned, lambda x: x[..., :2]])
+    kernel = InvariantKernel(RBFKernel(), orbit).to(dtype)
+    x = torch.randn(5, 3, dtype=dtype, generator=generator)
+    assert kernel(x).to_dense().dtype == dtype
+    assert orbit.output_width(3) == 2
+    first = len(calls)
+    assert kernel.base_cross(torch.zeros(4, 2, dtype=dtype), x).shape == (4, 5)
+    assert len(calls) == first + 1  # the width is known by now

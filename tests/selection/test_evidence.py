@@ -9,7 +9,7 @@ from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.priors import LogNormalPrior
+from gpytorch.priors import LogNormalPrior, NormalPrior
 
 from gpbridge import Exact, FitResult, LinearizedGP
 from gpbridge.metrics import gaussian_nll
@@ -122,6 +122,27 @@ def test_a_prior_on_the_noise_counts(groups):
                     value = value + prior.log_prob(model.noise_variance)
                     parameter.sub_(step)
                 assert value < best + 1e-5
+
+
+def test_a_prior_on_the_logarithm_of_the_noise_is_one_on_the_logarithm():
+    X, Y = easy("gaussian")
+    model = LinearizedGP(network(), X, Y, GaussianLikelihood().double())
+    fit_evidence(model, warn=False)
+    center = float(model.noise_variance.log()) - 0.5
+    prior = NormalPrior(center, 0.05)
+    noise = model.likelihood.noise_covar
+    noise.register_prior("log_noise_prior", prior, lambda m: m.noise.log())
+    before = noise.raw_noise.detach().clone()
+    found = fit_evidence(model, warn=False).value
+    assert not torch.equal(noise.raw_noise, before)
+    best = found + prior.log_prob(model.noise_variance.log()).sum()
+    for shift in (-0.05, -0.01, 0.01, 0.05):
+        with torch.no_grad():
+            noise.raw_noise += shift
+            value = model.log_evidence()
+            value = value + prior.log_prob(model.noise_variance.log()).sum()
+            noise.raw_noise -= shift
+        assert value < best + 1e-4
 
 
 @pytest.mark.parametrize(
