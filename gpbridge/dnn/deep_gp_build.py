@@ -210,6 +210,12 @@ def _kernel(factory: KernelFactory | None, d: int, h: int, like: Tensor) -> Scal
         base = RBFKernel(ard_num_dims=d)
         base.lengthscale = LENGTHSCALE
     else:
+        if isinstance(factory, Kernel):
+            raise TypeError(
+                "kernels must be factories, since each layer has its own kernel, but "
+                f"one is a {type(factory).__name__}. Try kernels=lambda num_inputs: "
+                f"{type(factory).__name__}(ard_num_dims=num_inputs)."
+            )
         base = factory(d)
         if not isinstance(base, Kernel):
             raise TypeError(

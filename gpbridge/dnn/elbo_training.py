@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ def ascend_elbo(
         DivergedError: If the bound or a weight is not finite; its ``last_good`` is the
             :class:`ELBOFit` of the last good epoch, or of none.
         KeyboardInterrupt: If it comes before one epoch is done.
+        TypeError: If ``resume`` is no state.
         ValueError: If an option is out of range, nothing can be trained, or ``resume``
             is of other data or of another model.
     """
@@ -97,6 +98,11 @@ def ascend_elbo(
         raise ValueError(
             "Pass resume or generator and not both: a resumed run goes on with the "
             "random numbers of its state."
+        )
+    if resume is not None and not isinstance(resume, Mapping):
+        raise TypeError(
+            "resume must be the state of a fit before, fit.state, but is "
+            f"{type(resume).__name__}."
         )
     if resume is not None and not _KEYS <= set(resume):
         raise ValueError(

@@ -223,3 +223,12 @@ def test_the_same_seed_gives_the_same_fit_and_the_global_state_stays():
 def test_bad_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         fit(Nested(), **change)
+
+
+def test_a_fit_is_no_state():
+    model = Nested()
+    done = fit(model, epochs=1)
+    with pytest.raises(
+        TypeError, match="must be the state .* fit.state, but is ELBO"
+    ):
+        fit(model, resume=done)
