@@ -101,7 +101,7 @@ class _Cross(torch.autograd.Function):
             dZ[rows].addmm_(K, weighted)
             return K.mT @ points[rows]
 
-        blocks = [slice(start, start + height) for start in range(0, max(u, 1), height)]
+        blocks = [slice(start, start + height) for start in range(0, u, height)]
         sums = []
         for part, own, g in zip(
             right.split(size), orbits.split(size), grad.split(size, -1), strict=True
