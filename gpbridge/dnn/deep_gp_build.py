@@ -162,8 +162,6 @@ def build_deep_gp(
             Z = initial_inducing_points(kernel, X, num_inducing, generator)
         elif Z is None:
             Z = centers
-        elif Z is None:
-            Z = centers
         else:
             check_inputs(Z, "inducing_points", None if has_own_domain(kernel) else d)
         Z = Z.to(X)

@@ -73,7 +73,10 @@ def ascend_elbo(
         batch_size: Rows per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
         resume: The state of a run before, of the same data and a model of the same
-            structure. Learning rates and ``batch_size`` may be others.
+            structure. Learning rates and ``batch_size`` may be others. Public
+            attributes of its modules with plain values are options, and must be the
+            same; what a module counts as it is called belongs in a buffer, which the
+            state holds, or in an attribute with an underscore.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model, entries of the history);
             True ends training.
@@ -121,7 +124,11 @@ def ascend_elbo(
         generator = Generator(device).manual_seed(0) if generator is None else generator
         check_generator(generator, device)
     else:
-        remedy = "Pass the same data and a model built alike, or start anew."
+        remedy = (
+            "Pass the same data and a model built alike, or start anew. What a module "
+            "counts as it is called is no option of it: keep it in a buffer, or in an "
+            "attribute with an underscore."
+        )
         check_same_run(resume["run"], run, remedy)
         generator = Generator(device)
         generator.set_state(resume["generator"].cpu())

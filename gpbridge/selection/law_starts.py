@@ -42,11 +42,8 @@ def free_laws(gp: nn.Module) -> dict[str, Augmentation]:
 
 def free_names(law: Augmentation) -> list[str]:
     """Natural names of the free parameters of a law."""
-    return [
-        name.replace("raw_", "")
-        for name, p in law.named_parameters()
-        if p.requires_grad
-    ]
+    free = [name for name, p in law.named_parameters() if p.requires_grad]
+    return [".".join(part.removeprefix("raw_") for part in n.split(".")) for n in free]
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:

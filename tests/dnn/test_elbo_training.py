@@ -113,6 +113,30 @@ def test_a_state_of_another_run_is_refused(change, message):
     assert equal(before.values(), model.state_dict().values())
 
 
+class Counting(Nested):
+    """Calls counted where they are an option, and where they are state."""
+
+    def __init__(self, public):
+        super().__init__()
+        self.public = public
+        self.calls = 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, generator):
+        self.calls += self.public
+        self.count += 1
+        return super().forward(x, generator)
+
+
+def test_a_count_goes_on_in_a_buffer_and_is_an_option_in_a_public_attribute():
+    state = fit(Counting(False), epochs=1).state
+    assert int(fit(Counting(False), epochs=1, resume=state).model.count) == 6
+    trained = fit(Counting(True), epochs=1)
+    match = "its model is .*'calls': '0'.*'calls': '3'.*in a buffer.*an underscore"
+    with pytest.raises(ValueError, match=re.compile(match, re.DOTALL)):
+        fit(trained.model, epochs=1, resume=trained.state)
+
+
 def test_another_rate_and_batch_size_may_go_on():
     state = fit(Nested(), epochs=1).state
     one, two = (
