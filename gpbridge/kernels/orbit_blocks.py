@@ -1,12 +1,7 @@
 r"""Averages over orbits, in blocks of points, so that memory stays bounded.
 
 In: a kernel and the orbits of two sets of points. Out: the weighted mean of all entries
-<<<<<<< HEAD
 that belong to a pair of points. Next: ``orbit_sums`` says which orbits, which weights.
-=======
-that belong to a pair of points. Next: ``orbit_sums`` says which orbits, which
-weights.
->>>>>>> d88e08cfbe0088dfee51189368f5082e0eee2f64
 """
 
 from __future__ import annotations
