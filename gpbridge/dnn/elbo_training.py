@@ -19,6 +19,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.run_key import check_same_run, checksum, structure
@@ -61,6 +62,7 @@ def ascend_elbo(
     name: str,
     usual_rate: float,
     optimizer: torch.optim.Optimizer | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> ELBOFit:
     """Train ``model`` in place, leave it in eval mode at its last good epoch.
 
@@ -83,6 +85,8 @@ def ascend_elbo(
         name: Of the bar.
         usual_rate: A learning rate that is seldom too large, for messages.
         optimizer: In place of Adam on the groups.
+        before_epoch: Called with the number of each epoch, those of ``resume`` counted,
+            before its first step.
 
     Returns:
         The model with its history and state.
@@ -160,11 +164,16 @@ def ascend_elbo(
             model.train()
             where = f"in epoch {first + epoch}"
             try:
+                if before_epoch is not None:
+                    before_epoch(first + epoch)
                 with isolated_randomness(generator, device):
                     order = torch.randperm(
                         num_data, generator=generator, device=generator.device
                     )
-                    batches = split_rows(order.to(device), batch_size, model)
+                    batches = order.to(device).split(batch_size)
+                    # A deep kernel's stay in eval mode and take single rows.
+                    if any(m.training for m in norm_layers(model).values()):
+                        batches = split_rows(order.to(device), batch_size, model)
                     value = _epoch(elbo, optimizer, batches, generator)
             except Exception as error:
                 # Weights that are NaN make distributions and factorisations raise.
