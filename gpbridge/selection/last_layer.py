@@ -42,7 +42,8 @@ from gpbridge.selection.elbo import OrbitVariationalELBO
 from gpbridge.selection.gaussian_marginal import gaussian_marginal, log_density
 from gpbridge.selection.invariance_gp import objective_of
 from gpbridge.selection.law_starts import copy_of_model, free_laws, learnt_values
-from gpbridge.selection.marginal_likelihood import log_evidence, log_prior
+from gpbridge.selection.marginal_likelihood import log_evidence
+from gpbridge.selection.mll import log_prior
 
 _PHASES = ("hyperparameters", "weights")
 _USUAL_RATE, _USUAL_NETWORK_RATE = 0.02, 1e-3

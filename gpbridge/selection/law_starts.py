@@ -37,6 +37,13 @@ def free_laws(gp: nn.Module) -> dict[str, Augmentation]:
             "requires_grad in its augmentation. Call requires_grad_(True) on it, or "
             "fit the other hyperparameters with fit_gpytorch_mll."
         )
+    for path, law in laws.items():
+        if isinstance(law, BoundedAugmentation) and not bool(law.noise.any()):
+            raise ValueError(
+                f"{path} has the identity as its only element (num_samples="
+                f"{law.num_samples}), whatever its bound. Take 2 samples or more, 16 "
+                "for instance."
+            )
     return laws
 
 

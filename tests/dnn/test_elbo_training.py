@@ -252,7 +252,5 @@ def test_bad_options_are_refused(change, message):
 def test_a_fit_is_no_state():
     model = Nested()
     done = fit(model, epochs=1)
-    with pytest.raises(
-        TypeError, match="must be the state .* fit.state, but is ELBO"
-    ):
+    with pytest.raises(TypeError, match="must be the state .* fit.state, but is ELBO"):
         fit(model, resume=done)

@@ -130,3 +130,9 @@ def test_a_copy_holds_nothing_of_predictions_and_the_model_keeps_it():
     copied = copy_of_model(model)
     assert copied.prediction_strategy is None and model.prediction_strategy is kept
     assert torch.allclose(copied(X + 0.05).mean, expected)
+
+
+def test_a_law_of_the_identity_alone_is_refused():
+    kernel = InvariantKernel(RBFKernel(), Rotation2d(1))
+    with pytest.raises(ValueError, match="identity as its only element .num_samples=1"):
+        free_laws(kernel)
