@@ -6,6 +6,8 @@ Next: ``selection`` fits it, ``model.likelihood(model.marginals(x))`` predicts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
@@ -117,6 +119,28 @@ class SparseGP(ApproximateGP):
         self.likelihood = likelihood
         self.num_outputs = num_outputs
 
+    def __call__(
+        self, x: Tensor, prior: bool = False, **kwargs: Any
+    ) -> MultivariateNormal:
+        """The posterior of f at inputs ``... x n x d``, joint over the n points.
+
+        Args:
+            x: Inputs.
+            prior: Return the prior instead.
+            **kwargs: For the variational strategy.
+
+        Returns:
+            A distribution over ``... x n`` values, ``... x n x m`` for several outputs.
+        """
+        if x.dim() == 1:
+            x = x[:, None]
+        if self.num_outputs > 1 and (prior or x.dim() > 2):
+            # Outputs are a batch too, which would be matched with the last of x.
+            x = x.unsqueeze(-3)
+            if prior:  # upstream takes the last batch dimension for the outputs
+                x = x.expand(*x.shape[:-3], self.num_outputs, *x.shape[-2:])
+        return super().__call__(x, prior, **kwargs)
+
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at inputs ``... n x d``."""
         return MultivariateNormal(self.mean_module(x), self.covar_module(x))
@@ -132,8 +156,8 @@ class SparseGP(ApproximateGP):
             x: Inputs ``... n x d``.
 
         Returns:
-            A distribution over n values, ``n x m`` for several outputs, for
-            ``model.likelihood``.
+            A distribution over ``... x n`` values, ``... x n x m`` for several outputs,
+            for ``model.likelihood``.
         """
         f = self(x)
         variance = f.variance

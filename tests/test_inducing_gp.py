@@ -161,3 +161,42 @@ def test_a_likelihood_of_another_number_of_outputs_is_refused(
 ):
     with pytest.raises(ShapeError, match=message):
         SparseGP(rbf(), normal(M, 2), likelihood, num_outputs=num_outputs)
+
+
+@pytest.mark.parametrize("batch", [(2,), (3,), (4, 2)])
+@pytest.mark.parametrize("name", ["convolutional", "rotation", "turns", "one each"])
+def test_a_batch_of_inputs_is_a_loop_for_several_outputs(name, batch):
+    if name == "one each":
+        kernel, d, width = rbf(batch_shape=torch.Size([3])), 2, 2
+        kernel.lengthscale = torch.tensor([0.5, 1.0, 2.0], dtype=DOUBLE)[:, None, None]
+    else:
+        kernel, d, width = kernels(name)
+    model = sparse(kernel, width, num_outputs=3).eval()
+    x = normal(*batch, N, d, seed=2)
+    joint, alone, prior = model(x), model.marginals(x), model(x, prior=True)
+    assert joint.event_shape == alone.event_shape == prior.event_shape == (N, 3)
+    assert joint.batch_shape == alone.batch_shape == prior.batch_shape == batch
+    rows = x.reshape(-1, N, d)
+    for i, one in enumerate(rows):
+        expected = model(one)
+        for found in (joint, alone):
+            assert torch.allclose(found.mean.reshape(-1, N, 3)[i], expected.mean)
+            variance = found.variance.reshape(-1, N, 3)[i]
+            assert torch.allclose(variance, expected.variance)
+        size = 3 * N
+        covariance = joint.covariance_matrix.reshape(-1, size, size)[i]
+        assert torch.allclose(covariance, expected.covariance_matrix)
+        covariance = prior.covariance_matrix.reshape(-1, size, size)[i]
+        expected = model(one, prior=True).covariance_matrix
+        assert torch.allclose(covariance, expected)
+    assert joint.rsample().shape == alone.rsample().shape == (*batch, N, 3)
+
+
+def test_gradients_reach_all_parameters_through_a_batch_of_inputs():
+    kernel, d, width = kernels("convolutional")
+    model = sparse(ScaleKernel(kernel).double(), width, num_outputs=2)
+    f = model.marginals(normal(2, N, d))
+    (f.mean.sum() + f.variance.sum()).backward()
+    for name, parameter in model.named_parameters():
+        if "likelihood" not in name:
+            assert parameter.grad.isfinite().all(), name
