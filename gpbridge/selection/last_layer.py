@@ -31,8 +31,6 @@ from torch import Generator, Tensor, nn
 from gpbridge.checks import (
     ReliabilityWarning,
     check_count,
-    check_finite,
-    check_inputs,
     check_positive,
     warn_user,
 )
@@ -43,6 +41,7 @@ from gpbridge.selection.gaussian_marginal import gaussian_marginal, log_density
 from gpbridge.selection.invariance_gp import objective_of
 from gpbridge.selection.law_starts import copy_of_model, free_laws, learnt_values
 from gpbridge.selection.marginal_likelihood import log_evidence, log_prior
+from gpbridge.selection.sparse_fit import checked_data
 
 _EXPLOITED = 1.0  # nats per datum that the weights may take from the log determinant
 _EXPLAINED = 0.1  # how near to one the misfit then is
@@ -131,6 +130,7 @@ def learn_last_layer_invariance(
         DivergedError: If the objective or a parameter is not finite.
         TypeError: If the model is neither exact nor sparse, or has natural gradients.
         ValueError: If the kernel has no free law or no trainable network.
+        ShapeError: If targets do not fit the likelihood of a sparse GP.
 
     Warns:
         ReliabilityWarning: If the weights of an exact GP took the evidence from the log
@@ -165,9 +165,7 @@ def learn_last_layer_invariance(
         rows_of = (gp.train_inputs[0].unsqueeze(0), gp.train_targets.unsqueeze(0))
         rows_per_step, count = 1, gp.train_targets.numel()
     else:
-        X, Y = data
-        check_inputs(X)
-        check_finite(Y=Y)
+        X, Y = checked_data(given, *data)
         rows_of, rows_per_step = (X, Y), batch_size
 
     def value(rows: Tensor, generator: Generator) -> Tensor:
