@@ -1,7 +1,7 @@
 """A sparse variational GP that is ready to use with any kernel, orbits included.
 
 In: a kernel, inducing points and a likelihood. Out: a gpytorch ``ApproximateGP``.
-Next: ``selection`` fits it, ``model.likelihood(model.marginals(x))`` predicts.
+Next: ``selection`` fits it, ``model.predict(X)`` predicts y at each point.
 """
 
 from __future__ import annotations
@@ -26,11 +26,25 @@ from gpytorch.variational import (
     _VariationalDistribution,
 )
 from linear_operator.operators import DiagLinearOperator
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
+from torch.distributions import Distribution
 
-from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.checks import (
+    check_choice,
+    check_count,
+    check_inputs,
+    check_not_empty,
+    check_positive,
+)
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
-from gpbridge.likelihoods import check_outputs
+from gpbridge.likelihoods import (
+    check_label_model,
+    check_outputs,
+    is_gaussian,
+    noise_covariance,
+)
+from gpbridge.outcomes import target_distribution
+from gpbridge.predictive_mixture import marginal_labels
 
 _DISTRIBUTIONS = {
     "cholesky": CholeskyVariationalDistribution,
@@ -77,6 +91,8 @@ class SparseGP(ApproximateGP):
         >>> softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
         >>> model = SparseGP(kernel, Z, softmax, num_outputs=3)
         >>> model(X).mean.shape
+        torch.Size([20, 3])
+        >>> model.predict(X).probs.shape
         torch.Size([20, 3])
     """
 
@@ -148,7 +164,7 @@ class SparseGP(ApproximateGP):
     def marginals(self, x: Tensor) -> MultivariateNormal:
         """The posterior at each input by itself, without covariances between inputs.
 
-        What predictions of single points need. Likelihoods that draw samples, as the
+        What :meth:`predict` needs. Likelihoods that draw samples, as the
         softmax, draw them jointly from ``model(x)``, and n² averages over orbits would
         be computed for it: pass them this instead.
 
@@ -164,6 +180,57 @@ class SparseGP(ApproximateGP):
         if self.num_outputs > 1:
             variance = variance.flatten(-2)
         return type(f)(f.mean, DiagLinearOperator(variance))
+
+    def predict(
+        self,
+        X: Tensor,
+        num_samples: int = 256,
+        generator: Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Distribution:
+        """Distribution of y at each point, noise included.
+
+        Exact for Gaussian noise and the probit link, a quadrature for the logistic one,
+        and an average over draws for a softmax. All points share these, so that a
+        probability does not depend on the other points; its error is below
+        ``sqrt(p (1 - p) / num_samples)``. For y jointly over points, and for other
+        likelihoods, call ``model.likelihood(model(X))``.
+
+        Args:
+            X: Inputs ``... x n x d``.
+            num_samples: Draws of the outputs of a softmax.
+            generator: Source of these; None is a fresh one with seed 0, so that two
+                calls agree.
+            noise: Noise variances of these points, ``... x n``, where they are fixed.
+
+        Returns:
+            Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
+            ``... x n x 1``; Categorical ``... x n``.
+
+        Raises:
+            ShapeError: If inputs are no rows of the right width, or there is not one
+                fixed noise for each.
+            NotImplementedError: If the class of the likelihood has no rule.
+            ValueError: If a softmax mixes the outputs.
+        """
+        check_inputs(X, "X")
+        check_not_empty(X=X)
+        check_count(num_samples=num_samples)
+        f = self.marginals(X)
+        mean, variance = f.mean, f.variance
+        if self.num_outputs == 1:
+            mean, variance = mean[..., None], variance[..., None]
+        if is_gaussian(self.likelihood):
+            covariance = noise_covariance(self.likelihood, mean, noise)
+            variance = variance + covariance.diagonal(dim1=-2, dim2=-1)
+            return target_distribution(mean, variance, None, X, mean.dtype)
+        check_label_model(self.likelihood, noise)
+        if generator is None:
+            generator = Generator(X.device).manual_seed(0)
+        shape = num_samples, *(1,) * (mean.dim() - 1), self.num_outputs
+        return marginal_labels(
+            self.likelihood, mean[None], variance[None], shape, generator
+        )
 
 
 def _gaussian_noise(num_outputs: int) -> Likelihood:
