@@ -35,8 +35,12 @@ from gpbridge.checks import (
     check_inputs,
     check_not_empty,
     check_positive,
+    check_same_dtype,
 )
-from gpbridge.inducing_strategy import InterdomainVariationalStrategy
+from gpbridge.inducing_strategy import (
+    InterdomainVariationalStrategy,
+    check_inducing_points,
+)
 from gpbridge.likelihoods import (
     check_label_model,
     check_outputs,
@@ -76,7 +80,10 @@ class SparseGP(ApproximateGP):
             needs one, the prior is a poor start, and 0.1 learns faster.
 
     Raises:
-        ShapeError: If the likelihood is one of another number of outputs.
+        ShapeError: If the likelihood is one of another number of outputs, or the
+            inducing points are no rows.
+        TypeError: If they are no floats; and in a call, if its inputs have another
+            dtype than they.
         ValueError: If an option is out of range.
 
     Example:
@@ -111,9 +118,10 @@ class SparseGP(ApproximateGP):
         check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
         check_count(num_outputs=num_outputs)
         check_positive(initial_std=initial_std)
+        check_inducing_points(inducing_points)
         if likelihood is None:
             likelihood = _gaussian_noise(num_outputs)
-        check_outputs(likelihood, num_outputs)
+        check_outputs(likelihood, num_outputs, argument="num_outputs")
         batch_shape = Size([num_outputs] if num_outputs > 1 else [])
         q = _DISTRIBUTIONS[distribution](inducing_points.shape[-2], batch_shape)
         _set_std(q, initial_std)
@@ -135,6 +143,14 @@ class SparseGP(ApproximateGP):
         self.likelihood = likelihood
         self.num_outputs = num_outputs
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inducing points and inputs."""
+        strategy = self.variational_strategy
+        if self.num_outputs > 1:
+            strategy = strategy.base_variational_strategy
+        return strategy.inducing_points.dtype
+
     def __call__(
         self, x: Tensor, prior: bool = False, **kwargs: Any
     ) -> MultivariateNormal:
@@ -148,6 +164,7 @@ class SparseGP(ApproximateGP):
         Returns:
             A distribution over ``... x n`` values, ``... x n x m`` for several outputs.
         """
+        check_same_dtype("x", x, self.dtype, "inducing points of the model")
         if x.dim() == 1:
             x = x[:, None]
         if self.num_outputs > 1 and (prior or x.dim() > 2):
@@ -211,9 +228,11 @@ class SparseGP(ApproximateGP):
             ShapeError: If inputs are no rows of the right width, or there is not one
                 fixed noise for each.
             NotImplementedError: If the class of the likelihood has no rule.
+            TypeError: If inputs have another dtype than the inducing points.
             ValueError: If a softmax mixes the outputs.
         """
         check_inputs(X, "X")
+        check_same_dtype("X", X, self.dtype, "inducing points of the model")
         check_not_empty(X=X)
         check_count(num_samples=num_samples)
         f = self.marginals(X)

@@ -157,6 +157,12 @@ def test_several_outputs_have_a_noise_each_by_default(stochastic):
         (BernoulliLikelihood(), 2, "of 1 latent output, but there are 2"),
         (MultitaskGaussianLikelihood(2), 3, "of 2 latent outputs, but there are 3"),
         (MultitaskGaussianLikelihood(2), 1, r"but there are 1.*GaussianLikelihood\(\)"),
+        (MultitaskGaussianLikelihood(2), 1, "but there are 1. Try num_outputs=2, or"),
+        (
+            SoftmaxLikelihood(num_classes=10, mixing_weights=False),
+            1,
+            "of 10 latent outputs, but there are 1. Try num_outputs=10, or",
+        ),
     ],
 )
 def test_a_likelihood_of_another_number_of_outputs_is_refused(
@@ -315,3 +321,43 @@ def test_inputs_of_predictions_are_checked():
     mixed, x = trained(SoftmaxLikelihood(num_classes=3, num_features=2), 2)
     with pytest.raises(ValueError, match="mixing_weights=False"):
         mixed.predict(x)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((16,), r"``... x m x d``.*shape \(16,\).*inducing_points\[:, None\]"),
+        ((0, 4), r"at least one, but has shape \(0, 4\).*initial_inducing_points"),
+        ((), r"but has shape \(\)"),
+    ],
+)
+def test_inducing_points_are_rows(shape, message):
+    with pytest.raises(ShapeError, match=message):
+        SparseGP(rbf(), torch.zeros(shape))
+
+
+def test_inducing_points_are_finite_floats():
+    with pytest.raises(TypeError, match="must be a torch.Tensor"):
+        SparseGP(rbf(), [[0.0]])
+    with pytest.raises(TypeError, match="float32 or float64"):
+        SparseGP(rbf(), torch.zeros(3, 1).long())
+    with pytest.raises(InputDataError, match="contains NaN"):
+        SparseGP(rbf(), torch.full((3, 1), torch.nan))
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_inputs_of_another_dtype_are_refused(num_outputs):
+    model = SparseGP(rbf().float(), torch.rand(M, 2), num_outputs=num_outputs)
+    x, match = torch.rand(N, 2).double(), r"must be torch.float32 as the inducing poi"
+    for call in (model, model.marginals, model.predict):
+        with pytest.raises(TypeError, match=match + r".*Try [xX].to\(torch.float32\)"):
+            call(x)
+    with pytest.raises(TypeError, match="must be torch.float64"):
+        model.double()(x.float())
+
+
+def test_a_bound_over_parts_of_orbits_refuses_inputs_of_another_dtype():
+    model = SparseGP(kernels("turns")[0].float(), torch.rand(M, 9))
+    elbo = OrbitVariationalELBO(model.likelihood, model, 20, 2)
+    with pytest.raises(TypeError, match="x must be torch.float32 as the inducing"):
+        elbo(torch.rand(N, 9).double(), torch.rand(N).double())

@@ -92,7 +92,8 @@ def fit_sparse_gp(
         InputDataError: If inputs or targets are NaN or infinite, or labels are not
             those of the likelihood.
         ShapeError: If targets have another shape.
-        TypeError: If class labels are no integers.
+        TypeError: If class labels are no integers, inputs have another dtype than the
+            model, or a model came in place of its bound.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard.
@@ -114,6 +115,12 @@ def fit_sparse_gp(
         Salimbeni, Eleftheriadis and Hensman, Natural gradients in practice, AISTATS
         2018.
     """
+    if not isinstance(elbo, MarginalLogLikelihood):
+        raise TypeError(
+            "elbo must be a bound, which knows model, likelihood and number of data, "
+            f"but is {type(elbo).__name__}. Try fit_sparse_gp(VariationalELBO("
+            f"model.likelihood, model, num_data={len(train_X)}), train_X, train_Y)."
+        )
     check_positive(natural_rate=natural_rate, learning_rate=learning_rate)
     train_X, train_Y = checked_data(elbo, train_X, train_Y)
     n = len(train_X)

@@ -322,3 +322,20 @@ def test_each_output_learns_its_own_column():
     fit_sparse_gp(elbo, X, Y, epochs=10, learning_rate=0.1, progress=False)
     mean = elbo.model(X).mean.detach()
     assert torch.corrcoef(mean.mT)[0, 1] < -0.8
+
+
+def test_a_model_in_place_of_its_bound_is_refused():
+    X, y = regression(6)
+    message = (
+        r"be a bound.*is SparseGP. Try fit_sparse_gp\(VariationalELBO\(.*num_data=6"
+    )
+    with pytest.raises(TypeError, match=message):
+        fit_sparse_gp(model_for(X, num_inducing=3), X, y, progress=False)
+
+
+@pytest.mark.parametrize("num_elements", [None, 3])
+def test_inputs_of_another_dtype_are_refused(num_elements):
+    X, y = regression(6)
+    elbo = of_outputs(X, 1, num_elements)
+    with pytest.raises(TypeError, match="x must be torch.float64 as the inducing"):
+        fit_sparse_gp(elbo, X.float(), y.float(), epochs=1, progress=False)
