@@ -144,12 +144,17 @@ def check_generator(generator: torch.Generator, device: torch.device) -> None:
         )
 
 
-def check_same_dtype(name: str, value: Tensor, expected: torch.dtype) -> None:
+def check_same_dtype(
+    name: str,
+    value: Tensor,
+    expected: torch.dtype,
+    owner: str = "training inputs",
+) -> None:
     """Require the dtype of the model, which is that of its training inputs."""
     if value.dtype != expected:
         raise TypeError(
-            f"{name} must be {expected} as the training inputs are, but is "
-            f"{value.dtype}. Try {name}.to({expected})."
+            f"{name} must be {expected} as the {owner} are, but is {value.dtype}. "
+            f"Try {name}.to({expected})."
         )
 
 

@@ -1,10 +1,12 @@
 """A sparse variational GP that is ready to use with any kernel, orbits included.
 
 In: a kernel, inducing points and a likelihood. Out: a gpytorch ``ApproximateGP``.
-Next: ``selection`` fits it, ``model.likelihood(model.marginals(x))`` predicts.
+Next: ``selection`` fits it, ``model.predict(X)`` predicts y at each point.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -24,11 +26,29 @@ from gpytorch.variational import (
     _VariationalDistribution,
 )
 from linear_operator.operators import DiagLinearOperator
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
+from torch.distributions import Distribution
 
-from gpbridge.checks import check_choice, check_count, check_positive
-from gpbridge.inducing_strategy import InterdomainVariationalStrategy
-from gpbridge.likelihoods import check_outputs
+from gpbridge.checks import (
+    check_choice,
+    check_count,
+    check_inputs,
+    check_not_empty,
+    check_positive,
+    check_same_dtype,
+)
+from gpbridge.inducing_strategy import (
+    InterdomainVariationalStrategy,
+    check_inducing_points,
+)
+from gpbridge.likelihoods import (
+    check_label_model,
+    check_outputs,
+    is_gaussian,
+    noise_covariance,
+)
+from gpbridge.outcomes import target_distribution
+from gpbridge.predictive_mixture import marginal_labels
 
 _DISTRIBUTIONS = {
     "cholesky": CholeskyVariationalDistribution,
@@ -60,7 +80,10 @@ class SparseGP(ApproximateGP):
             needs one, the prior is a poor start, and 0.1 learns faster.
 
     Raises:
-        ShapeError: If the likelihood is one of another number of outputs.
+        ShapeError: If the likelihood is one of another number of outputs, or the
+            inducing points are no rows.
+        TypeError: If they are no floats; and in a call, if its inputs have another
+            dtype than they.
         ValueError: If an option is out of range.
 
     Example:
@@ -75,6 +98,8 @@ class SparseGP(ApproximateGP):
         >>> softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
         >>> model = SparseGP(kernel, Z, softmax, num_outputs=3)
         >>> model(X).mean.shape
+        torch.Size([20, 3])
+        >>> model.predict(X).probs.shape
         torch.Size([20, 3])
     """
 
@@ -93,9 +118,10 @@ class SparseGP(ApproximateGP):
         check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
         check_count(num_outputs=num_outputs)
         check_positive(initial_std=initial_std)
+        check_inducing_points(inducing_points)
         if likelihood is None:
             likelihood = _gaussian_noise(num_outputs)
-        check_outputs(likelihood, num_outputs)
+        check_outputs(likelihood, num_outputs, argument="num_outputs")
         batch_shape = Size([num_outputs] if num_outputs > 1 else [])
         q = _DISTRIBUTIONS[distribution](inducing_points.shape[-2], batch_shape)
         _set_std(q, initial_std)
@@ -117,6 +143,37 @@ class SparseGP(ApproximateGP):
         self.likelihood = likelihood
         self.num_outputs = num_outputs
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inducing points and inputs."""
+        strategy = self.variational_strategy
+        if self.num_outputs > 1:
+            strategy = strategy.base_variational_strategy
+        return strategy.inducing_points.dtype
+
+    def __call__(
+        self, x: Tensor, prior: bool = False, **kwargs: Any
+    ) -> MultivariateNormal:
+        """The posterior of f at inputs ``... x n x d``, joint over the n points.
+
+        Args:
+            x: Inputs.
+            prior: Return the prior instead.
+            **kwargs: For the variational strategy.
+
+        Returns:
+            A distribution over ``... x n`` values, ``... x n x m`` for several outputs.
+        """
+        check_same_dtype("x", x, self.dtype, "inducing points of the model")
+        if x.dim() == 1:
+            x = x[:, None]
+        if self.num_outputs > 1 and (prior or x.dim() > 2):
+            # Outputs are a batch too, which would be matched with the last of x.
+            x = x.unsqueeze(-3)
+            if prior:  # upstream takes the last batch dimension for the outputs
+                x = x.expand(*x.shape[:-3], self.num_outputs, *x.shape[-2:])
+        return super().__call__(x, prior, **kwargs)
+
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at inputs ``... n x d``."""
         return MultivariateNormal(self.mean_module(x), self.covar_module(x))
@@ -124,7 +181,7 @@ class SparseGP(ApproximateGP):
     def marginals(self, x: Tensor) -> MultivariateNormal:
         """The posterior at each input by itself, without covariances between inputs.
 
-        What predictions of single points need. Likelihoods that draw samples, as the
+        What :meth:`predict` needs. Likelihoods that draw samples, as the
         softmax, draw them jointly from ``model(x)``, and n² averages over orbits would
         be computed for it: pass them this instead.
 
@@ -132,14 +189,67 @@ class SparseGP(ApproximateGP):
             x: Inputs ``... n x d``.
 
         Returns:
-            A distribution over n values, ``n x m`` for several outputs, for
-            ``model.likelihood``.
+            A distribution over ``... x n`` values, ``... x n x m`` for several outputs,
+            for ``model.likelihood``.
         """
         f = self(x)
         variance = f.variance
         if self.num_outputs > 1:
             variance = variance.flatten(-2)
         return type(f)(f.mean, DiagLinearOperator(variance))
+
+    def predict(
+        self,
+        X: Tensor,
+        num_samples: int = 256,
+        generator: Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Distribution:
+        """Distribution of y at each point, noise included.
+
+        Exact for Gaussian noise and the probit link, a quadrature for the logistic one,
+        and an average over draws for a softmax. All points share these, so that a
+        probability does not depend on the other points; its error is below
+        ``sqrt(p (1 - p) / num_samples)``. For y jointly over points, and for other
+        likelihoods, call ``model.likelihood(model(X))``.
+
+        Args:
+            X: Inputs ``... x n x d``.
+            num_samples: Draws of the outputs of a softmax.
+            generator: Source of these; None is a fresh one with seed 0, so that two
+                calls agree.
+            noise: Noise variances of these points, ``... x n``, where they are fixed.
+
+        Returns:
+            Normal ``... x n x 1``, or independent Normals over m outputs; Bernoulli
+            ``... x n x 1``; Categorical ``... x n``.
+
+        Raises:
+            ShapeError: If inputs are no rows of the right width, or there is not one
+                fixed noise for each.
+            NotImplementedError: If the class of the likelihood has no rule.
+            TypeError: If inputs have another dtype than the inducing points.
+            ValueError: If a softmax mixes the outputs.
+        """
+        check_inputs(X, "X")
+        check_same_dtype("X", X, self.dtype, "inducing points of the model")
+        check_not_empty(X=X)
+        check_count(num_samples=num_samples)
+        f = self.marginals(X)
+        mean, variance = f.mean, f.variance
+        if self.num_outputs == 1:
+            mean, variance = mean[..., None], variance[..., None]
+        if is_gaussian(self.likelihood):
+            covariance = noise_covariance(self.likelihood, mean, noise)
+            variance = variance + covariance.diagonal(dim1=-2, dim2=-1)
+            return target_distribution(mean, variance, None, X, mean.dtype)
+        check_label_model(self.likelihood, noise)
+        if generator is None:
+            generator = Generator(X.device).manual_seed(0)
+        shape = num_samples, *(1,) * (mean.dim() - 1), self.num_outputs
+        return marginal_labels(
+            self.likelihood, mean[None], variance[None], shape, generator
+        )
 
 
 def _gaussian_noise(num_outputs: int) -> Likelihood:

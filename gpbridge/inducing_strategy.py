@@ -32,7 +32,13 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from gpbridge.checks import ShapeError, check_finite, check_floating, check_tensor
+from gpbridge.checks import (
+    ShapeError,
+    check_finite,
+    check_floating,
+    check_same_dtype,
+    check_tensor,
+)
 from gpbridge.inducing_covariances import (
     inducing_covariance,
     inducing_cross_covariance,
@@ -68,6 +74,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
     Raises:
         ShapeError: If the inducing points have another width than the base kernel
             sees; at the first call, which knows the inputs.
+        TypeError: If inputs have another dtype than the inducing points; at that call.
         ValueError: If the model gives its kernel features of the inputs, and the kernel
             selects columns of them by ``active_dims``; at the first call.
 
@@ -96,15 +103,7 @@ class InterdomainVariationalStrategy(VariationalStrategy):
         learn_inducing_locations: bool = True,
         jitter_val: float | None = None,
     ) -> None:
-        check_tensor(inducing_points=inducing_points)
-        check_floating(inducing_points=inducing_points)
-        if inducing_points.dim() < 2:
-            raise ShapeError(
-                "inducing_points must be ``... x m x d``, but has shape "
-                f"{tuple(inducing_points.shape)}. For one column try "
-                "inducing_points[:, None]."
-            )
-        check_finite(inducing_points=inducing_points)
+        check_inducing_points(inducing_points)
         m, expected = inducing_points.shape[-2], variational_distribution.shape()[-1]
         if m != expected:
             raise ShapeError(
@@ -179,6 +178,9 @@ class InterdomainVariationalStrategy(VariationalStrategy):
         """
         prior = self.model.forward(x, **kwargs)
         kernel, inputs = self._kernel_and_inputs(prior, x)
+        # Promotion would hide it until a product of matrices fails.
+        dtype = inducing_points.dtype
+        check_same_dtype("x", inputs, dtype, "inducing points of the model")
         self._check_width(kernel, inputs)
         L = self._root(inducing_covariance(kernel, inducing_points))
         q = inducing_values, variational_inducing_covar
@@ -278,6 +280,21 @@ class InterdomainVariationalStrategy(VariationalStrategy):
                 f"{found} (shape {tuple(self.inducing_points.shape)}). Try "
                 "gpbridge.inducing_points.initial_inducing_points."
             )
+
+
+def check_inducing_points(inducing_points: Tensor) -> None:
+    """Require at least one finite floating inducing point, ``... x m x d``."""
+    check_tensor(inducing_points=inducing_points)
+    check_floating(inducing_points=inducing_points)
+    if inducing_points.dim() < 2 or inducing_points.shape[-2] == 0:
+        remedy = "For one column try inducing_points[:, None]."
+        if inducing_points.dim() != 1:
+            remedy = "Try gpbridge.inducing_points.initial_inducing_points."
+        raise ShapeError(
+            "inducing_points must be ``... x m x d`` with m of at least one, but has "
+            f"shape {tuple(inducing_points.shape)}. {remedy}"
+        )
+    check_finite(inducing_points=inducing_points)
 
 
 def _check_columns(kernel: Kernel, found: Tensor, x: Tensor) -> None:

@@ -210,11 +210,18 @@ def outputs_of(likelihood: Likelihood) -> int | None:
     return 1 if isinstance(likelihood, single) else None
 
 
-def check_outputs(likelihood: Likelihood, num_outputs: int) -> None:
+def check_outputs(
+    likelihood: Likelihood, num_outputs: int, argument: str | None = None
+) -> None:
     """Require a likelihood of so many latent outputs.
 
     Upstream's likelihoods of one output take any number of them without a word, and
     their expectations are then not summed over outputs.
+
+    Args:
+        likelihood: Of gpytorch.
+        num_outputs: The number of latent functions.
+        argument: What the caller's user says this number with, for the message.
 
     Raises:
         ShapeError: If it is made for another number.
@@ -228,6 +235,8 @@ def check_outputs(likelihood: Likelihood, num_outputs: int) -> None:
     )
     if num_outputs == 1:
         remedy = "GaussianLikelihood(), for labels 0 and 1 LogisticLikelihood()"
+        if argument is not None:  # with a default, and forgotten
+            remedy = f"{argument}={expected}, or for one output {remedy}"
     raise ShapeError(
         f"{type(likelihood).__name__} is a likelihood of {expected} latent "
         f"{'output' if expected == 1 else 'outputs'}, but there are {num_outputs}. "

@@ -14,8 +14,10 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import torch
+from gpytorch.distributions import MultivariateNormal as LatentNormal
 from gpytorch.likelihoods import BernoulliLikelihood, Likelihood, SoftmaxLikelihood
-from torch import Tensor
+from linear_operator.operators import DiagLinearOperator
+from torch import Generator, Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
@@ -37,6 +39,7 @@ from gpbridge.likelihoods import (
     noise_variances,
     refuse,
 )
+from gpbridge.randomness import standard_normal
 
 
 class Moments(NamedTuple):
@@ -194,6 +197,37 @@ def normal_mixture(means: Tensor, variances: Tensor) -> MixtureSameFamily:
         std = variances.movedim(0, -2).sqrt()
         parts = Independent(Normal(means.movedim(0, -2), std), 1)
     return MixtureSameFamily(Categorical(means.new_ones(parts.batch_shape)), parts)
+
+
+def marginal_labels(
+    likelihood: Likelihood,
+    mean: Tensor,
+    variance: Tensor,
+    shape: tuple[int, ...],
+    generator: Generator,
+) -> Distribution:
+    """Distribution of labels with Gaussian outputs integrated out, mixed over draws.
+
+    In closed form for the probit link, by quadrature for the logistic one, by draws for
+    a softmax.
+
+    Args:
+        likelihood: Of labels.
+        mean: Of independent outputs, ``s x ... x n x m``.
+        variance: Likewise.
+        shape: Of the standard normals of a softmax, which broadcasts with the mean.
+        generator: Their source.
+
+    Returns:
+        As :func:`predictive`.
+    """
+    if isinstance(likelihood, BernoulliLikelihood):
+        return predictive(likelihood, mean / (1 + variance).sqrt())
+    if isinstance(likelihood, LogisticLikelihood):
+        f = LatentNormal(mean[..., 0], DiagLinearOperator(variance[..., 0]))
+        return predictive(likelihood, likelihood.marginal(f).logits[..., None])
+    normal = standard_normal(shape, generator, mean)
+    return predictive(likelihood, mean + variance.sqrt() * normal)
 
 
 def _moments(likelihood, outputs, noise=None):

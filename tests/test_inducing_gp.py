@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from gpytorch.kernels import ScaleKernel
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
+    FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
     MultitaskGaussianLikelihood,
     SoftmaxLikelihood,
@@ -20,6 +22,7 @@ from gpytorch.variational import (
 from gpbridge.checks import ShapeError
 from gpbridge.inducing_gp import SparseGP
 from gpbridge.kernels import ConvolutionalKernel
+from gpbridge.likelihoods import LogisticLikelihood
 from gpbridge.polya_gamma import PolyaGammaBernoulliLikelihood
 from gpbridge.selection import OrbitVariationalELBO
 from tests.inducing_problems import (
@@ -166,6 +169,12 @@ def test_several_outputs_have_a_noise_each_by_default(stochastic):
         (BernoulliLikelihood(), 2, "of 1 latent output, but there are 2"),
         (MultitaskGaussianLikelihood(2), 3, "of 2 latent outputs, but there are 3"),
         (MultitaskGaussianLikelihood(2), 1, r"but there are 1.*GaussianLikelihood\(\)"),
+        (MultitaskGaussianLikelihood(2), 1, "but there are 1. Try num_outputs=2, or"),
+        (
+            SoftmaxLikelihood(num_classes=10, mixing_weights=False),
+            1,
+            "of 10 latent outputs, but there are 1. Try num_outputs=10, or",
+        ),
     ],
 )
 def test_a_likelihood_of_another_number_of_outputs_is_refused(
@@ -173,3 +182,194 @@ def test_a_likelihood_of_another_number_of_outputs_is_refused(
 ):
     with pytest.raises(ShapeError, match=message):
         SparseGP(rbf(), normal(M, 2), likelihood, num_outputs=num_outputs)
+
+
+@pytest.mark.parametrize("batch", [(2,), (3,), (4, 2)])
+@pytest.mark.parametrize("name", ["convolutional", "rotation", "turns", "one each"])
+def test_a_batch_of_inputs_is_a_loop_for_several_outputs(name, batch):
+    if name == "one each":
+        kernel, d, width = rbf(batch_shape=torch.Size([3])), 2, 2
+        kernel.lengthscale = torch.tensor([0.5, 1.0, 2.0], dtype=DOUBLE)[:, None, None]
+    else:
+        kernel, d, width = kernels(name)
+    model = sparse(kernel, width, num_outputs=3).eval()
+    x = normal(*batch, N, d, seed=2)
+    joint, alone, prior = model(x), model.marginals(x), model(x, prior=True)
+    assert joint.event_shape == alone.event_shape == prior.event_shape == (N, 3)
+    assert joint.batch_shape == alone.batch_shape == prior.batch_shape == batch
+    rows = x.reshape(-1, N, d)
+    for i, one in enumerate(rows):
+        expected = model(one)
+        for found in (joint, alone):
+            assert torch.allclose(found.mean.reshape(-1, N, 3)[i], expected.mean)
+            variance = found.variance.reshape(-1, N, 3)[i]
+            assert torch.allclose(variance, expected.variance)
+        size = 3 * N
+        covariance = joint.covariance_matrix.reshape(-1, size, size)[i]
+        assert torch.allclose(covariance, expected.covariance_matrix)
+        covariance = prior.covariance_matrix.reshape(-1, size, size)[i]
+        expected = model(one, prior=True).covariance_matrix
+        assert torch.allclose(covariance, expected)
+    assert joint.rsample().shape == alone.rsample().shape == (*batch, N, 3)
+
+
+def test_gradients_reach_all_parameters_through_a_batch_of_inputs():
+    kernel, d, width = kernels("convolutional")
+    model = sparse(ScaleKernel(kernel).double(), width, num_outputs=2)
+    f = model.marginals(normal(2, N, d))
+    (f.mean.sum() + f.variance.sum()).backward()
+    for name, parameter in model.named_parameters():
+        if "likelihood" not in name:
+            assert parameter.grad.isfinite().all(), name
+
+
+# -- predict ---------------------------------------------------------------------------
+
+
+def trained(likelihood=None, num_outputs=1):
+    kernel, d, width = kernels("turns")
+    model = sparse(kernel, width, likelihood, num_outputs=num_outputs).double().eval()
+    return model, normal(N, d, seed=2)
+
+
+def test_a_prediction_has_the_noise_of_the_model():
+    model, x = trained()
+    model.likelihood.noise = torch.tensor(0.3, dtype=DOUBLE)
+    found, f = model.predict(x), model(x)
+    assert isinstance(found, torch.distributions.Normal)
+    assert found.batch_shape == (N, 1)
+    assert torch.allclose(found.mean[:, 0], f.mean)
+    assert torch.allclose(found.variance[:, 0], f.variance + 0.3)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_prediction_of_several_outputs_is_a_distribution_over_them(rank):
+    noise = MultitaskGaussianLikelihood(num_tasks=3, rank=rank).double()
+    noise.noise = torch.tensor(0.3, dtype=DOUBLE)
+    model, x = trained(noise, 3)
+    found, upstream = model.predict(x), noise(model(x))
+    assert found.batch_shape == (N,) and found.event_shape == (3,)
+    assert torch.allclose(found.mean, upstream.mean)
+    assert torch.allclose(found.variance, upstream.variance)
+    y = normal(N, 3, seed=8)
+    normals = torch.distributions.Normal(upstream.mean, upstream.variance.sqrt())
+    assert torch.allclose(found.log_prob(y), normals.log_prob(y).sum(-1))
+
+
+def test_fixed_noise_is_given_for_new_points():
+    fixed = FixedNoiseGaussianLikelihood(torch.ones(9, dtype=DOUBLE))
+    model, x = trained(fixed)
+    noise = torch.rand(N, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    found = model.predict(x, noise=noise).variance[:, 0]
+    assert torch.allclose(found, model(x).variance + noise)
+    with pytest.raises(ShapeError, match="holds the noise of 9 points.*Pass noise="):
+        model.predict(x)
+
+
+LINKS = {
+    "probit": (BernoulliLikelihood, torch.special.ndtr),
+    "logistic": (LogisticLikelihood, torch.sigmoid),
+    "polya-gamma": (PolyaGammaBernoulliLikelihood, torch.sigmoid),
+}
+
+
+@pytest.mark.parametrize("name", list(LINKS))
+def test_a_label_has_its_integrated_probability(name):
+    kind, link = LINKS[name]
+    model, x = trained(kind())
+    f, grid = model.marginals(x), torch.linspace(-9, 9, 4001, dtype=DOUBLE)[:, None]
+    weight = torch.exp(-grid.square() / 2)
+    expected = (link(f.mean + f.stddev * grid) * weight).sum(0) / weight.sum()
+    found = model.predict(x)
+    assert found.batch_shape == (N, 1)
+    assert (found.probs[:, 0] - expected).abs().max() < 1e-4
+
+
+def softmax_of(num_classes):
+    return SoftmaxLikelihood(num_classes=num_classes, mixing_weights=False)
+
+
+def test_two_classes_are_a_logistic_link_of_their_difference():
+    model, x = trained(softmax_of(2), 2)
+    f, grid = model.marginals(x), torch.linspace(-9, 9, 4001, dtype=DOUBLE)[:, None]
+    weight = torch.exp(-grid.square() / 2)
+    mean, std = f.mean[:, 1] - f.mean[:, 0], f.variance.sum(-1).sqrt()
+    expected = (torch.sigmoid(mean + std * grid) * weight).sum(0) / weight.sum()
+    for count in (256, 20_000):
+        found = model.predict(x, num_samples=count).probs[:, 1]
+        error = (expected * (1 - expected) / count).sqrt()
+        assert ((found - expected).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("likelihood", [softmax_of(3), None])
+def test_predictions_are_deterministic_and_of_each_point_by_itself(likelihood):
+    model, x = trained(likelihood, 3)
+    values = (lambda y: y.probs) if likelihood else (lambda y: y.mean)
+    state = torch.get_rng_state()
+    whole = values(model.predict(x))
+    assert torch.equal(values(model.predict(x)), whole)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(values(model.predict(x[2:3])), whole[2:3])
+    batches = values(model.predict(torch.stack([x, x.flip(0)])))
+    assert batches.shape == (2, N, 3)
+    assert torch.allclose(batches[0], whole)
+    assert torch.allclose(batches[1], whole.flip(0))
+    if likelihood:
+        other = model.predict(x, generator=torch.Generator().manual_seed(1)).probs
+        assert 0 < (other - whole).abs().max() < 0.2
+
+
+def test_inputs_of_predictions_are_checked():
+    model, x = trained(softmax_of(3), 3)
+    for X, options, error, message in (
+        (x[0], {}, ShapeError, "X must be ``... x n x d``"),
+        (x * torch.nan, {}, InputDataError, "X contains NaN"),
+        (x[:0], {}, InputDataError, "X has no rows"),
+        (x, {"num_samples": 0}, ValueError, "num_samples must be a whole number"),
+        (x, {"noise": x[:, 0]}, ValueError, "noise must be None for Softmax"),
+    ):
+        with pytest.raises(error, match=message):
+            model.predict(X, **options)
+    mixed, x = trained(SoftmaxLikelihood(num_classes=3, num_features=2), 2)
+    with pytest.raises(ValueError, match="mixing_weights=False"):
+        mixed.predict(x)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((16,), r"``... x m x d``.*shape \(16,\).*inducing_points\[:, None\]"),
+        ((0, 4), r"at least one, but has shape \(0, 4\).*initial_inducing_points"),
+        ((), r"but has shape \(\)"),
+    ],
+)
+def test_inducing_points_are_rows(shape, message):
+    with pytest.raises(ShapeError, match=message):
+        SparseGP(rbf(), torch.zeros(shape))
+
+
+def test_inducing_points_are_finite_floats():
+    with pytest.raises(TypeError, match="must be a torch.Tensor"):
+        SparseGP(rbf(), [[0.0]])
+    with pytest.raises(TypeError, match="float32 or float64"):
+        SparseGP(rbf(), torch.zeros(3, 1).long())
+    with pytest.raises(InputDataError, match="contains NaN"):
+        SparseGP(rbf(), torch.full((3, 1), torch.nan))
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_inputs_of_another_dtype_are_refused(num_outputs):
+    model = SparseGP(rbf().float(), torch.rand(M, 2), num_outputs=num_outputs)
+    x, match = torch.rand(N, 2).double(), r"must be torch.float32 as the inducing poi"
+    for call in (model, model.marginals, model.predict):
+        with pytest.raises(TypeError, match=match + r".*Try [xX].to\(torch.float32\)"):
+            call(x)
+    with pytest.raises(TypeError, match="must be torch.float64"):
+        model.double()(x.float())
+
+
+def test_a_bound_over_parts_of_orbits_refuses_inputs_of_another_dtype():
+    model = SparseGP(kernels("turns")[0].float(), torch.rand(M, 9))
+    elbo = OrbitVariationalELBO(model.likelihood, model, 20, 2)
+    with pytest.raises(TypeError, match="x must be torch.float32 as the inducing"):
+        elbo(torch.rand(N, 9).double(), torch.rand(N).double())

@@ -48,6 +48,7 @@ from gpbridge.dnn.deep_gp_predictions import (
     joint_values,
     marginal_mixture,
 )
+from gpbridge.likelihoods import is_gaussian
 from gpbridge.prior_draws import NUM_FEATURES
 from gpbridge.randomness import fresh
 from gpbridge.targets import check_targets
@@ -176,7 +177,7 @@ class DeepGaussianProcess(DeepGP):
 
         Args:
             X: Inputs ``b x d``.
-            Y: Targets ``b x m``, or labels ``b``.
+            Y: Targets ``b x m``; ``b`` for labels or one output.
             num_data: The number N of all data; default b.
             num_samples: As for :meth:`forward`.
             generator: Likewise.
@@ -211,6 +212,8 @@ class DeepGaussianProcess(DeepGP):
         """Checked targets in the shape of gpytorch's likelihood, ``n`` or ``n x m``."""
         self._check(X)
         m = self.num_outputs
+        if isinstance(Y, Tensor) and Y.dim() == 1 and is_gaussian(self.likelihood):
+            Y = Y[:, None] if m == 1 else Y
         Y = check_targets(self.likelihood, Y, m, len(X), dtype=X.dtype, name="Y")
         check_same_device(X=X, Y=Y)
         if Y.is_floating_point():

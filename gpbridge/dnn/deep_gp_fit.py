@@ -42,7 +42,7 @@ def fit_deep_gp(
         model: The model, which stays as it is; its likelihood is copied with it.
         X: Inputs ``n x d``; or an iterable of pairs of inputs and targets that can be
             iterated again, as a ``DataLoader``. That is read once and kept whole.
-        Y: Targets ``n x m``, or labels ``n``; None beside a loader.
+        Y: Targets ``n x m``; ``n`` for labels or one output; None beside a loader.
         epochs: Passes over the data, after those of ``resume``.
         learning_rate: Of Adam, for all parameters.
         batch_size: Rows per step; default all, at most 1024.

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.likelihoods import BernoulliLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import DiagLinearOperator
 from torch import Generator, Tensor
 from torch.distributions import Distribution
 
 from gpbridge.checks import check_memory
 from gpbridge.dnn.deep_gp_layer import InducingLayer
-from gpbridge.likelihoods import LogisticLikelihood, is_gaussian, noise_variances
+from gpbridge.likelihoods import is_gaussian, noise_variances
 from gpbridge.outcomes import latent_distribution
-from gpbridge.predictive_mixture import normal_mixture, predictive
+from gpbridge.predictive_mixture import marginal_labels, normal_mixture
 from gpbridge.randomness import standard_normal
 
 MEMORY_BUDGET = 2**32  # bytes of joint covariances
@@ -65,14 +65,8 @@ def marginal_mixture(
     """
     if is_gaussian(likelihood):
         return normal_mixture(mean, variance + noise_variances(likelihood, mean))
-    if isinstance(likelihood, BernoulliLikelihood):
-        return predictive(likelihood, mean / (1 + variance).sqrt())
-    if isinstance(likelihood, LogisticLikelihood):
-        f = independent_normal(mean, variance)
-        return predictive(likelihood, likelihood.marginal(f).logits[..., None])
     shape = num_samples, *mean.shape[1:]
-    normal = standard_normal(shape, generator, mean)
-    return predictive(likelihood, mean + variance.sqrt() * normal)
+    return marginal_labels(likelihood, mean, variance, shape, generator)
 
 
 def joint_moments(

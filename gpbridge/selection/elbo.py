@@ -43,6 +43,7 @@ from gpbridge.inducing_strategy import InterdomainVariationalStrategy
 from gpbridge.likelihoods import GAUSSIAN, check_outputs
 from gpbridge.polya_gamma import expected_quadratic, is_quadratic
 from gpbridge.selection.variational_bound import inducing_strategy
+from gpbridge.targets import check_target_shape
 
 
 class _Expected(NamedTuple):
@@ -181,7 +182,7 @@ class OrbitVariationalELBO(VariationalELBO):
 
         Args:
             x: Inputs ``n x d``.
-            target: Targets ``n``, or ``n x m`` for several outputs.
+            target: Labels or targets ``n``, or ``n x m`` for several outputs.
             generator: Source of randomness. Without one, draws differ in each call.
             elements: Take these elements instead of drawing some.
             expansion_elements: Take these for the points c of a quadratic bound.
@@ -193,18 +194,21 @@ class OrbitVariationalELBO(VariationalELBO):
             NaN; ``fit_sparse_gp`` checks all data once.
 
         Raises:
-            ShapeError: If inputs are no rows, or there is not one target for each.
+            ShapeError: If inputs are no rows, or targets have another shape.
             TypeError: If they are no floats.
         """
         # Values are not looked at: that would stop the device in each step.
         check_tensor(x=x, target=target)
         check_floating(x=x)
-        if x.dim() < 2:
+        if x.dim() != 2:
+            remedy = "For one input dimension try x[:, None]."
+            if x.dim() > 2:
+                remedy = "Pass rows, x.flatten(1) for images."
             raise ShapeError(
-                f"x must be ``n x d``, but has shape {tuple(x.shape)}. For one input "
-                "dimension try x[:, None]."
+                f"x must be ``n x d``, but has shape {tuple(x.shape)}. {remedy}"
             )
         check_same_length(x=x, target=target)
+        check_target_shape(self.likelihood, target, len(x), "target")
         if elements is None:
             elements = self.draw_elements(generator)
             if self.unbiased and expansion_elements is None:

@@ -22,7 +22,7 @@ from gpytorch.models import GP, ApproximateGP, ExactGP
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
-from gpbridge.checks import check_count, check_same_length
+from gpbridge.checks import check_count, check_positive, check_same_length
 from gpbridge.selection.ascent import ascend
 from gpbridge.selection.law_starts import (
     Start,
@@ -40,7 +40,7 @@ from gpbridge.selection.marginal_likelihood import log_evidence
 from gpbridge.selection.mll import log_prior
 from gpbridge.selection.multi_start import StartRecord, multi_start
 from gpbridge.selection.scan import ScanResult, scan
-from gpbridge.selection.sparse_fit import fit_sparse_gp
+from gpbridge.selection.sparse_fit import checked_data, fit_sparse_gp
 from gpbridge.selection.variational_bound import likelihood_of
 
 _SCAN_POINTS = 18  # the curve over a circle has four to six maxima
@@ -144,8 +144,9 @@ def learn_kernel_invariance(
     Raises:
         TypeError: If the model is neither exact nor sparse, or options are of the
             other kind.
-        ValueError: If the kernel has no free law, a start is outside of its cap, or
-            all starts fail.
+        ValueError: If the kernel has no free law, a start is outside of its cap, all
+            starts fail, or a bound is for another number of rows than the data.
+        ShapeError: If targets do not fit the likelihood of a sparse GP.
 
     Warns:
         NotConvergedWarning: For starts without a finite evidence; others go on.
@@ -254,8 +255,12 @@ def _fit_sparse(
     seed: int,
     options: dict[str, Any],
 ) -> KernelInvarianceFit:
+    # At the door: what is wrong with the data is wrong at every start.
+    X, Y = checked_data(objective, *data)
+    check_count(**{k: options[k] for k in ("epochs", "batch_size") if k in options})
+    rates = "learning_rate", "natural_rate"
+    check_positive(**{k: options[k] for k in rates if k in options})
     own = copy_of_model(objective)
-    X, Y = data
 
     def fit(elbo: MarginalLogLikelihood) -> None:
         generator = Generator(X.device).manual_seed(seed)

@@ -29,8 +29,6 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
     check_count,
-    check_finite,
-    check_inputs,
     check_positive,
 )
 from gpbridge.dnn.divergence import DivergedError, rate_advice
@@ -44,6 +42,7 @@ from gpbridge.selection.invariance_gp import objective_of
 from gpbridge.selection.law_starts import copy_of_model, free_laws, learnt_values
 from gpbridge.selection.marginal_likelihood import log_evidence
 from gpbridge.selection.mll import log_prior
+from gpbridge.selection.sparse_fit import checked_data
 
 _PHASES = ("hyperparameters", "weights")
 _USUAL_RATE, _USUAL_NETWORK_RATE = 0.02, 1e-3
@@ -136,6 +135,7 @@ def learn_last_layer_invariance(
         TypeError: If the model is neither exact nor sparse, or has natural gradients.
         ValueError: If the kernel has no free law or no trainable network, or ``resume``
             is of other data, another model or other lengths.
+        ShapeError: If targets do not fit the likelihood of a sparse GP.
 
     Example:
         >>> from botorch.models import SingleTaskGP
@@ -167,9 +167,7 @@ def learn_last_layer_invariance(
         rows_of = (gp.train_inputs[0].unsqueeze(0), gp.train_targets.unsqueeze(0))
         rows_per_step, count = 1, gp.train_targets.numel()
     else:
-        X, Y = data
-        check_inputs(X)
-        check_finite(Y=Y)
+        X, Y = checked_data(given, *data)
         rows_of, rows_per_step = (X, Y), batch_size
 
     def value(rows: Tensor, generator: Generator) -> Tensor:

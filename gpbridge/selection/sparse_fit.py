@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpytorch.likelihoods import BernoulliLikelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.optim import NGD
 from gpytorch.variational import (
@@ -34,8 +38,9 @@ from gpbridge.checks import (
 )
 from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
 from gpbridge.dnn.training import Callback, adam
-from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.likelihoods import LogisticLikelihood, outputs_of
 from gpbridge.selection.elbo import OrbitVariationalELBO
+from gpbridge.targets import check_target_shape
 
 _NATURAL = (NaturalVariationalDistribution, TrilNaturalVariationalDistribution)
 
@@ -67,7 +72,7 @@ def fit_sparse_gp(
             :class:`gpbridge.selection.OrbitVariationalELBO`, made with ``num_data`` the
             number of rows below.
         train_X: Inputs ``n x d``.
-        train_Y: Targets ``n``, or ``n x m`` for several outputs.
+        train_Y: Labels or targets ``n``, or ``n x m`` for m outputs; ``n x 1`` for one.
         epochs: Passes over the data, after those of ``resume``.
         batch_size: Rows per step.
         learning_rate: Of Adam.
@@ -92,7 +97,9 @@ def fit_sparse_gp(
             ``elbo``, nothing can be trained, or ``resume`` is of another run.
         InputDataError: If inputs or targets are NaN or infinite, or labels are not
             those of the likelihood.
-        TypeError: If class labels are no integers.
+        ShapeError: If targets have another shape.
+        TypeError: If class labels are no integers, inputs have another dtype than the
+            model, or a model came in place of its bound.
 
     Warns:
         RuntimeWarning: If training is interrupted from the keyboard.
@@ -114,21 +121,15 @@ def fit_sparse_gp(
         Salimbeni, Eleftheriadis and Hensman, Natural gradients in practice, AISTATS
         2018.
     """
-    check_inputs(train_X)
-    check_tensor(train_Y=train_Y)
-    check_not_empty(train_X=train_X)
-    check_same_length(train_X=train_X, train_Y=train_Y)
-    check_same_device(train_X=train_X, train_Y=train_Y)
-    check_finite(train_Y=train_Y)
-    _check_labels(elbo, train_Y)
-    check_positive(natural_rate=natural_rate, learning_rate=learning_rate)
-    n = len(train_X)
-    if getattr(elbo, "num_data", n) != n:
-        raise ValueError(
-            f"elbo was made for num_data={elbo.num_data}, but there are {n} rows: the "
-            f"KL divergence would have the wrong weight. Make it with num_data={n}."
+    if not isinstance(elbo, MarginalLogLikelihood):
+        raise TypeError(
+            "elbo must be a bound, which knows model, likelihood and number of data, "
+            f"but is {type(elbo).__name__}. Try fit_sparse_gp(VariationalELBO("
+            f"model.likelihood, model, num_data={len(train_X)}), train_X, train_Y)."
         )
-    train_X, train_Y = train_X.detach(), train_Y.detach()
+    check_positive(natural_rate=natural_rate, learning_rate=learning_rate)
+    train_X, train_Y = checked_data(elbo, train_X, train_Y)
+    n = len(train_X)
 
     def bound(rows: Tensor, generator: Generator) -> Tensor:
         x, y = train_X[rows], train_Y[rows]
@@ -158,6 +159,46 @@ def fit_sparse_gp(
         usual_rate=1e-2,
         optimizer=optimizer,
     )
+
+
+def checked_data(
+    elbo: MarginalLogLikelihood, train_X: Tensor, train_Y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets as :func:`fit_sparse_gp` takes them, without a graph.
+
+    Args:
+        elbo: The bound that they are for.
+        train_X: Inputs ``n x d``.
+        train_Y: Labels or targets ``n``, or ``n x m`` for m outputs; ``n x 1`` for one.
+
+    Returns:
+        Both, targets ``n`` or ``n x m``.
+
+    Raises:
+        InputDataError: If values are not finite, or labels not those of the likelihood.
+        ShapeError: If targets have another shape.
+        ValueError: If the number of rows is not that of the bound.
+        TypeError: If class labels are no integers.
+    """
+    check_inputs(train_X)
+    check_tensor(train_Y=train_Y)
+    check_not_empty(train_X=train_X)
+    check_same_length(train_X=train_X, train_Y=train_Y)
+    check_same_device(train_X=train_X, train_Y=train_Y)
+    check_finite(train_Y=train_Y)
+    train_X, train_Y, n = train_X.detach(), train_Y.detach(), len(train_X)
+    single = outputs_of(elbo.likelihood) == 1
+    multitask = isinstance(elbo.likelihood, MultitaskGaussianLikelihood)
+    if single and not multitask and train_Y.shape == (n, 1):
+        train_Y = train_Y[:, 0]  # as BoTorch has them
+    check_target_shape(elbo.likelihood, train_Y, n)
+    _check_labels(elbo, train_Y)
+    if getattr(elbo, "num_data", n) != n:
+        raise ValueError(
+            f"elbo was made for num_data={elbo.num_data}, but there are {n} rows: the "
+            f"KL divergence would have the wrong weight. Make it with num_data={n}."
+        )
+    return train_X, train_Y
 
 
 def _check_labels(elbo: MarginalLogLikelihood, labels: Tensor) -> None:

@@ -475,7 +475,7 @@ def test_bad_inputs_are_named():
     with pytest.raises(TypeError, match="X must be torch.float64"):
         model.predict(X.float())
     with pytest.raises(ShapeError, match="Y must be ``12 x 1``"):
-        model.elbo(X, Y[:, 0])
+        model.elbo(X, Y[:-1, 0])
     with pytest.raises(ValueError, match="num_samples must be a whole number"):
         model.draw(0)
     with pytest.raises(MemoryError, match="draw"):
@@ -515,3 +515,10 @@ def test_joint_covariances_beyond_the_budget_are_refused(depth, m, monkeypatch):
     monkeypatch.setattr(name, needed - 1)
     with pytest.raises(MemoryError, match="Pass fewer points"):
         model.posterior(X, 20)
+
+
+def test_targets_of_one_output_may_be_a_vector():
+    model, X, Y = problem()
+    noise = model.draw_noise((len(X),), 2, torch.Generator().manual_seed(0))
+    vector, column = (model.elbo(X, y, noise=noise) for y in (Y[:, 0], Y))
+    assert torch.equal(vector, column)

@@ -320,7 +320,9 @@ def test_inputs_of_a_step_are_checked_by_shape_and_type():
     y = torch.zeros(N, dtype=DOUBLE)
     for change, error, message in (
         ((x[0], y), ShapeError, "must be ``n x d``"),
+        ((x[None], y[None]), ShapeError, "must be ``n x d``.*flatten"),
         ((x, y[:2]), ShapeError, "target has 2"),
+        ((x, y[:, None]), ShapeError, r"target must be ``4``.*squeeze\(-1\)"),
         ((x.long(), y), TypeError, "float32 or float64"),
         ((x, [0.0]), TypeError, "must be a torch.Tensor"),
     ):

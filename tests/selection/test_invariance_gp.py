@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import RBFKernel, ScaleKernel
@@ -26,6 +27,7 @@ from gpbridge.inducing_gp import SparseGP
 from gpbridge.kernels import InvariantKernel
 from gpbridge.selection import (
     OrbitVariationalELBO,
+    invariance_gp,
     learn_kernel_invariance,
     log_evidence,
 )
@@ -383,6 +385,35 @@ def test_a_law_without_one_number_must_be_started_by_name():
     model = exact(X, X.sum(-1, keepdim=True), law)
     with pytest.raises(ValueError, match="has no half-width"):
         learn_kernel_invariance(model)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"Y": torch.zeros(6, 2)}, ShapeError, r"train_Y must be ``6``.*\(6, 2\)"),
+        ({"Y": torch.full((6,), math.nan)}, InputDataError, "train_Y contains NaN"),
+        ({"num_data": 5}, ValueError, "num_data=5, but there are 6 rows"),
+        ({"epochs": 0}, ValueError, "epochs must be a whole number"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive"),
+    ],
+)
+def test_data_that_no_start_can_take_are_refused_before_the_first(
+    change, error, message, monkeypatch
+):
+    X, options = points(6), dict(change)
+    model, Y = sparse(X), options.pop("Y", radial(X)[:, 0]).to(X)
+    elbo = VariationalELBO(model.likelihood, model, options.pop("num_data", 6))
+    monkeypatch.setattr(invariance_gp, "multi_start", None)  # no start is taken
+    with pytest.raises(error, match=message):
+        learn_kernel_invariance(elbo, (X, Y), starts=[1.0], **options, **QUIET)
+
+
+def test_a_column_of_targets_is_the_vector():
+    X = points(12)
+    Y = radial(X)
+    options = {"starts": [1.0], "epochs": 1} | QUIET
+    fits = [learn_kernel_invariance(sparse(X), (X, y), **options) for y in (Y, Y[:, 0])]
+    assert fits[0].evidence == fits[1].evidence
 
 
 class Bare(ApproximateGP):

@@ -282,3 +282,86 @@ def test_a_state_of_another_run_is_refused(change):
         elbo, message = start(X, elements=4), "its model is .*num_orbit_samples.*3"
     with pytest.raises(ValueError, match=f"state is of another run: {message}"):
         fit_sparse_gp(elbo, X, y, epochs=1, resume=state, progress=False)
+
+
+def of_outputs(X, outputs, num_elements=None):
+    kernel = InvariantKernel(RBFKernel(), Rotation2d(4))
+    model = SparseGP(kernel, X[:5].clone(), num_outputs=outputs).double()
+    if num_elements is None:
+        return bound(model, X)
+    return OrbitVariationalELBO(model.likelihood, model, len(X), num_elements)
+
+
+@pytest.mark.parametrize("num_elements", [None, 3])
+@pytest.mark.parametrize(
+    "outputs, shape, message",
+    [
+        (2, (6, 1), r"``6 x 2`` for Multi.*shape \(6, 1\).*one column.*leave num_out"),
+        (2, (6,), r"``6 x 2`` for Multi.*shape \(6,\)"),
+        (2, (6, 3), r"``6 x 2`` for Multi.*shape \(6, 3\). Pass one column"),
+        (6, (6,), r"``6 x 6`` for Multi.*shape \(6,\)"),
+        (1, (6, 2), r"``6``, one target for each row.*\(6, 2\).*num_outputs=2"),
+        (1, (6, 1, 1), r"``6``, one target for each row.*shape \(6, 1, 1\)"),
+    ],
+)
+def test_targets_do_not_broadcast(outputs, shape, message, num_elements):
+    X, _ = regression(6)
+    elbo = of_outputs(X, outputs, num_elements)
+    Y = torch.zeros(shape, dtype=DOUBLE)
+    with pytest.raises(ShapeError, match=message):
+        fit_sparse_gp(elbo, X, Y, epochs=1, progress=False)
+    if num_elements is not None:
+        with pytest.raises(ShapeError, match=message):
+            elbo(X, Y)
+
+
+def test_one_hot_rows_are_no_labels():
+    X, _ = regression(6)
+    softmax = SoftmaxLikelihood(num_classes=2, mixing_weights=False)
+    model = SparseGP(RBFKernel(), X[:3].clone(), softmax, num_outputs=2).double()
+    with pytest.raises(ShapeError, match="``6`` class labels.*argmax"):
+        fit_sparse_gp(bound(model, X), X, torch.ones(6, 2).long(), progress=False)
+
+
+@pytest.mark.parametrize("num_elements", [None, 3])
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_column_of_targets_is_the_vector(labels, num_elements):
+    X, y = regression()
+    y = (y > 0).to(y) if labels else y
+    histories = []
+    for targets in (y, y[:, None]):
+        kernel = InvariantKernel(RBFKernel(), Rotation2d(4))
+        likelihood = LogisticLikelihood() if labels else GaussianLikelihood()
+        model = SparseGP(kernel, X[:5].clone(), likelihood).double()
+        elbo = bound(model, X)
+        if num_elements is not None:
+            elbo = OrbitVariationalELBO(likelihood, model, len(X), num_elements)
+        fit = fit_sparse_gp(elbo, X, targets, epochs=2, progress=False)
+        histories.append(fit.history)
+    assert histories[0] == histories[1]
+
+
+def test_each_output_learns_its_own_column():
+    X, y = regression()
+    elbo = of_outputs(X, 2)
+    Y = torch.stack([y, -2 * y], -1)
+    fit_sparse_gp(elbo, X, Y, epochs=10, learning_rate=0.1, progress=False)
+    mean = elbo.model(X).mean.detach()
+    assert torch.corrcoef(mean.mT)[0, 1] < -0.8
+
+
+def test_a_model_in_place_of_its_bound_is_refused():
+    X, y = regression(6)
+    message = (
+        r"be a bound.*is SparseGP. Try fit_sparse_gp\(VariationalELBO\(.*num_data=6"
+    )
+    with pytest.raises(TypeError, match=message):
+        fit_sparse_gp(model_for(X, num_inducing=3), X, y, progress=False)
+
+
+@pytest.mark.parametrize("num_elements", [None, 3])
+def test_inputs_of_another_dtype_are_refused(num_elements):
+    X, y = regression(6)
+    elbo = of_outputs(X, 1, num_elements)
+    with pytest.raises(TypeError, match="x must be torch.float64 as the inducing"):
+        fit_sparse_gp(elbo, X.float(), y.float(), epochs=1, progress=False)
