@@ -50,7 +50,7 @@ except ImportError:  # an extra; the example does without
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 epochs, num_seeds, num_architectures = (3, 1, 3) if options.smoke else (250, 3, None)
 num_images = (5, 10) if options.smoke else (5, 10, 20)
 

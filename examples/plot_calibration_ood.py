@@ -34,7 +34,7 @@ from gpbridge.weights import EmpiricalWeights, MixtureWeights
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 epochs, num_members, num_draws, most = 100, 5, 50, 1000
 scales = (0.25, 1.0, 4.0, 16.0, 64.0)
 if options.smoke:

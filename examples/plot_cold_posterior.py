@@ -38,7 +38,7 @@ from gpbridge.plots import COLORS, INK, STYLE
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 num_sets, burn_in, num_steps = (2, 20, 50) if options.smoke else (6, 1000, 4000)
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,7 @@ from gpbridge.selection import fit_sparse_gp
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 sizes, seeds, num_steps, num_test = (50, 100, 200, 400), 2, 150, 500
 if options.smoke:
     sizes, seeds, num_steps, num_test = (20,), 1, 4, 50

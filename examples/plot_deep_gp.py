@@ -34,7 +34,7 @@ from gpbridge.plots import COLORS, INK, STYLE
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 n, epochs, seeds = (20, 4, 1) if options.smoke else (60, 700, 2)
 torch.set_num_threads(1)
 noise_std = 0.05

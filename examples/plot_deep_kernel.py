@@ -32,7 +32,7 @@ from gpbridge.selection import fit_deep_kernel
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 epochs = 20 if options.smoke else 1000
 
 torch.set_num_threads(1)

@@ -35,7 +35,7 @@ parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests"
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 parser.add_argument("--epochs", type=int, help="default 100")
 parser.add_argument("--seeds", type=int, default=3)
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 num_objects, num_importance = (6, 10) if options.smoke else (40, 1000)
 epochs = options.epochs or (2 if options.smoke else 100)
 size, num_angles, latent_dim, vector_dim, num_inducing = 16, 16, 8, 8, 32

@@ -27,7 +27,7 @@ from gpbridge.selection import HeldOutProblem, LBFGSTraining, RowAugmentation
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 num_seeds, num_steps, num_decays, n = (4, 12, 9, 100)
 if options.smoke:
     num_seeds, num_steps, num_decays, n = (2, 2, 2, 12)

@@ -35,7 +35,7 @@ from gpbridge.selection import log_evidence
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 depths, steps = ((1,), 3) if options.smoke else ((1, 2, 3, 4, 6, 8), 100)
 
 torch.set_num_threads(1)

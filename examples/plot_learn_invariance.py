@@ -33,7 +33,7 @@ from gpbridge.selection import learn_invariance
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 n, epochs, width = (30, 4, 8) if options.smoke else (150, 250, 30)
 samples = 3 if options.smoke else 10
 arcs = (20, 120) if options.smoke else (20, 60, 120, 200, 280, 360)

@@ -37,7 +37,7 @@ from gpbridge.plots import COLORS, INK, plot_loss_along, plot_loss_plane
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 n, epochs, curve_epochs, size = (1000, 40, 80, 31)
 if options.smoke:
     n, epochs, curve_epochs, size = (200, 3, 2, 5)

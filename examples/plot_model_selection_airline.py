@@ -46,7 +46,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 parser.add_argument("--data", type=Path, help="folder with series/")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 torch.set_num_threads(1)
 
 

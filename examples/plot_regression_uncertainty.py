@@ -45,7 +45,7 @@ from gpbridge.weights import EmpiricalWeights
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 share = 0.01 if options.smoke else 1.0  # of every run
 
 torch.set_num_threads(1)

@@ -41,7 +41,7 @@ from gpbridge.selection import learn_kernel_invariance, log_evidence, scan
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 n, num_test, samples, polish_steps = 200, 600, 8, 20
 half_widths = (5, 30, 60, 90, 120, 150, 175)
 if options.smoke:

@@ -46,7 +46,7 @@ parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests"
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 800])
 parser.add_argument("--seeds", type=int, default=3, help="of the two smaller sizes")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 if options.smoke:
     options.sizes, options.seeds = [20, 40], 1
 torch.set_num_threads(1)

@@ -47,7 +47,7 @@ from gpbridge.plots import (
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 epochs, steps, num_samples = (40, 5, 6) if options.smoke else (1000, 600, 100)
 num_chains, grid_size = (2, 15) if options.smoke else (8, 61)
 

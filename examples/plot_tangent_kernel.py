@@ -30,7 +30,7 @@ from gpbridge.selection import fit_matern_plus_kernel, log_evidence, multi_start
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 
 torch.set_num_threads(1)
 torch.manual_seed(0)  # initial weights are torch's, which have no generator

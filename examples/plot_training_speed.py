@@ -31,7 +31,7 @@ from gpbridge.selection import LinearModel, TrainingSpeed, training_speed_bound
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 num_orders, epochs, n = (2, 4, 60) if options.smoke else (50, 60, 300)
 widths, depths = ((2, 8), (1,)) if options.smoke else ((2, 4, 8, 32), (1, 2, 3))
 

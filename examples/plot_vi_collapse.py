@@ -36,7 +36,7 @@ from gpbridge.selection import fit_evidence
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
-options, _ = parser.parse_known_args()
+options = parser.parse_args()
 width, num_steps, num_seeds = (10, 40, 1) if options.smoke else (100, 1500, 3)
 epochs = 50 if options.smoke else 1000
 n, noise_std = 40, 0.1

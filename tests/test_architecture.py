@@ -30,7 +30,7 @@ kernels: matern buffers compositions feature_gram feature random_features tangen
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_draws function_space models inducing_covariances inducing_orbits inducing_strategy centroids inducing_points inducing_gp representers
 sampled: observations covariance persistence state gp paths
 linearized: weight_blocks curvature_sums factored low_rank curvature_tensors structured_weights structures data_curvature sampling sampled_mode links predictive labels inference g_prior construction loading training_run noise mean conditioning sampled_problem structured_problem problem mode evidence variational posterior calibration curvature_state state persistence classification derived_models gp paths subnetworks continual
-dnn: divergence run_key schedules objective checkpoints training_state training initial_weights fit_input fit replica_fit replica_input replica_options stacked_loss stacked_training replicas ensemble_fit priors log_posterior trackers snapshots swag multi_swag point_likelihood scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_methods subspace_inference subspace_tuning dropout sgmcmc cyclical chain_losses chain_state chains local_reparameterization variational variational_fit planes autoencoder elbo_training centroids inducing_domains deep_gp_layer deep_gp_draws deep_gp_bound deep_gp_predictions deep_gp deep_gp_build deep_gp_fit inducing_posterior latent_processes vae gp_vae gp_vae_fit
+dnn: divergence run_key schedules objective checkpoints training_state training initial_weights fit_input fit replica_fit replica_input replica_options stacked_loss stacked_training replicas ensemble_fit priors log_posterior trackers snapshots swag multi_swag point_likelihood scale_tuning ensembles fast_geometric chain_diagnostics slice_sampling curve_ends hamiltonian curves curve_training loss_surface subspace subspace_likelihood subspace_methods subspace_inference subspace_tuning dropout sgmcmc cyclical chain_losses chain_state chains local_reparameterization variational variational_fit planes autoencoder elbo_training deep_gp_layer deep_gp_draws deep_gp_bound deep_gp_predictions deep_gp deep_gp_build deep_gp_fit inducing_posterior latent_processes vae gp_vae gp_vae_fit
 selection: mll diagnostics group_dimension gaussian_marginal variational_bound marginal_likelihood outcome_units orders held_out evidence weight_decay elbo sparse_fit multi_start deep_kernel em subset_start evidence_ascent iterative_mll training_batches scale_free weight_optimizer online_evidence online_hyperparameters online_loss online_training online_run curvature_gradient online orbit_jacobians tangent_blocks orbit_likelihood orbit_blocks orbit_sums orbit_curvature invariance_curvatures invariance_training invariance_fit invariance invariance_starts augerino loss_gradient loss_curvature neumann hypergradient inner_training hypergradient_descent row_augmentation held_out_problem prefix_posteriors prefix_draws speed_bound training_speed ascent named_values scan law_starts invariance_gp last_layer comparable compare
 plots: style bands traces calibration landscape scan
 acquisition surrogate_input surrogate_predictions surrogates
@@ -150,6 +150,10 @@ def violations(name, source):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "top")
 def test_a_file_keeps_the_rules(path):
     assert violations(module_name(path), path.read_text()) == []
+
+
+def test_every_ranked_file_exists():
+    assert set(RANK) == {module_name(path) for path in FILES}
 
 
 @pytest.mark.parametrize(

@@ -113,19 +113,31 @@ def test_the_start_has_the_asked_standard_deviation_and_no_noise(name):
         SparseGP(rbf(), normal(M, 2), initial_std=0.0)
 
 
+def _refused(*args):
+    raise AssertionError("pairs of different inputs are not needed")
+
+
 @pytest.mark.parametrize("num_outputs", [1, 3])
-def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(num_outputs):
+def test_marginals_are_those_of_the_posterior_and_need_no_other_pairs(
+    num_outputs, monkeypatch
+):
     kernel, d, width = kernels("convolutional")
     model = sparse(kernel, width, num_outputs=num_outputs).eval()
     x = normal(N, d, seed=2)
     joint, alone = model(x), model.marginals(x)
     assert torch.allclose(alone.mean, joint.mean)
     assert torch.allclose(alone.variance, joint.variance)
-    kernel._matrix = None  # would be called for pairs of different inputs
-    softmax = SoftmaxLikelihood(num_classes=max(2, num_outputs), mixing_weights=False)
-    if num_outputs > 1:
-        assert softmax(model.marginals(x)).probs.shape[-2:] == (N, 3)
+    monkeypatch.setattr(kernel, "sums", kernel.sums._replace(matrix=_refused))
+    # In train mode gpytorch's likelihoods draw from marginals themselves.
+    softmax = SoftmaxLikelihood(
+        num_classes=max(2, num_outputs), mixing_weights=False
+    ).eval()
+    predict = softmax if num_outputs > 1 else GaussianLikelihood()
+    predicted = predict(model.marginals(x)).sample()
+    assert predicted.shape[-1] == N
     assert model.marginals(x).rsample().shape == joint.mean.shape
+    with pytest.raises(AssertionError, match="pairs of different inputs"):
+        predict(model(x)).sample()
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -108,8 +108,13 @@ class Augmentation(gpytorch.Module):
         self.num_samples = num_samples
         self.num_parameters = num_parameters
         self.sampling = sampling
-        self.redraws = 0  # how often the noise was redrawn; kernels compare it
+        self._redraws = 0  # no option of a run: ``noise`` is in its state
         self.register_buffer("noise", self._centred(self._unit_points(None, seed)))
+
+    @property
+    def redraws(self) -> int:
+        """How often the transformations were redrawn; kernels compare it."""
+        return self._redraws
 
     @property
     def weights(self) -> Tensor | None:
@@ -189,7 +194,7 @@ class Augmentation(gpytorch.Module):
                 "keeps."
             )
         if self._redraw(generator):
-            self.redraws += 1
+            self._redraws += 1
 
     def _redraw(self, generator: Generator | None) -> bool:
         """Draw anew; whether there was anything to draw."""

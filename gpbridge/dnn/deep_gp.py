@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from gpbridge.checks import (
+    ShapeError,
     check_count,
     check_generator,
     check_inputs,
@@ -268,9 +269,16 @@ class DeepGaussianProcess(DeepGP):
 
         Raises:
             MemoryError: If the covariances of all draws do not fit.
+            ShapeError: If X is a batch.
         """  # noqa: DOC502
         check_count(num_samples=num_samples)
         self._check(X)
+        if X.dim() != 2:
+            raise ShapeError(
+                "X must be ``n x d``, since the covariance is joint over points, but "
+                f"has shape {tuple(X.shape)}. Loop over batches, or take predict for "
+                "single points, or gpbridge.surrogates.WeightSpaceModel for batches."
+            )
         return joint_moments(self.layers, X, num_samples, self._seeded(generator))
 
     def sample_joint(

@@ -162,8 +162,6 @@ def build_deep_gp(
             Z = initial_inducing_points(kernel, X, num_inducing, generator)
         elif Z is None:
             Z = centers
-        elif Z is None:
-            Z = centers
         else:
             check_inputs(Z, "inducing_points", None if has_own_domain(kernel) else d)
         Z = Z.to(X)
@@ -210,6 +208,12 @@ def _kernel(factory: KernelFactory | None, d: int, h: int, like: Tensor) -> Scal
         base = RBFKernel(ard_num_dims=d)
         base.lengthscale = LENGTHSCALE
     else:
+        if isinstance(factory, Kernel):
+            raise TypeError(
+                "kernels must be factories, since each layer has its own kernel, but "
+                f"one is a {type(factory).__name__}. Try kernels=lambda num_inputs: "
+                f"{type(factory).__name__}(ard_num_dims=num_inputs)."
+            )
         base = factory(d)
         if not isinstance(base, Kernel):
             raise TypeError(

@@ -49,7 +49,8 @@ def fit_deep_gp(
         num_samples: Draws of the hidden layers per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
         resume: The ``state`` of a fit before, of the same data and a model built alike,
-            to go on from.
+            to go on from: with the same public attributes of its modules. What they
+            count as they are called belongs in a buffer, or behind an underscore.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model in eval mode, entries of
             the history); True ends training.

@@ -15,9 +15,9 @@ class DivergedError(RuntimeError):
     Of ``fit_map`` it is the network, of ``fit_ensemble`` an ``EnsembleFit``, of
     ``train_replicas`` a :class:`~gpbridge.dnn.ReplicaFit`, of ``fit_vae``,
     ``fit_gp_vae``, ``fit_deep_gp``, ``fit_sparse_gp``, ``fit_online`` and
-    ``learn_invariance`` what they return, of ``fit_iterative`` its record; of
-    ``fit_mean_field``, ``fit_variational``, ``fit_curve`` and of chains the object
-    itself.
+    ``learn_invariance`` what they return, of ``learn_last_layer_invariance`` an
+    ``ELBOFit``, of ``fit_iterative`` its record; of ``fit_mean_field``,
+    ``fit_variational``, ``fit_curve`` and of chains the object itself.
     """
 
     def __init__(self, message: str, last_good: Any) -> None:

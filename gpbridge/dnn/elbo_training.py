@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.run_key import check_same_run, checksum, structure
@@ -61,6 +62,7 @@ def ascend_elbo(
     name: str,
     usual_rate: float,
     optimizer: torch.optim.Optimizer | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> ELBOFit:
     """Train ``model`` in place, leave it in eval mode at its last good epoch.
 
@@ -73,13 +75,18 @@ def ascend_elbo(
         batch_size: Rows per step.
         generator: Source of all randomness; None is a fresh one with seed 0.
         resume: The state of a run before, of the same data and a model of the same
-            structure. Learning rates and ``batch_size`` may be others.
+            structure. Learning rates and ``batch_size`` may be others. Public
+            attributes of its modules with plain values are options, and must be the
+            same; what a module counts as it is called belongs in a buffer, which the
+            state holds, or in an attribute with an underscore.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model, entries of the history);
             True ends training.
         name: Of the bar.
         usual_rate: A learning rate that is seldom too large, for messages.
         optimizer: In place of Adam on the groups.
+        before_epoch: Called with the number of each epoch, those of ``resume`` counted,
+            before its first step.
 
     Returns:
         The model with its history and state.
@@ -88,6 +95,7 @@ def ascend_elbo(
         DivergedError: If the bound or a weight is not finite; its ``last_good`` is the
             :class:`ELBOFit` of the last good epoch, or of none.
         KeyboardInterrupt: If it comes before one epoch is done.
+        TypeError: If ``resume`` is no state.
         ValueError: If an option is out of range, nothing can be trained, or ``resume``
             is of other data or of another model.
     """
@@ -97,6 +105,11 @@ def ascend_elbo(
         raise ValueError(
             "Pass resume or generator and not both: a resumed run goes on with the "
             "random numbers of its state."
+        )
+    if resume is not None and not isinstance(resume, Mapping):
+        raise TypeError(
+            "resume must be the state of a fit before, fit.state, but is "
+            f"{type(resume).__name__}."
         )
     if resume is not None and not _KEYS <= set(resume):
         raise ValueError(
@@ -115,7 +128,11 @@ def ascend_elbo(
         generator = Generator(device).manual_seed(0) if generator is None else generator
         check_generator(generator, device)
     else:
-        remedy = "Pass the same data and a model built alike, or start anew."
+        remedy = (
+            "Pass the same data and a model built alike, or start anew. What a module "
+            "counts as it is called is no option of it: keep it in a buffer, or in an "
+            "attribute with an underscore."
+        )
         check_same_run(resume["run"], run, remedy)
         generator = Generator(device)
         generator.set_state(resume["generator"].cpu())
@@ -147,11 +164,16 @@ def ascend_elbo(
             model.train()
             where = f"in epoch {first + epoch}"
             try:
+                if before_epoch is not None:
+                    before_epoch(first + epoch)
                 with isolated_randomness(generator, device):
                     order = torch.randperm(
                         num_data, generator=generator, device=generator.device
                     )
-                    batches = split_rows(order.to(device), batch_size, model)
+                    batches = order.to(device).split(batch_size)
+                    # A deep kernel's stay in eval mode and take single rows.
+                    if any(m.training for m in norm_layers(model).values()):
+                        batches = split_rows(order.to(device), batch_size, model)
                     value = _epoch(elbo, optimizer, batches, generator)
             except Exception as error:
                 # Weights that are NaN make distributions and factorisations raise.

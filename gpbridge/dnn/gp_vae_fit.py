@@ -50,7 +50,8 @@ def fit_gp_vae(
             ``"batch"``, as Jazbec et al., l b m^2 and biased.
         num_samples: Latent draws per datum and step.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: The ``state`` of a fit before, to go on from.
+        resume: The ``state`` of a fit before, of the same data and a model built alike,
+            to go on from, as for :func:`~gpbridge.dnn.fit_vae`.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, model in eval mode, entries of
             the history); True ends training. Its model is not conditioned.

@@ -101,11 +101,23 @@ def distance_exponents(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         The matrix ``... x n x n'``.
     """
-    own = -0.5 * left.square().sum(-1, keepdim=True)
-    others = -0.5 * right.square().sum(-2, keepdim=True)
-    rows = torch.cat([left, own, torch.ones_like(own)], -1)
-    columns = torch.cat([right, torch.ones_like(others), others], -2)
-    return rows @ columns
+    return with_norms(left, row=True) @ with_norms(right, row=False, dim=-2)
+
+
+def with_norms(points: Tensor, row: bool, dim: int = -1) -> Tensor:
+    """One side of :func:`distance_exponents`, two entries longer along an axis.
+
+    Args:
+        points: Points, centred, with their d entries along ``dim``.
+        row: Whether they are the left side of the product.
+        dim: The axis.
+
+    Returns:
+        The points with ``d + 2`` entries.
+    """
+    norms = -0.5 * points.square().sum(dim, keepdim=True)
+    ones = torch.ones_like(norms)
+    return torch.cat([points, norms, ones] if row else [points, ones, norms], dim)
 
 
 def exponentials(exponents: Tensor) -> Tensor:

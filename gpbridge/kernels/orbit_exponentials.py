@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpbridge.kernels.orbit_blocks import exponentials
+from gpbridge.kernels.orbit_blocks import exponentials, with_norms
 
 _CACHED = 2**19  # exponentials made at a time on a CPU, 2 MiB in float32
 _LAUNCHED = 2**25  # and elsewhere, where starting a kernel costs more
@@ -53,15 +53,34 @@ def orbit_variance(orbits: Tensor, weights: Tensor) -> Tensor:
     return _Variance.apply(orbits, weights)
 
 
+def exponentials_held(rows: int, columns: int, number: int, like: Tensor) -> int:
+    """How many exponentials either pass holds at once.
+
+    Args:
+        rows: Points, or those of an orbit, s.
+        columns: Points of an orbit, s.
+        number: Orbits.
+        like: A tensor where they are made.
+    """
+    orbits, height = _block(rows, columns, like)
+    return min(orbits, number) * min(height, rows) * columns
+
+
 class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, Z: Tensor, orbits: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(Z, orbits, weights)
         u, s = len(Z), orbits.shape[-2]
-        left, right = _left(Z), _right(orbits)
+        left, right = with_norms(Z, row=True), with_norms(orbits, row=False)
+        size, height = _block(u, s, Z)
+
+        def average(rows: Tensor, part: Tensor) -> Tensor:
+            K = _exponentials(rows, part.flatten(0, 1))
+            return (K.view(-1, s) @ weights).view(len(rows), -1)
+
         parts = [
-            (_exponentials(left, part.flatten(0, 1)).view(-1, s) @ weights).view(u, -1)
-            for part in right.split(_block(u * s, Z))
+            torch.cat([average(rows, part) for rows in left.split(height)])
+            for part in right.split(size)
         ]
         return torch.cat(parts, -1)
 
@@ -70,21 +89,26 @@ class _Cross(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Z, orbits, weights = ctx.saved_tensors
         (u, d), s = Z.shape, orbits.shape[-2]
-        left, right = _left(Z), _right(orbits)
-        ones = torch.ones_like(Z[:, :1])
-        points = torch.cat([Z, ones], -1)  # u x (d + 1)
-        size = _block(u * s, Z)
+        left, right = with_norms(Z, row=True), with_norms(orbits, row=False)
+        points = torch.cat([Z, torch.ones_like(Z[:, :1])], -1)  # u x (d + 1)
+        size, height = _block(u, s, Z)
         dZ = torch.zeros_like(points)
+
+        def add(rows: slice, part: Tensor, weighted: Tensor, g: Tensor) -> Tensor:
+            """Of some points and some orbits; what belongs to the orbits."""
+            K = _exponentials(left[rows], part)
+            K.view(len(g), -1, s).mul_(g[..., None])
+            dZ[rows].addmm_(K, weighted)
+            return K.mT @ points[rows]
+
+        blocks = [slice(start, start + height) for start in range(0, u, height)]
         sums = []
         for part, own, g in zip(
             right.split(size), orbits.split(size), grad.split(size, -1), strict=True
         ):
-            K = _exponentials(left, part.flatten(0, 1))
-            K.view(u, -1, s).mul_(g[..., None])
-            weighted = torch.cat([own, torch.ones_like(own[..., :1])], -1)
-            weighted = weighted * weights[:, None]
-            dZ.addmm_(K, weighted.flatten(0, 1))
-            sums.append(K.mT @ points)
+            weighted = _weighted(own, weights).flatten(0, 1)
+            part = part.flatten(0, 1)
+            sums.append(sum(add(rows, part, weighted, g[rows]) for rows in blocks))
         dZ = dZ[:, :d] - Z * dZ[:, d:]
         sums = torch.cat(sums).view(-1, s, d + 1)
         dO = (sums[..., :d] - orbits * sums[..., d:]) * weights[:, None]
@@ -95,13 +119,12 @@ class _Variance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, orbits: Tensor, weights: Tensor) -> Tensor:
         s, d = orbits.shape[-2:]
-        weighted = torch.cat([orbits, torch.ones_like(orbits[..., :1])], -1)
-        weighted = weighted * weights[:, None]
-        left, right = _left(orbits), _right(orbits)
-        size = _block(s * s, orbits)
+        left, right = with_norms(orbits, row=True), with_norms(orbits, row=False)
+        weighted = _weighted(orbits, weights)
+        size, height = _block(s, s, orbits)
         # All that the backward pass needs, since it is linear in its one number.
         parts = [
-            _exponentials(a, b) @ c
+            torch.cat([_exponentials(r, b) @ c for r in a.split(height, -2)], -2)
             for a, b, c in zip(
                 left.split(size), right.split(size), weighted.split(size), strict=True
             )
@@ -119,20 +142,20 @@ class _Variance(torch.autograd.Function):
         return 2 * grad[:, None, None] * dO, 2 * grad @ sums[..., d]
 
 
-def _left(points: Tensor) -> Tensor:
-    norms = -0.5 * points.square().sum(-1, keepdim=True)
-    return torch.cat([points, norms, torch.ones_like(norms)], -1)
-
-
-def _right(points: Tensor) -> Tensor:
-    norms = -0.5 * points.square().sum(-1, keepdim=True)
-    return torch.cat([points, torch.ones_like(norms), norms], -1)
+def _weighted(orbits: Tensor, weights: Tensor) -> Tensor:
+    """Weights times the points and one."""
+    extended = torch.cat([orbits, torch.ones_like(orbits[..., :1])], -1)
+    return extended * weights[:, None]
 
 
 def _exponentials(left: Tensor, right: Tensor) -> Tensor:
     return exponentials(left @ right.mT)
 
 
-def _block(entries: int, like: Tensor) -> int:
+def _block(rows: int, columns: int, like: Tensor) -> tuple[int, int]:
+    """Orbits of a block, and rows: all of them, or some with one orbit."""
     room = _CACHED if like.device.type == "cpu" else _LAUNCHED
-    return max(1, room // entries)
+    orbits = room // max(1, rows * columns)
+    if orbits:
+        return orbits, max(1, rows)
+    return 1, max(1, room // columns)

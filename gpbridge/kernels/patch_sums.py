@@ -19,7 +19,11 @@ from gpbridge.kernels.orbit_blocks import (
     in_blocks,
     symmetric_in_blocks,
 )
-from gpbridge.kernels.orbit_exponentials import orbit_cross, orbit_variance
+from gpbridge.kernels.orbit_exponentials import (
+    exponentials_held,
+    orbit_cross,
+    orbit_variance,
+)
 from gpbridge.kernels.orbit_sums import (
     CROSS_REMEDY,
     DIAGONAL_REMEDY,
@@ -91,12 +95,15 @@ def patch_diagonal(average: OrbitAverage, x1: Tensor, x2: Tensor, same: bool) ->
         return average_diagonal(average, x1, x2, same)
     patches, P = average.augmentation, average.augmentation.num_samples
     weights, size = patches.coefficients(x1), _images(average, x1)
+    part = min(size, len(x1))
     check_average(
         average,
         x1,
         (len(x1),),
         (P, P),
-        2 * len(x1) + 6.5 * _pixels(average, min(size, len(x1))),  # measured
+        2 * len(x1)
+        + 6.5 * _pixels(average, part)  # measured
+        + exponentials_held(P, P, part, x1),
         DIAGONAL_REMEDY,
     )
 
@@ -117,7 +124,8 @@ def patch_cross(average: OrbitAverage, Z: Tensor, x: Tensor) -> Tensor:
     if exponential:
         size = _images(average, x)
         factor = 6 if torch.is_grad_enabled() else 2.5  # measured
-        numbers = 3 * u * n + factor * _pixels(average, min(size, n))
+        numbers = 3 * (u * n + Z.numel()) + factor * _pixels(average, min(size, n))
+        numbers += exponentials_held(u, P, min(size, n), x)
     else:
         size, _ = block_sizes(P, u, average.chunk_size, x.device, _pixels(average, 1))
         part = min(size, n)

@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,22 +28,24 @@ from gpytorch.models import GP, ExactGP
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
-    ReliabilityWarning,
     check_count,
     check_positive,
-    warn_user,
 )
+from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.elbo_training import Callback, ascend_elbo
+from gpbridge.dnn.run_key import check_same_run
+from gpbridge.dnn.training import adam
 from gpbridge.kernels.deep import DeepKernel
 from gpbridge.selection.elbo import OrbitVariationalELBO
 from gpbridge.selection.gaussian_marginal import gaussian_marginal, log_density
 from gpbridge.selection.invariance_gp import objective_of
 from gpbridge.selection.law_starts import copy_of_model, free_laws, learnt_values
-from gpbridge.selection.marginal_likelihood import log_evidence, log_prior
+from gpbridge.selection.marginal_likelihood import log_evidence
+from gpbridge.selection.mll import log_prior
 from gpbridge.selection.sparse_fit import checked_data
 
-_EXPLOITED = 1.0  # nats per datum that the weights may take from the log determinant
-_EXPLAINED = 0.1  # how near to one the misfit then is
+_PHASES = ("hyperparameters", "weights")
+_USUAL_RATE, _USUAL_NETWORK_RATE = 0.02, 1e-3
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class LastLayerFit:
         history: ``elbo``, the objective per datum in each epoch, hyperpriors included.
         phases: What moved in each epoch, ``"hyperparameters"`` or ``"weights"``.
         misfit: Of an exact GP, :math:`y^\top C^{-1} y / n` of the residuals, about one
-            where the evidence has its optimum in the scales; else None.
-        log_det: Of an exact GP, :math:`\log\det C / n` before the weights moved and at
-            the end; else None.
+            where the evidence has its optimum in the scales and no prior holds them;
+            else None.
+        log_det: Of an exact GP, :math:`\log\det C / n`; else None. The evidence per
+            datum is minus half of both, less a constant.
         state: Pass it as ``resume`` to go on as if there had been no pause.
     """
 
@@ -70,7 +72,7 @@ class LastLayerFit:
     history: dict[str, list[float]]
     phases: tuple[str, ...]
     misfit: float | None
-    log_det: tuple[float, float] | None
+    log_det: float | None
     state: dict[str, Any] = field(repr=False)
 
 
@@ -81,8 +83,8 @@ def learn_last_layer_invariance(
     cycles: int = 10,
     hyper_epochs: int = 20,
     weight_epochs: int = 10,
-    learning_rate: float = 0.02,
-    network_learning_rate: float = 1e-3,
+    learning_rate: float = _USUAL_RATE,
+    network_learning_rate: float = _USUAL_NETWORK_RATE,
     batch_size: int = 100,
     generator: Generator | None = None,
     resume: dict[str, Any] | None = None,
@@ -101,10 +103,11 @@ def learn_last_layer_invariance(
     result with :func:`learn_kernel_invariance`, its network frozen.
 
     **Trained features overfit.** The misfit of a GP at the optimum of its scales is one
-    per datum, whatever the features, so that weights can raise the evidence only by its
-    log determinant, by pulling training points together. If they took more than a nat
-    per datum from it, a warning says so. The evidence of the whole network
-    (:func:`learn_invariance`) has no such freedom.
+    per datum, whatever the features, so that weights raise the evidence in the end by
+    its log determinant, by pulling training points together. Features that fit noise do
+    so as well as good ones: ``misfit`` and ``log_det`` say where the evidence comes
+    from, and only rows held out whether the features may be trusted. The evidence of
+    the whole network (:func:`learn_invariance`) has no such freedom.
 
     Args:
         model: An exact GP with its data; a sparse GP, or its bound. It is copied. Its
@@ -118,7 +121,7 @@ def learn_last_layer_invariance(
         network_learning_rate: Of weights.
         batch_size: Rows per step of a sparse GP; an exact one takes all.
         generator: Source of all randomness; None is a fresh one with seed 0.
-        resume: ``fit.state`` of a run before, with the same numbers of epochs.
+        resume: ``fit.state`` of a run before, with the same lengths of both phases.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, objective, entries of the
             history); True ends training.
@@ -127,14 +130,12 @@ def learn_last_layer_invariance(
         The fitted copy and the law.
 
     Raises:
-        DivergedError: If the objective or a parameter is not finite.
+        DivergedError: If the objective or a parameter is not finite; its ``last_good``
+            is an :class:`~gpbridge.dnn.elbo_training.ELBOFit`, with the state.
         TypeError: If the model is neither exact nor sparse, or has natural gradients.
-        ValueError: If the kernel has no free law or no trainable network.
+        ValueError: If the kernel has no free law or no trainable network, or ``resume``
+            is of other data, another model or other lengths.
         ShapeError: If targets do not fit the likelihood of a sparse GP.
-
-    Warns:
-        ReliabilityWarning: If the weights of an exact GP took the evidence from the log
-            determinant.
 
     Example:
         >>> from botorch.models import SingleTaskGP
@@ -160,6 +161,7 @@ def learn_last_layer_invariance(
     gp = own if exact else own.model
     laws = free_laws(gp)
     groups = _groups(gp, own)
+    rates = (learning_rate, network_learning_rate, learning_rate)
     if exact:
         # One row, all data, as the evidence has no terms for each datum.
         rows_of = (gp.train_inputs[0].unsqueeze(0), gp.train_targets.unsqueeze(0))
@@ -176,54 +178,49 @@ def learn_last_layer_invariance(
             return own(X[rows], Y[rows], generator=generator)
         return own(gp(X[rows]), Y[rows])
 
-    before = None if resume is None else resume.get("log_det")
+    def before_epoch(epoch: int) -> None:
+        turn = _turn(epoch, hyper_epochs, weight_epochs)
+        # Adam passes over what has no gradient, and keeps its moments.
+        for number, group in enumerate(groups[:2]):
+            for parameter in group:
+                parameter.requires_grad_(number == turn)
 
-    def after_epoch(epoch: int, module: nn.Module, entry: dict[str, float]) -> object:
-        nonlocal before
-        if exact and before is None and epoch == hyper_epochs - 1:
-            before = _misfit_and_log_det(gp)[1]
-        return callback is not None and callback(epoch, module, entry)
-
-    # BoTorch's noise has no transform: a step could make it negative.
-    parameters, limits = get_parameters_and_bounds(own, requires_grad=True)
-    bounds = {
-        parameters[name]: [torch.as_tensor(end).to(parameters[name]) for end in limit]
-        for name, limit in limits.items()
-    }
-    steps = math.ceil(len(rows_of[0]) / rows_per_step)
-    optimizer = _Toggling(
-        groups,
-        (hyper_epochs * steps, weight_epochs * steps),
-        learning_rate,
-        network_learning_rate,
-        bounds,
-    )
-    fit = ascend_elbo(
-        own,
-        value,
-        rows_of,
-        groups=[(groups[0], learning_rate)],
-        epochs=cycles * (hyper_epochs + weight_epochs),
-        batch_size=rows_per_step,
-        generator=generator,
-        resume=resume,
-        progress=progress,
-        callback=after_epoch,
-        name="learn_last_layer_invariance",
-        usual_rate=1e-2,
-        optimizer=optimizer,
-    )
+    try:
+        fit = ascend_elbo(
+            own,
+            value,
+            rows_of,
+            groups=[(groups[0], learning_rate)],
+            epochs=cycles * (hyper_epochs + weight_epochs),
+            batch_size=rows_per_step,
+            generator=generator,
+            resume=resume,
+            progress=progress,
+            callback=callback,
+            name="learn_last_layer_invariance",
+            usual_rate=_USUAL_RATE,
+            optimizer=_optimizer(
+                own,
+                list(zip(groups, rates, strict=True)),
+                {"hyper_epochs": hyper_epochs, "weight_epochs": weight_epochs},
+            ),
+            before_epoch=before_epoch,
+        )
+    except DivergedError as error:
+        advice = rate_advice(network_learning_rate, _USUAL_NETWORK_RATE)
+        raise DivergedError(
+            f"{error} The weights have a rate of their own: try network_{advice}.",
+            error.last_good,
+        ) from error
+    finally:
+        for parameter in (*groups[0], *groups[1]):
+            parameter.requires_grad_(True)
     with torch.no_grad():
         arguments = () if exact else (X, Y, own.likelihood)
         evidence = float(log_evidence(gp, *arguments).sum())
-    misfit, log_det = None, None
-    if exact:
-        misfit, now = _misfit_and_log_det(gp)
-        log_det = (now if before is None else before, now)
-        _warn_if_exploited(misfit, *log_det)
-    period = hyper_epochs + weight_epochs
+    misfit, log_det = _misfit_and_log_det(gp) if exact else (None, None)
     phases = tuple(
-        "hyperparameters" if epoch % period < hyper_epochs else "weights"
+        _PHASES[_turn(epoch, hyper_epochs, weight_epochs)]
         for epoch in range(len(fit.history["elbo"]))
     )
     return LastLayerFit(
@@ -234,8 +231,13 @@ def learn_last_layer_invariance(
         phases,
         misfit,
         log_det,
-        fit.state | {"log_det": before},
+        fit.state,
     )
+
+
+def _turn(epoch: int, hyper_epochs: int, weight_epochs: int) -> int:
+    """Which group moves; of the epoch alone, as batches may change in between."""
+    return int(epoch % (hyper_epochs + weight_epochs) >= hyper_epochs)
 
 
 def _groups(gp: GP, module: nn.Module) -> tuple[list[nn.Parameter], ...]:
@@ -281,61 +283,30 @@ def _misfit_and_log_det(gp: ExactGP) -> tuple[float, float]:
     return float(misfit.mean()) / n, float(log_det.mean()) / n
 
 
-def _warn_if_exploited(misfit: float, before: float, now: float) -> None:
-    if abs(misfit - 1) < _EXPLAINED and before - now > _EXPLOITED:
-        warn_user(
-            f"The weights lowered the log determinant by {before - now:.2g} nats per "
-            f"datum, with a misfit of {misfit:.2g}: the features overfit, and neither "
-            "noise nor law may be trusted. Lower network_learning_rate or "
-            "weight_epochs, or take the evidence of the whole network "
-            "(learn_invariance).",
-            ReliabilityWarning,
-        )
+def _optimizer(
+    module: nn.Module,
+    groups: list[tuple[list[nn.Parameter], float]],
+    lengths: dict[str, int],
+) -> torch.optim.Adam:
+    """Adam inside the bounds; its state refuses phases of other lengths."""
+    optimizer = adam(groups)
+    parameters, limits = get_parameters_and_bounds(module, requires_grad=True)
+    bounds = {
+        parameters[name]: [torch.as_tensor(end).to(parameters[name]) for end in limit]
+        for name, limit in limits.items()
+    }
 
+    @torch.no_grad()
+    def stay_inside(*_: object) -> None:
+        # BoTorch's noise has no transform: a step could make it negative.
+        for parameter, (low, high) in bounds.items():
+            parameter.clamp_(low, high)
 
-class _Toggling(torch.optim.Optimizer):
-    """Adam for the parameters whose turn it is, and for those of inference always."""
+    def check_lengths(_: object, state: dict[str, Any]) -> None:
+        remedy = "Pass the numbers of epochs of the run before, or start anew."
+        check_same_run(state, lengths, remedy)
 
-    def __init__(
-        self,
-        groups: tuple[list[nn.Parameter], ...],
-        lengths: tuple[int, int],
-        rate: float,
-        network_rate: float,
-        bounds: dict[nn.Parameter, list[Tensor]],
-    ) -> None:
-        rates = (rate, network_rate, rate)
-        self.parts = [
-            torch.optim.Adam([{"params": group, "lr": lr}])
-            for group, lr in zip(groups, rates, strict=True)
-            if group
-        ]
-        self.lengths, self.bounds = lengths, bounds
-        self.count = 0
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: None = None) -> None:
-        turn = int(self.count % sum(self.lengths) >= self.lengths[0])
-        for part in (self.parts[turn], *self.parts[2:]):
-            part.step()
-        with torch.no_grad():
-            for parameter, (low, high) in self.bounds.items():
-                parameter.clamp_(low, high)
-        self.count += 1
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = [part.state_dict() for part in self.parts]
-        return {"parts": parts, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        states = copy.deepcopy(state["parts"])
-        for part, own in zip(self.parts, states, strict=True):
-            part.load_state_dict(own)
-        self.count = state["count"]
+    optimizer.register_step_post_hook(stay_inside)
+    optimizer.register_state_dict_post_hook(lambda _, state: state | lengths)
+    optimizer.register_load_state_dict_pre_hook(check_lengths)
+    return optimizer

@@ -37,16 +37,20 @@ def free_laws(gp: nn.Module) -> dict[str, Augmentation]:
             "requires_grad in its augmentation. Call requires_grad_(True) on it, or "
             "fit the other hyperparameters with fit_gpytorch_mll."
         )
+    for path, law in laws.items():
+        if isinstance(law, BoundedAugmentation) and not bool(law.noise.any()):
+            raise ValueError(
+                f"{path} has the identity as its only element (num_samples="
+                f"{law.num_samples}), whatever its bound. Take 2 samples or more, 16 "
+                "for instance."
+            )
     return laws
 
 
 def free_names(law: Augmentation) -> list[str]:
     """Natural names of the free parameters of a law."""
-    return [
-        name.replace("raw_", "")
-        for name, p in law.named_parameters()
-        if p.requires_grad
-    ]
+    free = [name for name, p in law.named_parameters() if p.requires_grad]
+    return [".".join(part.removeprefix("raw_") for part in n.split(".")) for n in free]
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:

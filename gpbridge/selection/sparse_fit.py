@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpytorch.likelihoods import MultitaskGaussianLikelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.optim import NGD
 from gpytorch.variational import (
@@ -75,7 +79,9 @@ def fit_sparse_gp(
         natural_rate: Of natural gradients, where the distribution takes them.
         generator: Source of all randomness; None is a fresh one with seed 0.
         resume: ``fit.state`` of a run before, of the same data and structure of the
-            bound: as if there had been no pause.
+            bound: as if there had been no pause. Public attributes of its modules must
+            be the same. What they count as they are called belongs in a buffer, or
+            behind an underscore.
         progress: Whether to show a bar, if there is a terminal.
         callback: Called after every epoch with (epoch, elbo, entries of the history);
             True ends training.
@@ -198,7 +204,7 @@ def checked_data(
 def _check_labels(elbo: MarginalLogLikelihood, labels: Tensor) -> None:
     """Once for all data: a look in each step would stop the device."""
     likelihood = elbo.likelihood
-    if isinstance(likelihood, LogisticLikelihood):
+    if isinstance(likelihood, LogisticLikelihood | BernoulliLikelihood):
         check_binary(labels)
     elif isinstance(likelihood, SoftmaxLikelihood):
         check_labels(labels, likelihood.num_classes)

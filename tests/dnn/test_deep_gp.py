@@ -480,6 +480,10 @@ def test_bad_inputs_are_named():
         model.draw(0)
     with pytest.raises(MemoryError, match="draw"):
         model.sample_joint(X.repeat(2000, 1), 100)
+    with pytest.raises(ShapeError, match="joint over points.*shape \\(1, 12, 2\\)"):
+        model.posterior(X[None])
+    with pytest.raises(TypeError, match="must be factories.* but one is a RBFKernel"):
+        build_deep_gp(X, kernels=RBFKernel())
 
 
 def test_a_layer_takes_values_and_nothing_else():

@@ -113,6 +113,30 @@ def test_a_state_of_another_run_is_refused(change, message):
     assert equal(before.values(), model.state_dict().values())
 
 
+class Counting(Nested):
+    """Calls counted where they are an option, and where they are state."""
+
+    def __init__(self, public):
+        super().__init__()
+        self.public = public
+        self.calls = 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, generator):
+        self.calls += self.public
+        self.count += 1
+        return super().forward(x, generator)
+
+
+def test_a_count_goes_on_in_a_buffer_and_is_an_option_in_a_public_attribute():
+    state = fit(Counting(False), epochs=1).state
+    assert int(fit(Counting(False), epochs=1, resume=state).model.count) == 6
+    trained = fit(Counting(True), epochs=1)
+    match = "its model is .*'calls': '0'.*'calls': '3'.*in a buffer.*an underscore"
+    with pytest.raises(ValueError, match=re.compile(match, re.DOTALL)):
+        fit(trained.model, epochs=1, resume=trained.state)
+
+
 def test_another_rate_and_batch_size_may_go_on():
     state = fit(Nested(), epochs=1).state
     one, two = (
@@ -223,3 +247,10 @@ def test_the_same_seed_gives_the_same_fit_and_the_global_state_stays():
 def test_bad_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         fit(Nested(), **change)
+
+
+def test_a_fit_is_no_state():
+    model = Nested()
+    done = fit(model, epochs=1)
+    with pytest.raises(TypeError, match="must be the state .* fit.state, but is ELBO"):
+        fit(model, resume=done)

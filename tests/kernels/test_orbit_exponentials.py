@@ -18,7 +18,7 @@ def problem():
     return [t.requires_grad_() for t in (Z, orbits, weights)]
 
 
-@pytest.mark.parametrize("block", [1, 2**19])
+@pytest.mark.parametrize("block", [1, 13, 40, 2**19])
 def test_both_averages_are_their_loops(block, monkeypatch):
     monkeypatch.setattr(orbit_exponentials, "_CACHED", block)
     Z, orbits, weights = problem()
@@ -32,7 +32,7 @@ def test_both_averages_are_their_loops(block, monkeypatch):
         assert torch.isclose(variance[n], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("block", [1, 2**19])
+@pytest.mark.parametrize("block", [13, 40, 2**19])
 def test_derivatives_are_finite_differences(block, monkeypatch):
     monkeypatch.setattr(orbit_exponentials, "_CACHED", block)
     Z, orbits, weights = problem()

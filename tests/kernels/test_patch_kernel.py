@@ -1,11 +1,32 @@
 """A kernel of patches and their places is the product of two."""
 
+import unittest
+
 import pytest
 import torch
-from gpytorch.kernels import RBFKernel
+from gpytorch.kernels import MaternKernel, RBFKernel
+from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
 
 from gpbridge.kernels.patch_kernel import PatchKernel
 from tests.kernels.orbit_problems import EXACT, dense, rbf
+
+
+class TestContract(BaseKernelTestCase, unittest.TestCase):
+    """Upstream's contract; two columns of the data are places."""
+
+    def create_kernel_no_ard(self, batch_shape=None, **kwargs):
+        batch_shape = batch_shape or torch.Size()
+        parts = (k(batch_shape=batch_shape) for k in (MaternKernel, RBFKernel))
+        return PatchKernel(*parts, **kwargs)
+
+    def create_data_no_batch(self):
+        return torch.randn(50, 10)
+
+    def create_data_single_batch(self):
+        return torch.randn(2, 50, 4)
+
+    def create_data_double_batch(self):
+        return torch.randn(3, 2, 50, 4)
 
 
 @pytest.fixture

@@ -7,7 +7,11 @@ import pytest
 import torch
 from botorch.exceptions.errors import InputDataError
 from gpytorch.kernels import RBFKernel
-from gpytorch.likelihoods import GaussianLikelihood, SoftmaxLikelihood
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    SoftmaxLikelihood,
+)
 from gpytorch.mlls import VariationalELBO
 
 from gpbridge.augmentation import FiniteOrbit, Rotation2d
@@ -95,6 +99,27 @@ def test_a_resumed_run_is_the_run_without_a_pause(distribution, stochastic, tmp_
     resumed = fit_sparse_gp(start(), X, y, epochs=2, resume=state, **options)
     assert resumed.history == whole.history and len(whole.history["elbo"]) == 4
     states = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_a_run_with_a_redrawn_orbit_goes_on_in_a_model_built_alike():
+    X, y = regression()
+
+    def start():
+        return bound(model_for(X, InvariantKernel(RBFKernel(), Rotation2d(4))), X)
+
+    def redrawn():
+        elbo = start()
+        law = elbo.model.covar_module.augmentation
+        law.resample(torch.Generator().manual_seed(3))
+        return elbo
+
+    options = {"batch_size": 7, "progress": False}
+    whole = fit_sparse_gp(redrawn(), X, y, epochs=2, **options)
+    state = fit_sparse_gp(redrawn(), X, y, epochs=1, **options).state
+    rest = fit_sparse_gp(start(), X, y, epochs=1, resume=state, **options)
+    assert rest.history == whole.history
+    states = rest.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
@@ -215,6 +240,7 @@ def test_bad_input_is_refused(change, error, message):
     "likelihood, label, message",
     [
         (LogisticLikelihood(), 2.0, "must hold 0 and 1.*contains 2"),
+        (BernoulliLikelihood(), 2.0, "must hold 0 and 1.*contains 2"),
         (PolyaGammaBernoulliLikelihood(), -1.0, "must hold 0 and 1.*contains -1"),
         (
             SoftmaxLikelihood(num_classes=3, mixing_weights=False),
