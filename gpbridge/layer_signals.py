@@ -30,8 +30,23 @@ class LayerSignal(NamedTuple):
 
     def jacobian(self) -> Tensor:
         """The layer's columns of the features, ``batch x n x m x (o i)``."""
-        J = self.signal.mT @ self.inputs[..., None, :, :]  # batch x n x m x o x i
-        return J.flatten(-2)
+        return outer_products(self.signal, self.inputs).flatten(-2)
+
+
+def outer_products(signal: Tensor, inputs: Tensor) -> Tensor:
+    r"""Derivatives by a layer's weights, :math:`\sum_t \delta_t a_t^\top`.
+
+    One matrix product for each point: a broadcast one would copy the inputs m times.
+
+    Args:
+        signal: Signals ``... n x m x T x o``.
+        inputs: Inputs ``... n x T x i``.
+
+    Returns:
+        The derivatives, ``... n x m x o x i``.
+    """
+    m, _, o = signal.shape[-3:]
+    return (signal.mT.flatten(-3, -2) @ inputs).unflatten(-2, (m, o))
 
 
 def is_contractible(module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from gpbridge.checks import check_memory
 from gpbridge.features import DenseFeatures, TangentFeatures
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_gram import tangent_features
+from gpbridge.layer_signals import outer_products
 from gpbridge.likelihoods import hessian_root, is_gaussian
 from gpbridge.operators import JacobianOperator
 
@@ -223,7 +224,7 @@ def _squares(features: TangentFeatures, root: Tensor | None) -> Tensor:
             square = signal[..., 0, :].square().sum(1)  # n x o
             found = square.mT @ inputs[:, 0].square()  # o x i
         else:
-            found = (signal.mT @ inputs[:, None]).square().sum((0, 1))
+            found = outer_products(signal, inputs).square().sum((0, 1))
         sources[name] = found.flatten()
     return torch.cat([c.view(sources[c.source]).flatten() for c in features.columns])
 

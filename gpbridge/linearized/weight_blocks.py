@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gpbridge.features import TangentFeatures
 from gpbridge.layer_features import Columns, LayerFeatures
+from gpbridge.layer_signals import outer_products
 
 
 class WeightBlock(NamedTuple):
@@ -80,7 +81,7 @@ class BlockJacobian(NamedTuple):
         """The derivatives, ``batch x n x m x o x i``."""
         if self.columns is not None:
             return self.columns
-        return self.signal.mT @ self.inputs[..., None, :, :]
+        return outer_products(self.signal, self.inputs)
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> BlockJacobian:
         """The derivatives in another basis, ``left' J right``; None is the identity."""
