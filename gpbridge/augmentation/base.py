@@ -297,6 +297,11 @@ class BoundedAugmentation(Augmentation):
         return self.bound.to(x) * self.noise.to(x)
 
 
+def natural_name(name: str) -> str:
+    """The name of a parameter's value in natural units: ``bound`` of ``raw_bound``."""
+    return ".".join(part.removeprefix("raw_") for part in name.split("."))
+
+
 def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
     options = {"dtype": torch.float64, "device": generator.device}
     return torch.rand(shape, generator=generator, **options).cpu()

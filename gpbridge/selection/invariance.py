@@ -34,7 +34,12 @@ from gpbridge.selection.invariance_training import (
     PHASES,
     InvarianceTraining,
 )
-from gpbridge.selection.online_run import check_folder, diverged_message, run_epochs
+from gpbridge.selection.online_run import (
+    check_folder,
+    diverged_message,
+    final_evidence,
+    run_epochs,
+)
 from gpbridge.selection.online_training import NonFiniteError
 from gpbridge.selection.orbit_curvature import OrbitStructure
 from gpbridge.selection.training_batches import TrainingBatches
@@ -103,7 +108,8 @@ def learn_invariance(
     ``fit.augmentation.requires_grad_(False)``. A prior that moves before the network
     fits anything, or by small blocks, falls to zero, and the network with it: let it
     move late (``prior_every``) and by ``prior_structure``. What served images of 312
-    rows and 200 epochs was ``TangentBlocks(78, outputs="sampled", num_blocks=1)`` with
+    rows and 200 epochs was
+    ``TangentBlocks(block_size=78, outputs="sampled", num_blocks=1)`` with
     ``prior_structure=Kronecker(), burn_in=10, every=2, prior_every=20,
     hyper_steps=40, augmentation_learning_rate=0.2``, and a ``schedule`` by which the
     weights' rate falls in the second half.
@@ -119,7 +125,9 @@ def learn_invariance(
         structure: Of M: ``Exact()`` by weights or by data, whichever are fewer;
             :class:`TangentBlocks`, lower bounds; ``Kronecker()``, no bound;
             ``Diagonal()``, a lower bound. Precision of Jacobians is that of its
-            ``jacobian_dtype``, None that of the network.
+            ``jacobian_dtype``, None that of the network. The gradient of ``Kronecker``
+            holds the basis: with unequal noise of several outputs it is up to some per
+            cent off that of its evidence.
         prior_structure: Of M where prior and noise take steps, and for the evidence of
             the end; None is ``structure``. Few and small blocks are good enough for the
             direction of the law, but bias the prior so much that a network may do worse
@@ -256,12 +264,12 @@ def learn_invariance(
             callback,
             progress,
         )
+        evidence = final_evidence(training)
     except NonFiniteError as error:
         raise DivergedError(
             diverged_message(training, error, learning_rate, _USUAL_RATE),
             invariance_fit(training, None),
         ) from error
-    evidence = training.evidence()
     if float(evidence.effective_dimension) < 1:
         priors = ", ".join(f"{value:.2g}" for value in training.prior_variance.tolist())
         warn_user(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gpbridge.augmentation.base import Augmentation
+from gpbridge.augmentation.base import Augmentation, natural_name
 from gpbridge.selection.invariance_training import InvarianceTraining
 from gpbridge.selection.online import OnlineFit
 from gpbridge.types import Evidence
@@ -37,7 +37,9 @@ class InvarianceFit(OnlineFit):
     def augmentation(self) -> Augmentation:
         """A copy of the law, which can be learnt on from here."""
         law = copy.deepcopy(self.network.augmentation)
-        return law.requires_grad_(bool(self.learnt))
+        for name, parameter in law.named_parameters():
+            parameter.requires_grad_(natural_name(name) in self.learnt)
+        return law
 
     def __repr__(self) -> str:
         """What was learnt, and the evidence with its block size."""

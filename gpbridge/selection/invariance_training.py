@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from gpbridge.augmentation.averaged import AveragedNetwork
+from gpbridge.augmentation.base import natural_name
 from gpbridge.dnn.run_key import checksum
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.kernels.tangent import Groups
@@ -148,7 +149,7 @@ class InvarianceTraining(OnlineTraining):
         for name, p, constraint in constrained:
             if name in self._learnt:
                 value = p if constraint is None else constraint.transform(p)
-                found[name.replace("raw_", "")] = value.detach().clone()
+                found[natural_name(name)] = value.detach().clone()
         return found
 
     def evidence(self) -> Evidence:

@@ -14,7 +14,11 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
-from gpbridge.augmentation.base import Augmentation, BoundedAugmentation
+from gpbridge.augmentation.base import (
+    Augmentation,
+    BoundedAugmentation,
+    natural_name,
+)
 from gpbridge.inducing_covariances import has_orbits
 
 Values = float | Sequence[float] | Tensor
@@ -50,7 +54,7 @@ def free_laws(gp: nn.Module) -> dict[str, Augmentation]:
 def free_names(law: Augmentation) -> list[str]:
     """Natural names of the free parameters of a law."""
     free = [name for name, p in law.named_parameters() if p.requires_grad]
-    return [".".join(part.removeprefix("raw_") for part in n.split(".")) for n in free]
+    return [natural_name(name) for name in free]
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:

@@ -34,7 +34,12 @@ from gpbridge.linearized.gp import LinearizedGP
 from gpbridge.linearized.inference import Exact, Inference
 from gpbridge.linearized.structures import Kronecker
 from gpbridge.selection.online_evidence import OnlineStructure
-from gpbridge.selection.online_run import check_folder, diverged_message, run_epochs
+from gpbridge.selection.online_run import (
+    check_folder,
+    diverged_message,
+    final_evidence,
+    run_epochs,
+)
 from gpbridge.selection.online_training import (
     NonFiniteError,
     OnlineStep,
@@ -297,6 +302,7 @@ def fit_online(
             callback,
             progress,
         )
+        evidence = final_evidence(training)
     except NonFiniteError as error:
         raise DivergedError(
             diverged_message(training, error, learning_rate, USUAL_RATE),
@@ -309,7 +315,7 @@ def fit_online(
             "smaller every= or burn_in=.",
             ReliabilityWarning,
         )
-    return _result(training, training.evidence())
+    return _result(training, evidence)
 
 
 def _result(training: OnlineTraining, evidence: Evidence | None) -> OnlineFit:

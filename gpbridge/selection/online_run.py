@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 
+import torch
 from tqdm import tqdm
 
 from gpbridge.checks import warn_user
 from gpbridge.dnn.checkpoints import Checkpoint
 from gpbridge.dnn.divergence import rate_advice
-from gpbridge.selection.online_training import OnlineTraining
+from gpbridge.selection.online_training import NonFiniteError, OnlineTraining
+from gpbridge.types import Evidence
 
 
 def check_folder(checkpoint: str | PathLike | None) -> None:
@@ -81,6 +83,21 @@ def run_epochs(
         )
     finally:
         bar.close()
+
+
+def final_evidence(training: OnlineTraining) -> Evidence:
+    """The evidence of the end.
+
+    Raises:
+        NonFiniteError: If there is none.
+    """
+    try:
+        found = training.evidence()
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError("a curvature that cannot be factorised") from error
+    if not bool(found.value.isfinite()):
+        raise NonFiniteError(f"an evidence of {float(found.value):.3g} nats")
+    return found
 
 
 def diverged_message(

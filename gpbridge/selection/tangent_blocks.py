@@ -154,10 +154,11 @@ def gram_block(
     """
     grams: list[Tensor | None] = [None] * num_groups
     for J, block in zip(parts, blocks, strict=True):
-        rows = J.dense().flatten(2)  # n x r x (o i)
+        # Products cancel, so that their precision decides and not that of J.
+        rows = J.dense().flatten(2).double()  # n x r x (o i)
         n, r = rows.shape[:2]
         rows = rows.flatten(0, 1)[None] if joint else rows.movedim(1, 0)
-        K = (rows @ rows.mT).double()
+        K = rows @ rows.mT
         before = grams[block.group]
         grams[block.group] = K if before is None else before + K
     channels = channels.expand(n, r)

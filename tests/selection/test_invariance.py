@@ -10,7 +10,7 @@ from torch import nn
 
 from gpbridge import LinearizedGP
 from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork, Rotation2d
-from gpbridge.augmentation.base import Augmentation
+from gpbridge.augmentation.base import Augmentation, BoundedAugmentation
 from gpbridge.checks import ShapeError
 from gpbridge.dnn import DivergedError
 from gpbridge.linearized import Diagonal, Exact, Kronecker
@@ -21,6 +21,7 @@ from gpbridge.selection import (
     fit_online,
     learn_invariance,
 )
+from gpbridge.selection.invariance_training import InvarianceTraining
 from gpbridge.selection.orbit_curvature import OrbitCurvature
 from gpbridge.selection.orbit_jacobians import OrbitNet
 from gpbridge.testing import assert_module_unchanged
@@ -399,3 +400,67 @@ def test_a_likelihood_with_its_own_noise_is_copied():
     fit = run(tanh_net(m=1), (X, X[:, :1]), likelihood=likelihood)
     assert fit.likelihood is not likelihood
     assert fit.likelihood.noise.item() != pytest.approx(likelihood.noise.item())
+
+
+def noise_likelihood(variance, dtype):
+    likelihood = GaussianLikelihood().to(dtype)
+    likelihood.noise = variance
+    return likelihood
+
+
+class Shifted(BoundedAugmentation):
+    """A rotation and a shift; the name of the shift has the prefix in its middle."""
+
+    def __init__(self):
+        super().__init__(torch.tensor([3.0]), torch.tensor([0.4]), 3, "grid", 0)
+        self.draw_shift = nn.Parameter(torch.tensor(0.1))
+
+    def transform(self, x):
+        angles = self.parameters_of(x)[:, 0]
+        turned = torch.stack([x * a.cos() for a in angles], -2)
+        return turned + self.draw_shift
+
+
+@pytest.mark.parametrize("held", ["draw_shift", "raw_bound"])
+def test_what_was_held_is_held_in_the_law_that_comes_back(held):
+    law = Shifted()
+    getattr(law, held).requires_grad_(False)
+    fit = learn_invariance(tanh_net(), rings(20, 90.0), law, epochs=2, progress=False)
+    learnt = {"draw_shift": "bound", "raw_bound": "draw_shift"}[held]
+    assert set(fit.learnt) == {learnt}
+    free = {n for n, p in fit.augmentation.named_parameters() if p.requires_grad}
+    assert free == {"draw_shift", "raw_bound"} - {held}
+
+
+def test_an_evidence_that_fails_at_the_end_keeps_the_fit(monkeypatch):
+    def fails(self):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(InvarianceTraining, "evidence", fails)
+    with pytest.raises(DivergedError, match="a curvature that cannot be factori") as e:
+        learn_invariance(
+            tanh_net(), rings(20, 90.0), Rotation2d(3), epochs=2, progress=False
+        )
+    assert len(e.value.last_good.losses) == 2
+
+
+def test_blocks_of_single_precision_have_the_evidence_of_double_precision():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 256), nn.Tanh(), nn.Linear(256, 1))
+    X = rings(100, 360.0)[0]
+    Y = torch.sin(3 * X[:, :1])
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        fit = learn_invariance(
+            copy.deepcopy(net).to(dtype),
+            (X.to(dtype), Y.to(dtype)),
+            Rotation2d(3).to(dtype).requires_grad_(False),
+            noise_likelihood(1e-3, dtype),
+            prior_variance=10.0,
+            burn_in=5,
+            epochs=1,
+            progress=False,
+        )
+        found[dtype] = float(fit.evidence.complexity)
+    assert found[torch.float32] == pytest.approx(found[torch.float64], abs=0.05)

@@ -290,7 +290,7 @@ def test_the_root_basis_bounds_where_outputs_alone_do_not():
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 def test_the_gradient_is_that_of_finite_differences(kind, structure):
     if kind == "gaussian" and isinstance(structure, Kronecker):
-        pytest.skip("the factors of several noises share one basis, see below")
+        pytest.skip("several noises share one basis, which the gradient holds")
     bound = torch.tensor(0.9, dtype=torch.float64)
     _, gradients = evidence_at(bound, kind, structure, gradient=True)
     step = 1e-5
