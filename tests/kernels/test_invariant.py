@@ -74,21 +74,6 @@ class TestFeaturesContract(BaseKernelTestCase, unittest.TestCase):
         return InvariantKernel(base, turns, mode="features", **kwargs)
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def X(generator):
-    return torch.randn(7, 2, dtype=torch.float64, generator=generator)
-
-
-@pytest.fixture
-def X2(generator):
-    return torch.randn(4, 2, dtype=torch.float64, generator=generator)
-
-
 def test_the_double_sum_is_that_of_the_definition(X, X2):
     turns = Rotation2d(3, init=1.0).double()
     kernel = InvariantKernel(rbf(), turns, mode="double").double()

@@ -1,6 +1,5 @@
 """Features averaged over orbits, exact or of random frequencies."""
 
-import pytest
 import torch
 from gpytorch.kernels import (
     LinearKernel,
@@ -19,21 +18,6 @@ from gpbridge.kernels import (
     draw_feature_map,
 )
 from tests.kernels.orbit_problems import EXACT, dense, rbf
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def X(generator):
-    return torch.randn(7, 2, dtype=torch.float64, generator=generator)
-
-
-@pytest.fixture
-def X2(generator):
-    return torch.randn(4, 2, dtype=torch.float64, generator=generator)
 
 
 def test_features_of_compositions_are_averaged_too(X, X2):

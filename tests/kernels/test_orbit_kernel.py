@@ -27,21 +27,6 @@ from gpbridge.kernels import (
 from tests.kernels.orbit_problems import EXACT, dense, rbf
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def X(generator):
-    return torch.randn(7, 2, dtype=torch.float64, generator=generator)
-
-
-@pytest.fixture
-def X2(generator):
-    return torch.randn(4, 2, dtype=torch.float64, generator=generator)
-
-
 @pytest.mark.parametrize("mode", ["double", "difference", "features"])
 def test_no_point_and_one_point_have_matrices_too(mode, X, X2):
     base = LinearKernel().double() if mode == "features" else rbf()

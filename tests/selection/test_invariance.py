@@ -22,6 +22,7 @@ from gpbridge.selection import (
     learn_invariance,
 )
 from gpbridge.selection.invariance_training import InvarianceTraining
+from gpbridge.selection.online_hyperparameters import OnlineHyperparameters
 from gpbridge.selection.orbit_curvature import OrbitCurvature
 from gpbridge.selection.orbit_jacobians import OrbitNet
 from gpbridge.testing import assert_module_unchanged
@@ -225,12 +226,22 @@ def test_the_rate_of_the_law_falls_as_a_cosine():
 
 
 @pytest.mark.parametrize("phases", ["online", "toggle"])
-def test_prior_and_law_move_by_structures_of_their_own(phases):
+def test_prior_and_law_move_by_structures_of_their_own(phases, monkeypatch):
+    original, bounds = OnlineHyperparameters.ascend, []
+
+    def watched(self, measured, steps):
+        found = original(self, measured, steps)
+        bounds.append(found.lower_bound)
+        return found
+
+    monkeypatch.setattr(OnlineHyperparameters, "ascend", watched)
     sampled = TangentBlocks(block_size=6, outputs="sampled", num_blocks=1)
     options = {"phases": phases, "structure": sampled, "every": 2, "epochs": 16}
     fit = run(prior_structure=Exact(), prior_every=3, **options)
     sizes = [step.block_size for step in fit.steps]
     assert sizes == [6, 6, N] * 2 + [6, 6] and fit.block_size == N
+    # Blocks bound the evidence, and all data are no bound: what the prior ascends.
+    assert bounds == [True, True, False] * 2 + [True, True]
     assert not fit.evidence.lower_bound
     priors = [step.prior_variance[0] for step in fit.steps]
     assert priors[0] == priors[1] == 1.0
