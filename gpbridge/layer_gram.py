@@ -11,11 +11,20 @@ Next: ``prediction`` and ``kernels/tangent`` consume them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
 from gpbridge.checks import check_choice
-from gpbridge.features import PriorStd, TangentFeatures, dense_features, flat_std
+from gpbridge.features import (
+    DenseFeatures,
+    PriorStd,
+    TangentFeatures,
+    dense_features,
+    flat_std,
+)
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian
 from gpbridge.layer_features import Columns, LayerFeatures
@@ -26,12 +35,19 @@ from gpbridge.layer_signals import (
     record_signals,
 )
 
+Directions = Callable[[Tensor], Tensor]
+
 METHODS = ("auto", "layers", "dense")
+_VERIFY_BYTES = 64 * 2**20  # Jacobians of all layers compared at once
 _PASS = 50  # columns of a product that cost as much as one pass over an n x n matrix
 
 
 def tangent_features(
-    net: FunctionalNet, X: Tensor, std: PriorStd, method: str = "auto"
+    net: FunctionalNet,
+    X: Tensor,
+    std: PriorStd,
+    method: str = "auto",
+    directions: Directions | None = None,
 ) -> TangentFeatures:
     r"""Features of the tangent kernel :math:`k(x, x') = J(x) S J(x')^\top`.
 
@@ -42,23 +58,41 @@ def tangent_features(
         method: ``"layers"`` contracts every linear and convolution layer, ``"dense"``
             forms the Jacobian, ``"auto"`` contracts the layers where an estimate of the
             operations says that it is cheaper.
+        directions: Maps outputs ``n x m`` to roots R, ``n x m x r``: the features are
+            those of the combinations :math:`R^\top f`, by min(m, r) backward passes.
 
     Returns:
-        The features of ``batch x n`` points.
+        The features of ``batch x n`` points, with directions of n points.
     """
     check_choice("method", method, METHODS)
     scalar = all(s.dim() == 0 for s in std.values())
     trainable = any(p.requires_grad for p in net.params.values())
     if method == "dense" or not scalar or trainable or X.shape[:-1].numel() == 0:
-        return dense_features(net, X, std)
+        return _dense(net, X, std, directions)
     if net.layer_names is None:
         net.layer_names = _verified_layers(net, X)
     if not any(_weights_of(name, std) for name in net.layer_names):
-        return dense_features(net, X, std)
+        return _dense(net, X, std, directions)
     try:
-        return _layer_features(net, X, std, net.layer_names, method)
+        return _layer_features(net, X, std, net.layer_names, method, directions)
     except Uncontractible:  # control flow that depends on these data
-        return dense_features(net, X, std)
+        return _dense(net, X, std, directions)
+
+
+def _dense(
+    net: FunctionalNet, X: Tensor, std: PriorStd, directions: Directions | None
+) -> DenseFeatures:
+    features = dense_features(net, X, std)
+    if directions is None:
+        return features
+    value = features.value
+    root = directions(value)
+    rows = root.mT @ features.matrix.unflatten(-2, value.shape)
+    return DenseFeatures(_combined(value, root), rows.flatten(0, 1))
+
+
+def _combined(value: Tensor, root: Tensor) -> Tensor:
+    return (root.mT @ value[..., None])[..., 0]
 
 
 def _layer_features(
@@ -67,8 +101,22 @@ def _layer_features(
     std: PriorStd,
     layer_names: tuple[str, ...],
     method: str,
+    directions: Directions | None = None,
 ) -> LayerFeatures:
-    value, raw = record_signals(net, X.reshape(-1, X.shape[-1]), layer_names)
+    root: Tensor | None = None
+
+    def kept(outputs: Tensor) -> Tensor:
+        nonlocal root
+        root = directions(outputs)
+        return root
+
+    value, raw = record_signals(
+        net,
+        X.reshape(-1, X.shape[-1]),
+        layer_names,
+        None if directions is None else kept,
+    )
+    value = value if root is None else _combined(value, root)
     batch = X.shape[:-1]  # batch x n
     value = value.reshape(*batch, -1)
     layers: dict[str, LayerSignal] = {}
@@ -107,6 +155,7 @@ def _layer_features(
     if rest:
         params = net.params
         J = jacobian(net, X, {name: params[name] for name in rest})
+        J = J if root is None else root.mT @ J
         dense.append(J * flat_std(net, rest))
         for name in rest:
             size = params[name].numel()
@@ -146,7 +195,10 @@ def _scaled(inputs: Tensor, signal: Tensor, own: dict[str, Tensor]) -> LayerSign
         parts.append(inputs * own["weight"])
     if "bias" in own:
         parts.append(own["bias"].expand(*inputs.shape[:-1], 1))
-    return LayerSignal(torch.cat(parts, -1), signal)
+    if inputs.stride(-1) == 1:
+        return LayerSignal(torch.cat(parts, -1), signal)
+    # Patches of a convolution: positions are contiguous, and stay so.
+    return LayerSignal(torch.cat([part.mT for part in parts], -2).mT, signal)
 
 
 def _prefers_jacobian(layer: LayerSignal) -> bool:
@@ -187,33 +239,57 @@ def _verified_layers(net: FunctionalNet, X: Tensor) -> tuple[str, ...]:
     handles = [modules[n].register_forward_hook(count(n)) for n in candidates]
     try:
         with torch.no_grad():
-            net(rows)
+            outputs = net(rows)
     finally:
         for handle in handles:
             handle.remove()
     candidates = [name for name in candidates if calls.get(name) == 1]
     # Keep the order in which the layers are called: it is the order of capture.
-    params = net.params
-    one = rows.new_ones(())
-    verified = []
+    size = sum(net.params[n].numel() for c in candidates for n in _own_names(net, c))
+    # An error may also come from a shape that is not n x ...: the per-sample Jacobian
+    # handles it. All layers at once; where that fails, each says whether it is the one.
+    if rows.element_size() * outputs.numel() * size <= _VERIFY_BYTES:
+        with suppress(RuntimeError, ValueError):
+            return _reproduced(net, rows, candidates)
+    verified: list[str] = []
     for name in candidates:
-        std = {n: one for n in params if n in (f"{name}.weight", f"{name}.bias")}
-        if name == "":
-            std = {n: one for n in params if n in ("weight", "bias")}
-        if not std:
-            continue
-        try:
-            features = _layer_features(net, rows, std, (name,), "layers")
-        except (RuntimeError, ValueError):
-            # Also a shape that is not n x ...: the per-sample Jacobian handles it.
-            continue
-        exact = dense_features(net, rows, std).matrix
-        got = features.rows()
-        scale = exact.abs().max().clamp_min(torch.finfo(exact.dtype).tiny)
-        tolerance = 1e-3 if exact.dtype == torch.float32 else 1e-8
-        if got.shape == exact.shape and (got - exact).abs().max() <= tolerance * scale:
-            verified.append(name)
+        with suppress(RuntimeError, ValueError):
+            verified += _reproduced(net, rows, [name])
     return tuple(verified)
+
+
+def _own_names(net: FunctionalNet, layer_name: str) -> list[str]:
+    """Random weight and bias of a layer."""
+    names = (_full(layer_name, kind) for kind in ("weight", "bias"))
+    return [name for name in names if name in net.params]
+
+
+def _reproduced(
+    net: FunctionalNet, rows: Tensor, layer_names: list[str]
+) -> tuple[str, ...]:
+    """Those of the layers whose contraction equals the per-sample Jacobian.
+
+    Raises:
+        Uncontractible: If the shapes differ.
+    """
+    layer_names = [name for name in layer_names if _own_names(net, name)]
+    std = {n: rows.new_ones(()) for c in layer_names for n in _own_names(net, c)}
+    if not std:
+        return ()
+    got = _layer_features(net, rows, std, tuple(layer_names), "layers").rows()
+    exact = dense_features(net, rows, std).matrix
+    if got.shape != exact.shape:
+        raise Uncontractible("columns are missing")
+    tolerance = 1e-3 if exact.dtype == torch.float32 else 1e-8
+    found, start = [], 0
+    for name in layer_names:
+        width = sum(net.params[n].numel() for n in _own_names(net, name))
+        own, theirs = (J[:, start : start + width] for J in (got, exact))
+        scale = theirs.abs().max().clamp_min(torch.finfo(exact.dtype).tiny)
+        if (own - theirs).abs().max() <= tolerance * scale:
+            found.append(name)
+        start += width
+    return tuple(found)
 
 
 def _probe_points(net: FunctionalNet, rows: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ def record_signals(
         net: The network.
         rows: Inputs ``n x d``.
         layer_names: Of the layers to read.
-        directions: Maps the outputs ``n x m`` to combinations of them, ``n x m x r``,
-            to send back instead of each output.
+        directions: Maps the outputs ``n x m`` to roots ``n x m x r``; the signals are
+            then those of r combinations of the outputs.
         keep_graph: Whether signals are to be differentiated; default if the rows are.
 
     Returns:
@@ -110,7 +110,11 @@ def record_signals(
             value = net(rows if keep_graph else rows.detach())  # n x m
             taps = [output for _, output, _ in taken.values()]
             signals = []
-            sent = None if directions is None else directions(value)
+            root = sent = None
+            if directions is not None:
+                root = sent = directions(value if keep_graph else value.detach())
+                if root.shape[-1] > root.shape[-2]:
+                    sent = None  # fewer passes by one for each output
             count = value.shape[1] if sent is None else sent.shape[-1]
             for j in range(count):
                 last = j == count - 1
@@ -134,6 +138,9 @@ def record_signals(
         if inputs._version != version:
             raise Uncontractible(f"the input of {name} is overwritten in place")
         signal = torch.stack([s[position] for s in signals], dim=1)  # n x m x ...
+        if root is not None and sent is None:
+            flat = root.mT @ signal.flatten(2)
+            signal = flat.unflatten(-1, signal.shape[2:])
         inputs = inputs if keep_graph else inputs.detach()
         result[name] = _positions(modules[name], inputs, signal)
     return (value if keep_graph else value.detach()), result

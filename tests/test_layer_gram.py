@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpbridge import layer_gram
 from gpbridge.features import DenseFeatures, dense_features
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_features import LayerFeatures
@@ -82,6 +83,37 @@ def test_every_product_equals_that_of_the_dense_jacobian(case, m, method):
     torch.testing.assert_close(left.matmul(omega), per_point @ omega, **EXACT)
     torch.testing.assert_close(left.t_matmul(u), Phi.T @ u.flatten(0, 1), **EXACT)
     torch.testing.assert_close(left.value, net(X), **EXACT)
+
+
+@every_net
+@every_method
+@pytest.mark.parametrize("count", [1, 4])
+def test_features_of_combinations_are_combinations_of_features(case, m, method, count):
+    net, std, rows = problem(case, m)
+    X, root = case.inputs(5), random(5, m, count, seed=2)
+    seen = []
+
+    def directions(outputs):
+        seen.append(outputs)
+        return root
+
+    features = tangent_features(net, X, std, method, directions)
+    expected = (root.mT @ rows(X).unflatten(0, (5, m))).flatten(0, 1)
+    torch.testing.assert_close(features.rows(), expected, **EXACT)
+    value = torch.einsum("nmr,nm->nr", root, net(X))
+    torch.testing.assert_close(features.value, value, **EXACT)
+    torch.testing.assert_close(seen[-1], net(X), **EXACT)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_layers_too_large_to_compare_at_once_are_compared_alone(name, monkeypatch):
+    monkeypatch.setattr(layer_gram, "_VERIFY_BYTES", 0)
+    net = FunctionalNet(NETS[name].network(1), input_shape=NETS[name].input_shape)
+    net.probe(NETS[name].inputs(3))
+    std = standard_deviations(net)
+    features = tangent_features(net, NETS[name].inputs(3), std, "layers")
+    assert sorted(features.layers) == sorted(CONTRACTED[name])
 
 
 @pytest.mark.parametrize("name", NETS)

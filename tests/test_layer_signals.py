@@ -84,10 +84,11 @@ def test_inputs_and_signals_are_the_jacobian_of_the_weight(case):
         torch.testing.assert_close(J, expected, **EXACT)
 
 
+@pytest.mark.parametrize("count", [1, 3])  # fewer and more than there are outputs
 @pytest.mark.parametrize("case", CASES)
-def test_directions_combine_the_outputs(case):
+def test_directions_combine_the_outputs(case, count):
     net, rows, layers = frozen(case)
-    R = random(4, 2, 3, seed=2)
+    R = random(4, 2, count, seed=2)
     _, one = record_signals(net, rows, layers)
     _, sent = record_signals(net, rows, layers, lambda outputs: R)
     for layer in layers:

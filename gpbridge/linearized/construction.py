@@ -37,7 +37,8 @@ from gpbridge.linearized.structures import Diagonal, Kronecker, LowRank, Structu
 from gpbridge.targets import check_targets, default_likelihood, warn_if_one_hot
 from gpbridge.types import FitResult
 
-_ROWS = 200  # training points on which the size of the kernel is measured
+_ROWS = 200  # derivatives by which the size of the kernel is measured,
+_POINTS = 20  # and the fewest points that they are taken at
 
 
 def check_data(network: nn.Module, train_X: Tensor, train_Y: Tensor) -> None:
@@ -263,10 +264,13 @@ def prior_variance_bounds(
     Raises:
         ValueError: If the kernel vanishes on the data.
     """
-    rows = Z[:: max(1, len(Z) // _ROWS)]
-    squares = feature_squares(net, rows, None, g_prior, float("inf"))
     variance = flat_std(net, unit_std).double().square()
-    size = float(squares @ variance) / (len(rows) * net.num_outputs)
+    for points in (max(_POINTS, _ROWS // net.num_outputs), _ROWS):
+        rows = Z[:: max(1, len(Z) // points)]
+        squares = feature_squares(net, rows, None, g_prior, float("inf"))
+        size = float(squares @ variance) / (len(rows) * net.num_outputs)
+        if size > 0:  # else look at more points before it is refused
+            break
     if not size > 0:
         raise ValueError(
             "The tangent kernel is zero on the training inputs: every random weight "

@@ -72,13 +72,19 @@ def kronecker_sums(
     inputs, signal = J.inputs, J.signal  # n x T x i, n x r x T x o
     if sharing == "reduce":
         inputs, signal = inputs.mean(1, keepdim=True), signal.sum(2, keepdim=True)
-    a = inputs.flatten(0, 1)
-    if channels > 1:
-        g = signal.movedim(1, 0).flatten(1, 2)  # r x (n T) x o
-    else:
-        g = signal.flatten(0, 2).unsqueeze(0)
-    count = torch.tensor([float(len(a))], dtype=torch.float64, device=a.device)
-    return KroneckerSums((a.mT @ a).double()[None], (g.mT @ g).double(), count)
+    signal = signal.movedim(1, 0) if channels > 1 else signal.flatten(0, 1)[None]
+    A, G = _scatter(inputs[None]), _scatter(signal)
+    number = float(inputs.shape[:2].numel())
+    return KroneckerSums(A, G, A.new_tensor([number]))
+
+
+def _scatter(rows: Tensor) -> Tensor:
+    """Sums of outer products of ``c x n x T x d`` rows, ``c x d x d``, float64."""
+    T, d = rows.shape[-2:]
+    if d <= T:  # a product for each point: a convolution's rows are not side by side
+        return (rows.mT @ rows).sum(1).double()
+    flat = rows.flatten(1, 2)
+    return (flat.mT @ flat).double()
 
 
 def squares_in_basis(J: BlockJacobian, channels: int) -> Tensor:

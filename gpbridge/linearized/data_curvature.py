@@ -100,21 +100,22 @@ def numbers_at_work(
 
 
 def factored_curvature(
-    chunks: Callable[[], Iterable[tuple[TangentFeatures, Tensor]]],
+    chunks: Callable[[], Iterable[TangentFeatures]],
     sizes: Mapping[str, torch.Size],
     blocks: Sequence[WeightBlock],
     options: Structure,
     channels: int = 1,
     is_ggn: bool = False,
 ) -> FactoredCurvature:
-    """Kronecker or diagonal curvature of data that come in chunks.
+    r"""Kronecker or diagonal curvature of data that come in chunks.
 
     One pass over the data, and one eigendecomposition per layer; a second pass with
     ``eigenvalue_correction``. All sums are linear in the data: how they are divided
     does not matter.
 
     Args:
-        chunks: Makes a pass: features at unit scale, with roots ``n x m x r``.
+        chunks: Makes a pass: features at unit scale of the combinations
+            :math:`R^\top f` by the roots, r of each point.
         sizes: Shape of each random weight, in the order of the features.
         blocks: The weights in blocks.
         options: :class:`~gpbridge.linearized.structures.Kronecker` or ``Diagonal``.
@@ -134,10 +135,9 @@ def factored_curvature(
     values: list[Tensor] = []
 
     def jacobians() -> Iterator[tuple[Tensor, Iterator[BlockJacobian]]]:
-        for features, root in chunks():
-            root = root.to(features.value)
+        for features in chunks():
             own = (block_jacobian(features, block, sizes) for block in blocks)
-            yield features.value, (J.weighted(root) for J in own)
+            yield features.value, own
 
     if isinstance(options, Kronecker):
         for _, parts in jacobians():

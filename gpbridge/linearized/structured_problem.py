@@ -216,8 +216,10 @@ class StructuredProblem:
             return self._low_rank(root)
         return self._factored(root)
 
-    def _features(self, X: Tensor) -> TangentFeatures:
-        return tangent_features(self.net, X, self.unit_std, "layers")
+    def _features(self, X: Tensor, root: Tensor | None = None) -> TangentFeatures:
+        """Of the outputs, or of their combinations by a root, at unit scale."""
+        fixed = None if root is None else (lambda value: root.to(value))
+        return tangent_features(self.net, X, self.unit_std, "layers", fixed)
 
     def _sizes(self) -> dict[str, torch.Size]:
         return {name: self.net.params[name].shape for name in self.unit_std}
@@ -226,10 +228,11 @@ class StructuredProblem:
         members = [set(names) for names in self.groups]
         return weight_blocks(features, self._sizes(), members)
 
-    def _chunks_of(self, root: Tensor) -> Iterator[tuple[TangentFeatures, Tensor]]:
-        """Features at unit scale of chunks that fit into memory, with their roots."""
+    def _chunks_of(self, root: Tensor) -> Iterator[TangentFeatures]:
+        """Features of the root's combinations, in chunks that fit into memory."""
         for x, r in self._rows_of(root):
-            yield self._features(x), r
+            # A root of channels is the identity.
+            yield self._features(x, None if self.has_channels else r)
 
     def _rows_of(self, root: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs of such chunks, with their roots."""

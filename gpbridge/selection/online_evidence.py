@@ -44,7 +44,6 @@ from gpbridge.linearized.data_curvature import (
     curvature_roots,
     factored_curvature,
     numbers_at_work,
-    unit_roots,
 )
 from gpbridge.linearized.factored import FactoredCurvature
 from gpbridge.linearized.inference import Exact
@@ -168,21 +167,26 @@ def measure_evidence(
     per_point = few.element_size() * numbers_at_work(first, blocks, sizes)
     step = max(1, CHUNK_BYTES // per_point)
 
-    def chunks() -> Iterator[tuple[TangentFeatures, Tensor]]:
+    def chunks() -> Iterator[TangentFeatures]:
         generator = torch.Generator(like.device).manual_seed(seed)
         misfit.zero_()
         for X, Y in batches.every():
             X = X.flatten(1).to(net.dtype)
             for x, y in zip(X.split(step), Y.split(step), strict=True):
-                features = tangent_features(net, x, unit_std, "layers")
-                outputs = features.value
-                if gaussian:
-                    misfit.add_((y - outputs).double().square().sum(0))
-                    root = unit_roots(outputs)
+                outputs = x.new_empty(0)
+
+                def root(value: Tensor, y: Tensor = y) -> Tensor:
+                    nonlocal outputs
+                    outputs = value
+                    return curvature_roots(likelihood, value, y, options, generator)
+
+                if gaussian:  # at unit noise, the root is the identity
+                    features = tangent_features(net, x, unit_std, "layers")
+                    misfit.add_((y - features.value).double().square().sum(0))
                 else:
+                    features = tangent_features(net, x, unit_std, "layers", root)
                     misfit.add_(log_prob(likelihood, outputs.double(), y).sum())
-                    root = curvature_roots(likelihood, outputs, y, options, generator)
-                yield features, root
+                yield features
 
     if isinstance(structure, Exact):
         group_of = {n: g for g, names in enumerate(groups) for n in names}
@@ -206,9 +210,8 @@ def _scatter(chunks, like: Tensor, channels: int) -> Tensor:
     """Sums of outer products, ``c x p x p``."""
     p = len(like)
     total = like.new_zeros(channels, p, p)
-    for features, root in chunks():
-        rows = features.rows().double().unflatten(0, features.value.shape)
-        rows = root.to(rows).mT @ rows  # n x r x p
+    for features in chunks():
+        rows = features.rows().double().unflatten(0, features.value.shape)  # n x r x p
         rows = rows.movedim(1, 0) if channels > 1 else rows.flatten(0, 1)[None]
         total.baddbmm_(rows.mT, rows)
     return total

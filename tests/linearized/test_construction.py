@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpbridge import LinearizedGP
 from tests import oracles_linearized as oracles
 from tests.linearized.problems import (
     PROBLEMS,
@@ -144,3 +145,17 @@ def test_groups_have_a_variance_each(groups, space):
     torch.testing.assert_close(got, covariance, **EXACT)
     expected = oracles.gaussian_log_evidence(train, variance, noise, Y)
     torch.testing.assert_close(model.log_evidence(), expected, **EXACT)
+
+
+def test_a_kernel_that_vanishes_at_few_points_is_measured_at_more():
+    net = nn.Linear(2, 10, bias=False).double()
+
+    def model(n):
+        X = torch.zeros(n, 2).double()
+        X[1] = 1.0  # not among the points that are looked at first
+        return LinearizedGP(net, X, torch.arange(n) % 10)
+
+    bounds = model(200).raw_prior_variance_constraint
+    assert float(bounds.upper_bound) == pytest.approx(2.2e4 / (2 / 200))
+    with pytest.raises(ValueError, match="zero on the training inputs.*dead units"):
+        model(800)

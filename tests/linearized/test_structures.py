@@ -176,7 +176,7 @@ def test_sums_over_minibatches_are_the_sums_over_all_data(monkeypatch):
     def small(self, root):
         for x, r in zip(self.X.split(4), root.split(4), strict=True):
             chunks.append(len(x))
-            yield self._features(x), r
+            yield self._features(x, r)
 
     monkeypatch.setattr(StructuredProblem, "_chunks_of", small)
     got = parts.problem.curvature.dense(one(parts))
