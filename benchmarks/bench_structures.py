@@ -142,7 +142,9 @@ def peer_predict(fitted: object, work: Work) -> Tensor:
     return torch.cat([peers.predict(fitted, x, **options).detach() for x in batches])
 
 
-def times(name: str, path: Path, smoke: bool, repeats: int) -> None:
+def times(
+    name: str, path: Path, smoke: bool, repeats: int, backends: list[str]
+) -> None:
     """Fit and predictive of every structure, all sides interleaved."""
     work = WORKS[name](path, smoke)
     rows = []
@@ -151,12 +153,13 @@ def times(name: str, path: Path, smoke: bool, repeats: int) -> None:
         model, fitted = our_fit(work, structure), {}
         our_predict(model, work.test[:2])  # which also measures the training gap once
         predicts = {"ours": lambda m=model: our_predict(m, work.test)}
-        for backend, backpack in BACKENDS.items():
+        for backend in backends:
+            backpack = BACKENDS[backend]
             fits[backend] = lambda s=structure, b=backpack: peer_fit(work, s, b)
             fitted[backend] = peer_fit(work, structure, backpack)
             predicts[backend] = lambda f=fitted[backend]: peer_predict(f, work)
         fit, predict = (timing.interleave(t, repeats) for t in (fits, predicts))
-        for backend in BACKENDS:
+        for backend in backends:
             default = backend == "default backend"
             aim = 20 if name == "digits MLP" and structure == "kron" else 5
             for task, measured, target in (
@@ -243,12 +246,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
     arguments = parser.parse_args()
     peers.require_laplace()
     timing.one_thread()
     repeats = 1 if arguments.smoke else arguments.repeats
     for name in arguments.works:
-        times(name, arguments.data, arguments.smoke, repeats)
+        times(name, arguments.data, arguments.smoke, repeats, arguments.backends)
     prior_updates(arguments.data, arguments.smoke, repeats)
     memory(arguments.data, arguments.smoke)
 

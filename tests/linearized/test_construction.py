@@ -155,7 +155,7 @@ def test_a_kernel_that_vanishes_at_few_points_is_measured_at_more():
         X[1] = 1.0  # not among the points that are looked at first
         return LinearizedGP(net, X, torch.arange(n) % 10)
 
-    bounds = model(200).raw_prior_variance_constraint
+    bounds = model(200).covar_module.raw_prior_variance_constraint
     assert float(bounds.upper_bound) == pytest.approx(2.2e4 / (2 / 200))
     with pytest.raises(ValueError, match="zero on the training inputs.*dead units"):
         model(800)
