@@ -28,7 +28,7 @@ from gpbridge.predictive_mixture import (
     predictive,
     target_moments,
 )
-from gpbridge.surrogate_input import LABELS, check_same_outputs
+from gpbridge.surrogates.inputs import LABELS, check_same_outputs
 
 
 class SurrogatePredictions:

@@ -31,12 +31,12 @@ from gpbridge.checks import (
 )
 from gpbridge.function_space import FunctionSpace, add_variance
 from gpbridge.outcomes import latent_distribution
-from gpbridge.surrogate_input import (
+from gpbridge.surrogates.inputs import (
     check_num_outputs,
     check_same_outputs,
     check_train_targets,
 )
-from gpbridge.surrogate_predictions import SurrogatePredictions
+from gpbridge.surrogates.predictions import SurrogatePredictions
 from gpbridge.types import FunctionDraws, WeightPosterior
 
 MODES = ("ensemble", "gaussian", "linearized")
