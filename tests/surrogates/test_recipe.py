@@ -1,4 +1,4 @@
-"""Every recipe: a BoTorch model in the units of the data, updated from where it stands."""
+"""Every recipe: a BoTorch model in the units of the data, and its updates."""
 
 import copy
 import pickle
