@@ -332,6 +332,19 @@ def test_nothing_of_the_users_changes_and_seeds_decide():
     assert law.raw_bound.requires_grad and copy.deepcopy(first.network) is not None
 
 
+@pytest.mark.parametrize("orbit", ["resampled", "per_datum"])
+def test_an_evidence_in_between_changes_no_transformation(orbit):
+    seen = []
+
+    def look(training):
+        noise = training.augmentation.noise.clone()
+        training.evidence()
+        seen.append(torch.equal(training.augmentation.noise, noise))
+
+    looked = run(orbit=orbit, callback=look)
+    assert seen == [True] * 4 and equal(looked, run(orbit=orbit))
+
+
 def test_a_gradient_that_is_not_finite_keeps_the_last_good_fit(monkeypatch):
     measure, calls = OrbitCurvature.measure, []
 
