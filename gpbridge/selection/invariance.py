@@ -29,11 +29,8 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.kernels.tangent import Groups, weight_groups
 from gpbridge.linearized.inference import Exact
 from gpbridge.selection.invariance_fit import InvarianceFit, invariance_fit
-from gpbridge.selection.invariance_training import (
-    ORBITS,
-    PHASES,
-    InvarianceTraining,
-)
+from gpbridge.selection.invariance_timetable import PHASES
+from gpbridge.selection.invariance_training import ORBITS, InvarianceTraining
 from gpbridge.selection.online_run import (
     check_folder,
     diverged_message,
@@ -166,6 +163,7 @@ def learn_invariance(
 
     Warns:
         UserWarning: If the data determine less than one direction of the weights.
+        ReliabilityWarning: If law, or prior and noise, never move in these epochs.
 
     Raises:
         DivergedError: If a loss, a weight, an evidence or a gradient is not finite; its
@@ -254,6 +252,7 @@ def learn_invariance(
         schedule,
         generator,
     )
+    training.timetable.warn_if_idle(epochs)
     try:
         run_epochs(
             training,

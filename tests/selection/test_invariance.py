@@ -11,7 +11,7 @@ from torch import nn
 from gpbridge import LinearizedGP
 from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork, Rotation2d
 from gpbridge.augmentation.base import Augmentation, BoundedAugmentation
-from gpbridge.checks import ShapeError
+from gpbridge.checks import ReliabilityWarning, ShapeError
 from gpbridge.dnn import DivergedError
 from gpbridge.linearized import Diagonal, Exact, Kronecker
 from gpbridge.selection import (
@@ -247,6 +247,9 @@ def test_prior_and_law_move_by_structures_of_their_own(phases, monkeypatch):
     assert len(set(priors)) == 3 and priors[2] == priors[4]
     laws = [step.augmentation[0] for step in fit.steps]
     assert len(set(laws)) == 8
+    # Two structures of equal block size are told apart by this alone.
+    moved = [False, False, True] * 2 + [False, False]
+    assert fit.history["moves_prior"].tolist() == moved
 
 
 def test_a_law_that_is_held_is_measured_only_where_the_prior_moves():
@@ -255,6 +258,24 @@ def test_a_law_that_is_held_is_measured_only_where_the_prior_moves():
     options = {"structure": sampled, "prior_structure": Exact(), "prior_every": 2}
     fit = run(augmentation=law, epochs=5, **options)
     assert [step.epoch for step in fit.steps] == [2, 4]
+    toggle = run(augmentation=law, epochs=7, phases="toggle", **options | {"every": 2})
+    # The third epoch is one of updates by its phase, but has none: it trains.
+    assert [step.epoch for step in toggle.steps] == [4]
+    assert len(set(toggle.losses)) == 6
+
+
+def test_a_law_that_would_never_move_is_said_before_training():
+    class Started(Exception):
+        pass
+
+    def stop(training):
+        raise Started
+
+    with (
+        pytest.warns(ReliabilityWarning, match="the law would first move in epoch 51"),
+        pytest.raises(Started),
+    ):
+        run(burn_in=50, callback=stop)
 
 
 def test_a_prior_that_leaves_a_constant_network_is_said():
