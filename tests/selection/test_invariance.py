@@ -412,16 +412,40 @@ def test_augerino_rewards_the_norm_of_twice_the_half_widths():
         ({"phases": "never"}, ValueError, "phases must be one of 'online'"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number"),
         ({"prior_every": 0}, ValueError, "prior_every must be a whole number"),
-        ({"prior_structure": "full"}, TypeError, "but is str"),
+        ({"prior_structure": "full"}, TypeError, "prior_structure must be .* is str"),
+        (
+            {"prior_structure": Exact(space="matrix_free")},
+            ValueError,
+            "prior_structure must not be",
+        ),
+        (
+            {"orbit": "fixed", "augmentation": Rotation2d(1)},
+            ValueError,
+            "augmentation has the identity as its only element .num_samples=1.",
+        ),
         ({"burn_in": -1}, ValueError, "burn_in must be a number of epochs"),
         ({"augmentation_learning_rate": 0.0}, ValueError, "augmentation_learning_rate"),
-        ({"structure": "full"}, TypeError, "but is str"),
+        ({"structure": "full"}, TypeError, "^structure must be .* but is str"),
         ({"checkpoint": "/nowhere/run"}, FileNotFoundError, "does not exist"),
     ],
 )
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize(
+    "orbit, law",
+    [
+        ("fixed", Rotation2d(1).requires_grad_(False)),
+        ("per_datum", Rotation2d(1)),
+        ("resampled", Rotation2d(1)),
+    ],
+)
+def test_one_element_serves_where_it_is_held_or_drawn(orbit, law):
+    fit = run(orbit=orbit, augmentation=law, epochs=2)
+    moved = fit.network.augmentation.bound.item() != law.bound.item()
+    assert moved == law.raw_bound.requires_grad
 
 
 def test_arguments_of_another_type_are_refused():
