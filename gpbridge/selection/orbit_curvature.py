@@ -123,7 +123,7 @@ class OrbitCurvature:
             joint = r if options.outputs == "joint" else 1
             gram = 8.0 * self.model.num_groups * b**2 * r * joint
             gram *= min(options.num_blocks or self.num_rows, -(-self.num_rows // b))
-            rows = 4.0 * net.net.dtype.itemsize * b * r * p
+            rows = b * float(self.model.bytes_per_row(net.example, r))
             check_memory(
                 f"A block of {b} data with {r} outputs and {p} weights",
                 gram + rows,

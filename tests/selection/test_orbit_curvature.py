@@ -23,8 +23,9 @@ from gpbridge.selection import TangentBlocks
 from gpbridge.selection.orbit_curvature import OrbitCurvature
 from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
 from gpbridge.selection.orbit_likelihood import OrbitData
-from gpbridge.selection.tangent_blocks import BlockCurvature, GramBlock
+from gpbridge.selection.tangent_blocks import OUTPUTS, BlockCurvature, GramBlock
 from tests import oracles_invariance as oracles
+from tests.peak_memory import peak_bytes
 
 N, S = 9, 4
 PRIOR = torch.tensor([0.7, 1.3], dtype=torch.float64)
@@ -398,6 +399,40 @@ def test_structures_that_do_not_fit_are_refused():
         build(Exact(space="function", memory_budget=1.0))
     assert isinstance(build(Exact(), 1).structure, TangentBlocks)
     assert isinstance(build(Exact(), 10**4).structure, Exact)
+
+
+SOFTPLUS = nn.Sequential(
+    nn.Conv2d(1, 6, 3, padding=1), nn.Softplus(), nn.Flatten(), nn.Linear(384, 3)
+)
+WIDE = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize(
+    "net, shape", [(SOFTPLUS, (1, 8, 8)), (WIDE, None)], ids=["images", "rows"]
+)
+def test_a_block_takes_about_the_memory_that_is_checked(net, shape, outputs):
+    """Images of orbits, positions and the graph included."""
+    n, law = 24, AffineAugmentation2d((8, 8), ["rotation"], num_samples=8)
+    X, Y = points(n, 64).float(), torch.arange(n) % 3
+    names = [[name for name, _ in net.named_parameters()]]
+    on_orbits = OrbitNet(net, law, names, shape, X)
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    data = OrbitData(X, Y, row_noise(law, n, torch.Generator().manual_seed(0)))
+    values, prior = dict(law.named_parameters()), torch.ones(1).double()
+
+    def build(budget):
+        blocks = TangentBlocks(block_size=n, outputs=outputs, memory_budget=budget)
+        return OrbitCurvature(on_orbits, softmax, blocks, n)
+
+    def measure():
+        generator = torch.Generator().manual_seed(0)
+        return build(2.0**32).measure(data, prior, None, values, generator)
+
+    peak = peak_bytes(measure)
+    build(1.5 * peak)
+    with pytest.raises(MemoryError, match="A block of 24 data"):
+        build(0.7 * peak)
 
 
 @pytest.mark.parametrize(
