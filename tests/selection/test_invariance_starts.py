@@ -12,7 +12,7 @@ from gpbridge.selection import (
     learn_invariance,
     learn_invariance_from,
 )
-from tests.selection.test_invariance import N, rings, tanh_net
+from tests.selection.invariance_problems import N, rings, tanh_net
 
 
 def test_several_starts_are_ordered_by_evidence():
