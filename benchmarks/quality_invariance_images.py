@@ -27,7 +27,8 @@ below that of the true law.
 The cost of an update is measured beside: an epoch with evidence against one without, at
 the same number of samples.
 
-Each run is one line of a file, and a run whose line is there is not made again::
+Each run is one line of a file (``invariance_runs.py``), and a run whose line is there
+is not made again::
 
     python benchmarks/quality_invariance_images.py --data PATH --save runs.jsonl \\
         --sets mnist fashion_mnist --sizes 312 1250 --seeds 1 2 3
@@ -38,15 +39,24 @@ PATH is a folder with ``images/<name>.npz``. ``--parts tables`` prints what is s
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timing
 import torch
+from invariance_runs import (
+    MODELS,
+    RETRAINED,
+    TESTS,
+    Key,
+    print_tables,
+    save_run,
+    saved_runs,
+)
 from quality_invariance import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,10 +72,6 @@ TRUE = math.pi / 2  # half-width of the angles of the images
 SIDE = 14  # pixels, means of 2 x 2
 STARTS = {"learnt from 60": math.pi / 3, "none": 1e-4, "true": TRUE}
 START = 0.2  # half-width at which the others start
-MODELS = ("none", "true", "learnt", "learnt from 60", "Augerino", "Augerino, retrained")
-RETRAINED = "learnt, retrained"  # on request
-BEST = "learnt, best of both"
-COLUMNS = ("accuracy", "nll", "width", "prior", "evidence", "seconds")
 
 
 class Problem(NamedTuple):
@@ -226,34 +232,13 @@ def evaluate(
     return {**scores(averaged, problem), **found, "seconds": seconds}
 
 
-# -- runs in a file --------------------------------------------------------------------
-
-
-class Key(NamedTuple):
-    """What makes a run another."""
-
-    set: str
-    images: int
-    seed: int
-    model: str
-    samples: int
-    epochs: int
-
-
-def saved_runs(path: Path) -> dict[Key, dict[str, Any]]:
-    """All runs of a file, one per line."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    runs = [json.loads(line) for line in lines]
-    return {Key(*(run[name] for name in Key._fields)): run for run in runs}
-
-
 def run_models(arguments: argparse.Namespace, name: str, n: int, seed: int) -> None:
     """Train the models of one problem that are not saved yet."""
     epochs = arguments.epochs or (200 if n < 1000 else 100)
     problem = None
     for model in arguments.models:
         runs = saved_runs(arguments.save)
-        key = Key(name, n, seed, model, arguments.samples, epochs)
+        key = Key(name, n, seed, model, arguments.samples, epochs, arguments.tests)
         if key in runs:
             continue
         width = STARTS.get(model, START)
@@ -266,60 +251,7 @@ def run_models(arguments: argparse.Namespace, name: str, n: int, seed: int) -> N
         if problem is None:
             problem = load(arguments.data, name, n, arguments.tests, seed)
         found = evaluate(problem, model, arguments.samples, epochs, seed, width)
-        line = json.dumps(key._asdict() | found)
-        with arguments.save.open("a") as file:
-            file.write(line + "\n")
-        print(f"<!-- {line} -->", flush=True)
-
-
-def print_tables(path: Path) -> None:
-    """Mean and spread over seeds, and paired differences."""
-    runs = saved_runs(path)
-    for head in sorted({(k.set, k.images, k.samples, k.epochs) for k in runs}):
-        name, n, samples, epochs = head
-        print(
-            f"\n### {name}, {n} images turned by up to 90 degrees, {samples} samples, "
-            f"{epochs} epochs\n\n| augmentation | seeds | {' | '.join(COLUMNS)} |"
-        )
-        print("|---" * (2 + len(COLUMNS)) + "|")
-        by_model = {
-            model: {
-                key.seed: run
-                for key, run in runs.items()
-                if (key.set, key.images, key.samples, key.epochs) == head
-                and key.model == model
-            }
-            for model in (*MODELS, RETRAINED)
-        }
-        pair = by_model["learnt"], by_model["learnt from 60"]
-        by_model[BEST] = {
-            seed: max((runs[seed] for runs in pair), key=lambda run: run["evidence"])
-            for seed in sorted(pair[0].keys() & pair[1].keys())
-        }
-        for model, found in by_model.items():
-            if found:
-                cells = [_moments([r[c] for r in found.values()]) for c in COLUMNS]
-                print(f"| {model} | {len(found)} | {' | '.join(cells)} |")
-        print()
-        for mine in ("learnt", "learnt from 60", BEST, RETRAINED):
-            for other in ("none", "true", "Augerino, retrained"):
-                both = sorted(by_model[mine].keys() & by_model[other].keys())
-                if both:
-                    _print_difference(mine, by_model[mine], other, by_model[other])
-
-
-def _print_difference(mine: str, ours: dict, other: str, theirs: dict) -> None:
-    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    gain = _moments([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
-    nats = _moments([a["nll"] - b["nll"] for a, b in pairs])
-    print(f"* {mine} minus {other}: accuracy {gain} points, NLL {nats}")
-
-
-def _moments(values: list[float | None]) -> str:
-    if any(value is None for value in values):
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+        print(f"<!-- {save_run(arguments.save, key, found)} -->", flush=True)
 
 
 # -- cost ------------------------------------------------------------------------------
@@ -335,7 +267,7 @@ def cost_table(path: Path, n: int, samples: int) -> None:
         now, steps = time.process_time(), training.steps
         kind = "plain"
         if steps and steps[-1].epoch == training.epoch:
-            kind = "both" if steps[-1].block_size == n else "law"
+            kind = "both" if steps[-1].moves_prior else "law"
         spent[kind].append(now - last[0])
         last[0] = time.process_time()
 
@@ -365,20 +297,23 @@ def main() -> None:
     """Parse arguments, train what is missing, print tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with images/<name>.npz")
-    parser.add_argument("--save", type=Path, default=Path("invariance_images.jsonl"))
+    parser.add_argument("--save", type=Path, help="default invariance_images.jsonl")
     parser.add_argument("--sets", nargs="*", default=["mnist", "fashion_mnist"])
     parser.add_argument("--sizes", type=int, nargs="*", default=[312, 1250])
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--epochs", type=int, help="default 200, 100 for 1250 images")
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tests", type=int, default=2000)
+    parser.add_argument("--tests", type=int, default=TESTS)
     parser.add_argument("--parts", nargs="*", default=["cost", "runs", "tables"])
     parser.add_argument("--smoke", action="store_true", help="tiny, means nothing")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.sizes, arguments.seeds, arguments.epochs = [100], [1], 4
         arguments.samples, arguments.tests = 2, 50
+    if arguments.save is None:
+        folder = tempfile.mkdtemp() if arguments.smoke else "."
+        arguments.save = Path(folder, "invariance_images.jsonl")
     timing.one_thread()
     if arguments.data is None and {"cost", "runs"} & set(arguments.parts):
         raise SystemExit("--data names the folder of images.")

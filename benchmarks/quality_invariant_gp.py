@@ -31,71 +31,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gpytorch.constraints import GreaterThan
-from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
-from gpytorch.likelihoods import GaussianLikelihood
-from gpytorch.means import ZeroMean
-from gpytorch.models import ExactGP
-from linear_operator.utils.cholesky import psd_safe_cholesky
-from sklearn.datasets import load_digits
-from torch import Generator, Size, Tensor, nn
-from torch.nn import functional as F
+from gpytorch.kernels import RBFKernel, ScaleKernel
+from shared_kernel_gps import CollapsedGP, SharedGP, posterior_mean
+from torch import Generator, Tensor
+from turned_digits import Images, digits, mnist, rotation
 
 from gpbridge.augmentation import (
-    AffineAugmentation2d,
     Rotation2d,
     median_orbit_distance,
 )
-from gpbridge.data import load_images
-from gpbridge.inducing_covariances import (
-    inducing_covariance,
-    inducing_cross_covariance,
-)
 from gpbridge.inducing_points import initial_inducing_points
 from gpbridge.kernels import InvariantKernel
-from gpbridge.selection import (
-    learn_kernel_invariance,
-    log_evidence,
-    scan,
-)
+from gpbridge.selection import learn_kernel_invariance, log_evidence, scan
 from gpbridge.selection.ascent import ascend
-
-CLASSES = 10
-NOISE_FLOOR = 1e-4  # labels have no noise, and their evidence no maximum without it
-
-
-class SharedGP(ExactGP):
-    """Independent outputs with one kernel, which is evaluated once for all of them.
-
-    Targets are ``m x n``.
-    """
-
-    def __init__(self, X: Tensor, Y: Tensor, kernel: Kernel, noise: float) -> None:
-        likelihood = GaussianLikelihood(noise_constraint=GreaterThan(NOISE_FLOOR))
-        likelihood.noise = noise
-        super().__init__(X, Y, likelihood)
-        self.mean_module = ZeroMean(batch_shape=Size([len(Y)]))
-        self.covar_module = kernel
-        self.to(X)
-
-    def forward(self, x: Tensor) -> MultivariateNormal:
-        """The prior."""
-        return MultivariateNormal(
-            self.mean_module(x), self.covar_module(x).evaluate_kernel()
-        )
-
-
-@torch.no_grad()
-def posterior_mean(model: SharedGP, X: Tensor) -> Tensor:
-    """Of all outputs, ``n x m``, by blocks of X."""
-    (train_X,), Y = model.train_inputs, model.train_targets
-    K = model.covar_module(train_X).to_dense()
-    K = K + model.likelihood.noise * torch.eye(len(K)).to(K)
-    weights = torch.cholesky_solve(Y.mT, torch.linalg.cholesky(K))
-    kernel = model.covar_module
-    return torch.cat([kernel(x, train_X).to_dense() @ weights for x in X.split(100)])
-
 
 # -- recovery --------------------------------------------------------------------------
 
@@ -146,49 +94,6 @@ def recovery(seeds: int, n: int, points: int, stds: tuple[float, ...]) -> None:
 
 
 # -- digits ----------------------------------------------------------------------------
-
-
-class Images(NamedTuple):
-    """Flat images, targets ``n x 10`` and labels; the same for tests."""
-
-    X: Tensor
-    Y: Tensor
-    test_X: Tensor
-    test_y: Tensor
-
-
-def turned(images: Tensor, degrees: float, generator: Generator) -> Tensor:
-    """Images ``n x h x w``, each by an angle of its own, bicubic."""
-    angle = torch.rand(len(images), generator=generator, dtype=torch.float64)
-    angle = ((2 * angle - 1) * math.radians(degrees)).to(images)
-    c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrices = torch.stack([c, -s, zero, s, c, zero], -1).reshape(-1, 2, 3)
-    images = images[:, None]
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bicubic", align_corners=False)[:, 0]
-
-
-def targets(labels: Tensor) -> Tensor:
-    """1.8 in the column of the label, -0.2 in the other nine."""
-    return 2 * F.one_hot(labels, CLASSES).double() - 0.2
-
-
-def digits(degrees: float, n: int, num_test: int, seed: int) -> Images:
-    """Turned digits in frames of 12 x 12."""
-    pixels, labels = load_digits(return_X_y=True)
-    pixels = F.pad(torch.tensor(pixels).reshape(-1, 8, 8) / 16, 4 * (2,))
-    labels = torch.tensor(labels)
-    generator = Generator().manual_seed(seed)
-    rows = torch.randperm(len(pixels), generator=generator)[: n + num_test]
-    X, y = turned(pixels[rows], degrees, generator).flatten(1), labels[rows]
-    return Images(X[:n], targets(y[:n]), X[n:], y[n:])
-
-
-def rotation(side: int, num_samples: int, degrees: float) -> AffineAugmentation2d:
-    """The law that is learnt."""
-    return AffineAugmentation2d(
-        (side, side), ["rotation"], num_samples, init=math.radians(degrees)
-    )
 
 
 class Score(NamedTuple):
@@ -284,74 +189,6 @@ def spread(values: list[float], decimals: int) -> str:
 
 
 # -- MNIST -----------------------------------------------------------------------------
-
-
-def mnist(path: Path, n: int, num_test: int, seed: int) -> Images:
-    """Images of 14 x 14 pixels, turned by up to 90 degrees; the last rows test."""
-    X, y, test_X, test_y = load_images(path, "mnist")
-    test_X, test_y = test_X[-num_test:], test_y[-num_test:]
-    generator = Generator().manual_seed(seed)
-    rows = torch.randperm(len(X), generator=generator)[:n]
-    parts = [
-        F.avg_pool2d(turned(pixels.reshape(-1, 28, 28), 90.0, generator), 2).flatten(1)
-        for pixels in (X[rows].float(), test_X.float())
-    ]
-    return Images(parts[0].double(), targets(y[rows]), parts[1].double(), test_y)
-
-
-class CollapsedGP(nn.Module):
-    """A sparse GP for ten outputs whose inducing variables have their optimum.
-
-    Of all bounds of ``SparseGP`` with these hyperparameters this is the highest, in
-    closed form for Gaussian noise (Titsias 2009); inducing variables are values at
-    ``Z``, which stays, of f or, for ``elements``, of the base kernel's function.
-    """
-
-    def __init__(self, kernel: Kernel, Z: Tensor, elements: bool) -> None:
-        super().__init__()
-        self.elements = elements
-        self.covar_module = kernel.to(Z)
-        self.likelihood = GaussianLikelihood(noise_constraint=GreaterThan(NOISE_FLOOR))
-        self.likelihood.noise = 0.05
-        self.to(Z)
-        self.register_buffer("Z", Z)
-
-    def parts(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Factors of K_uu and of I + A A', A itself, and the noise."""
-        noise = self.likelihood.noise
-        kernel, Z = self.covar_module, self.Z
-        K = inducing_covariance(kernel, Z) if self.elements else kernel(Z).to_dense()
-        L = psd_safe_cholesky(K + 1e-6 * torch.eye(len(K)).to(K))
-        cross = self.cross(X)
-        A = torch.linalg.solve_triangular(L, cross, upper=False) / noise.sqrt()
-        B = torch.eye(len(K)).to(K) + A @ A.mT
-        return L, torch.linalg.cholesky(B), A, noise
-
-    def cross(self, X: Tensor) -> Tensor:
-        """Covariance of the inducing variables and f, ``u x n``."""
-        if self.elements:
-            return inducing_cross_covariance(self.covar_module, self.Z, X)
-        return self.covar_module(self.Z, X).to_dense()
-
-    def bound(self, X: Tensor, Y: Tensor) -> Tensor:
-        """Of all outputs ``n x m`` together, total nats."""
-        _, root, A, noise = self.parts(X)
-        n, m = Y.shape
-        c = torch.linalg.solve_triangular(root, A @ Y, upper=False)
-        misfit = (Y.square().sum() - c.square().sum()) / noise
-        log_det = 2 * root.diagonal().log().sum() + n * (2 * math.pi * noise).log()
-        variance = self.covar_module(X, diag=True).sum()
-        lost = variance / noise - A.square().sum()
-        return -0.5 * (misfit + m * (log_det + lost)).squeeze()
-
-    @torch.no_grad()
-    def mean(self, X: Tensor, Y: Tensor, test_X: Tensor) -> Tensor:
-        """Posterior means at ``test_X``, by blocks."""
-        L, root, A, noise = self.parts(X)
-        weights = torch.cholesky_solve(A @ Y, root) / noise.sqrt()
-        weights = torch.linalg.solve_triangular(L.mT, weights, upper=True)
-        blocks = test_X.split(250)
-        return torch.cat([self.cross(x).mT @ weights for x in blocks])
 
 
 def fit_mnist(

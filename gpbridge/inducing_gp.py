@@ -36,6 +36,7 @@ from gpbridge.checks import (
     check_not_empty,
     check_positive,
     check_same_dtype,
+    check_tensor,
 )
 from gpbridge.inducing_strategy import (
     InterdomainVariationalStrategy,
@@ -164,6 +165,7 @@ class SparseGP(ApproximateGP):
         Returns:
             A distribution over ``... x n`` values, ``... x n x m`` for several outputs.
         """
+        check_tensor(x=x)
         check_same_dtype("x", x, self.dtype, "inducing points of the model")
         if x.dim() == 1:
             x = x[:, None]

@@ -40,7 +40,6 @@ from gpbridge.likelihoods import (
     is_gaussian,
     log_prob,
     noise_covariance,
-    outputs_of,
     refuse,
 )
 
@@ -248,52 +247,6 @@ def _(likelihood, Y, num_outputs, num_rows, dtype=None, name="train_Y"):
     check_finite(**{name: labels})
     check_binary(labels, name)
     return labels.to(dtype or torch.get_default_dtype())
-
-
-def check_target_shape(
-    likelihood: Likelihood, Y: Tensor, num_rows: int, name: str = "train_Y"
-) -> None:
-    """Require targets in the shape that gpytorch's likelihoods take.
-
-    They broadcast another shape against the latent function without a word: a column
-    against several outputs, or targets of the rows against those of the outputs.
-
-    Args:
-        likelihood: Of gpytorch. One without a known number of outputs is not checked.
-        Y: Targets: ``n`` for labels and for one output, ``n x m`` for m outputs.
-        num_rows: The number n of rows of the inputs.
-        name: What the message calls Y.
-
-    Raises:
-        ShapeError: If they have another shape.
-    """
-    m = outputs_of(likelihood)
-    if m is None:
-        return
-    kind, columns = type(likelihood).__name__, Y.shape[-1] if Y.dim() == 2 else None
-    if isinstance(likelihood, MultitaskGaussianLikelihood):
-        expected, shown = (num_rows, m), f"``{num_rows} x {m}``"
-        remedy = "Pass one column of targets for each output."
-        if m > 1 and columns in (None, 1):
-            remedy += " For one column leave num_outputs and the likelihood out."
-    elif isinstance(likelihood, SoftmaxLikelihood):
-        expected, shown = (num_rows,), f"``{num_rows}`` class labels"
-        remedy = f"Try {name}.squeeze(-1), or .argmax(-1) for one-hot rows."
-    else:
-        expected, shown = (num_rows,), f"``{num_rows}``, one target for each row,"
-        remedy = "Pass one target for each row of inputs."
-        if columns == 1:
-            remedy = f"Try {name}.squeeze(-1)."
-        elif columns is not None and Y.shape[0] == num_rows:
-            remedy = (
-                f"For {columns} outputs try a model with num_outputs={columns} and "
-                f"MultitaskGaussianLikelihood({columns}, rank=0)."
-            )
-    if Y.shape != expected:
-        raise ShapeError(
-            f"{name} must be {shown} for {kind}, but has shape {tuple(Y.shape)}. "
-            f"{remedy}"
-        )
 
 
 def check_not_probabilities(likelihood: Likelihood, f: Tensor) -> None:

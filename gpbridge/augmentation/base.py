@@ -297,6 +297,26 @@ class BoundedAugmentation(Augmentation):
         return self.bound.to(x) * self.noise.to(x)
 
 
+def check_elements(law: Augmentation, name: str = "augmentation") -> None:
+    """Require more than the identity where a half-width is learnt.
+
+    Args:
+        law: With the noise that it will have.
+        name: What the message calls it.
+
+    Raises:
+        ValueError: If no element of its orbits depends on the half-width.
+    """
+    if not isinstance(law, BoundedAugmentation) or not law.raw_bound.requires_grad:
+        return
+    if not bool(law.noise.any()):
+        raise ValueError(
+            f"{name} has the identity as its only element (num_samples="
+            f"{law.num_samples}), whatever its bound. Take 2 samples or more, 16 for "
+            "instance."
+        )
+
+
 def natural_name(name: str) -> str:
     """The name of a parameter's value in natural units: ``bound`` of ``raw_bound``."""
     return ".".join(part.removeprefix("raw_") for part in name.split("."))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gpbridge.checks import check_positive
 from gpbridge.kernels.compositions import same_inputs, unbatched_buffers
-from gpbridge.kernels.wide_layers import Layer, every_layer
+from gpbridge.kernels.wide_layer_kinds import Layer
+from gpbridge.kernels.wide_layers import every_layer
 from gpbridge.kernels.wide_modules import layers_of
 from gpbridge.kernels.wide_network import GROUPS, WideNetwork
 

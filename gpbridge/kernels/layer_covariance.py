@@ -1,7 +1,7 @@
 r"""What passes between the layers of an infinitely wide network.
 
 In: the covariance of inputs at pairs of points. Out: the state that layers map, with
-the variances of single points that nonlinearities need. Next: ``wide_layers``.
+the variances of single points that nonlinearities need. Next: ``wide_layer_kinds``.
 """
 
 from __future__ import annotations

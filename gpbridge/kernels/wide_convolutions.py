@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpbridge.checks import check_choice, check_count, check_positive
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
-from gpbridge.kernels.wide_layers import Layer, Weighted
+from gpbridge.kernels.wide_layer_kinds import Layer, Weighted
 
 
 @dataclass(frozen=True)

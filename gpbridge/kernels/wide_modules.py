@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gpbridge.kernels.wide_convolutions import AvgPool, Conv, GlobalAvgPool
+from gpbridge.kernels.wide_layer_kinds import Layer
 from gpbridge.kernels.wide_layers import (
     GELU,
     Dense,
     Flatten,
-    Layer,
     LayerNorm,
     LeakyReLU,
     ReLU,

@@ -29,8 +29,8 @@ from gpbridge.kernels.layer_covariance import (
 )
 from gpbridge.kernels.tiled_gram import tile_rows, tiled_gram
 from gpbridge.kernels.wide_convolutions import needs_pairs
+from gpbridge.kernels.wide_layer_kinds import Layer
 from gpbridge.kernels.wide_layers import (
-    Layer,
     apply_all,
     every_layer,
     layers_and_signals,

@@ -22,14 +22,14 @@ from gpbridge.selection.hypergradient_descent import HypergradientDescent, Outer
 from gpbridge.selection.inner_training import LBFGSTraining
 from gpbridge.selection.invariance import learn_invariance
 from gpbridge.selection.invariance_fit import InvarianceFit
-from gpbridge.selection.invariance_gp import (
-    InvarianceStart,
-    KernelInvarianceFit,
-    learn_kernel_invariance,
-)
+from gpbridge.selection.invariance_gp import learn_kernel_invariance
 from gpbridge.selection.invariance_starts import learn_invariance_from
 from gpbridge.selection.invariance_training import InvarianceStep
 from gpbridge.selection.iterative_mll import IterativeFit, fit_iterative
+from gpbridge.selection.kernel_invariance_fit import (
+    InvarianceStart,
+    KernelInvarianceFit,
+)
 from gpbridge.selection.last_layer import LastLayerFit, learn_last_layer_invariance
 from gpbridge.selection.loss_curvature import CompositeLoss
 from gpbridge.selection.marginal_likelihood import (

@@ -38,12 +38,12 @@ from gpbridge.checks import (
     check_tensor,
 )
 from gpbridge.dnn.training import isolated_randomness
+from gpbridge.gpytorch_targets import check_target_shape
 from gpbridge.inducing_orbits import draw_elements, orbit_kernel, unbiased_moments
 from gpbridge.inducing_strategy import InterdomainVariationalStrategy
 from gpbridge.likelihoods import GAUSSIAN, check_outputs
 from gpbridge.polya_gamma import expected_quadratic, is_quadratic
 from gpbridge.selection.variational_bound import inducing_strategy
-from gpbridge.targets import check_target_shape
 
 
 class _Expected(NamedTuple):

@@ -21,7 +21,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.averaged import AveragedNetwork
-from gpbridge.augmentation.base import Augmentation
+from gpbridge.augmentation.base import Augmentation, check_elements
 from gpbridge.checks import check_choice, check_count, check_positive, warn_user
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.frozen import copy_without_hooks
@@ -29,11 +29,8 @@ from gpbridge.functional import FunctionalNet
 from gpbridge.kernels.tangent import Groups, weight_groups
 from gpbridge.linearized.inference import Exact
 from gpbridge.selection.invariance_fit import InvarianceFit, invariance_fit
-from gpbridge.selection.invariance_training import (
-    ORBITS,
-    PHASES,
-    InvarianceTraining,
-)
+from gpbridge.selection.invariance_timetable import PHASES
+from gpbridge.selection.invariance_training import ORBITS, InvarianceTraining
 from gpbridge.selection.online_run import (
     check_folder,
     diverged_message,
@@ -166,13 +163,15 @@ def learn_invariance(
 
     Warns:
         UserWarning: If the data determine less than one direction of the weights.
+        ReliabilityWarning: If law, or prior and noise, never move in these epochs.
 
     Raises:
         DivergedError: If a loss, a weight, an evidence or a gradient is not finite; its
             ``last_good`` is the fit as it was an epoch before.
         ShapeError: If data, network and augmentation do not fit together.
         TypeError: If data are not a pair of tensors, or an argument is of another type.
-        ValueError: If an option is out of range, or the checkpoint is of another run.
+        ValueError: If an option is out of range, the checkpoint is of another run, or
+            orbits that stay have the identity as their only element.
         NotImplementedError: If the likelihood has another kind of noise, or orbits
             cannot be drawn per datum.
         MemoryError: If the structure does not fit into its budget.
@@ -206,6 +205,8 @@ def learn_invariance(
     X, Y, input_shape = _rows(data, augmentation, input_shape)
     check_choice("orbit", orbit, ORBITS)
     check_choice("phases", phases, PHASES)
+    if orbit == "fixed":
+        check_elements(augmentation)
     check_count(
         epochs=epochs,
         every=every,
@@ -254,6 +255,7 @@ def learn_invariance(
         schedule,
         generator,
     )
+    training.timetable.warn_if_idle(epochs)
     try:
         run_epochs(
             training,

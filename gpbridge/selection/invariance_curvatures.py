@@ -56,23 +56,25 @@ class InvarianceCurvatures:
         self.network = network
         names = [[n.removeprefix("network.") for n in group] for group in groups]
 
-        def build(structure: OrbitStructure) -> OrbitCurvature:
+        def build(structure: OrbitStructure, called: str) -> OrbitCurvature:
             inner, law = network.network, network.augmentation
             net = OrbitNet(inner, law, names, network.input_shape, first)
             dtype = getattr(structure, "jacobian_dtype", None)
             if dtype is not None:
                 net.net.to(dtype)
-            return OrbitCurvature(net, likelihood, structure, num_rows)
+            return OrbitCurvature(net, likelihood, structure, num_rows, called)
 
-        self.law = self.prior = build(structure)
+        called = "structure"
+        self.law = self.prior = build(structure, called)
         if prior_structure is not None:
-            structure = prior_structure
-            self.prior = build(structure)
+            structure, called = prior_structure, "prior_structure"
+            self.prior = build(structure, called)
         self.whole = self.prior
         if isinstance(structure, TangentBlocks):
             sampled = structure.outputs == "sampled"
             outputs = "independent" if sampled else structure.outputs
-            self.whole = build(replace(structure, outputs=outputs, num_blocks=None))
+            whole = replace(structure, outputs=outputs, num_blocks=None)
+            self.whole = build(whole, called)
 
     def measure(
         self,

@@ -13,8 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gpytorch.mlls import MarginalLogLikelihood, VariationalELBO
@@ -24,6 +23,10 @@ from torch import Generator, Tensor, nn
 from gpbridge.augmentation.base import Augmentation
 from gpbridge.checks import check_count, check_positive, check_same_length
 from gpbridge.selection.ascent import ascend
+from gpbridge.selection.kernel_invariance_fit import (
+    InvarianceStart,
+    KernelInvarianceFit,
+)
 from gpbridge.selection.law_starts import (
     Start,
     by_name,
@@ -39,57 +42,12 @@ from gpbridge.selection.law_starts import (
 from gpbridge.selection.marginal_likelihood import log_evidence
 from gpbridge.selection.mll import log_prior
 from gpbridge.selection.multi_start import StartRecord, multi_start
-from gpbridge.selection.scan import ScanResult, scan
+from gpbridge.selection.scan import scan
 from gpbridge.selection.sparse_fit import checked_data, fit_sparse_gp
 from gpbridge.selection.variational_bound import likelihood_of
 
 _SCAN_POINTS = 18  # the curve over a circle has four to six maxima
 _START_POINTS = 4  # where each is a fit of its own
-
-
-class InvarianceStart(NamedTuple):
-    """Where one ascent began and ended, by name; objective in total nats.
-
-    The objective is the evidence, or its lower bound, plus the log density of the
-    hyperpriors; minus infinity after a failure, with an empty ``end``.
-    """
-
-    start: dict[str, Tensor]
-    end: dict[str, Tensor]
-    objective: float
-
-
-@dataclass(frozen=True, repr=False)
-class KernelInvarianceFit:
-    """A GP and the law of its transformations at the best optimum found.
-
-    Attributes:
-        model: The fitted copy, in eval mode.
-        objective: The trained copy of the bound, of a sparse GP; else None.
-        learnt: Free parameters of the law by name, in natural units, as ``bound``.
-            With several laws in one kernel the names have the paths of the model.
-        evidence: Total nats without hyperpriors; of a sparse GP its lower bound, with
-            the draws of the law and not those of a minibatch.
-        starts: One record for each ascent of everything together: the best maxima of
-            the curve, the highest first, or all starts in their order.
-        curve: The evidence along the starts, everything else refitted, where a number
-            was scanned; else None.
-    """
-
-    model: GP
-    objective: MarginalLogLikelihood | None
-    learnt: dict[str, Tensor]
-    evidence: float
-    starts: tuple[InvarianceStart, ...]
-    curve: ScanResult | None
-
-    def __repr__(self) -> str:
-        """What was learnt, and from how many starts."""
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, "
-            f"{_shown(self.learnt)}; {len(self.starts)} ascents, "
-            f"evidence {self.evidence:.5g} nats)"
-        )
 
 
 def learn_kernel_invariance(
@@ -348,10 +306,3 @@ def _rows(
 def _refuse(options: Mapping[str, Any] | set[str], why: str) -> None:
     if options:
         raise TypeError(f"{', '.join(sorted(options))}: options {why}.")
-
-
-def _shown(values: Mapping[str, Tensor]) -> str:
-    return ", ".join(
-        f"{name} {[round(x, 4) for x in value.flatten().tolist()]}"
-        for name, value in values.items()
-    )

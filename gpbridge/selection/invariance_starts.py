@@ -14,6 +14,8 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import NotConvergedWarning, warn_user
+from gpbridge.dnn.divergence import DivergedError
 from gpbridge.selection.invariance import learn_invariance
 from gpbridge.selection.invariance_fit import InvarianceFit
 
@@ -43,11 +45,16 @@ def learn_invariance_from(
             run.
 
     Returns:
-        One fit per start, that of the largest evidence first.
+        One fit per start that did not fail, that of the largest evidence first.
 
     Raises:
-        ValueError: If there are no starts, or nothing of the augmentation is learnt.
+        ValueError: If there are no starts, one of them is outside of its cap, or
+            nothing of the augmentation is learnt.
         TypeError: If the augmentation has no half-width, or an option is of one run.
+        DivergedError: If every start fails; its ``last_good`` is that of the first.
+
+    Warns:
+        NotConvergedWarning: For each start that fails; the others go on.
     """
     starts = list(starts)
     if not starts:
@@ -69,14 +76,33 @@ def learn_invariance_from(
             f"{sorted(alone)} are of one run, but there are {len(starts)}. Pass seed=, "
             "or call learn_invariance for each start."
         )
-    fits = []
-    for start in starts:
-        own = copy.deepcopy(augmentation)
-        own.bound = start
-        generator = Generator().manual_seed(seed)
-        fits.append(
-            learn_invariance(
-                network, data, own, likelihood, generator=generator, **options
+    laws = [_started(augmentation, k, start) for k, start in enumerate(starts)]
+    fits: list[InvarianceFit] = []
+    failures: list[DivergedError] = []
+    for number, law in enumerate(laws):
+        own = options | {"generator": Generator().manual_seed(seed)}
+        try:
+            fits.append(learn_invariance(network, data, law, likelihood, **own))
+        except DivergedError as error:
+            failures.append(error)
+            warn_user(
+                f"Start {number} of {len(laws)} failed: {error}", NotConvergedWarning
             )
-        )
+    if not fits:
+        first = failures[0]
+        raise DivergedError(
+            f"All {len(laws)} starts failed. The first said: {first}", first.last_good
+        ) from first
     return sorted(fits, key=lambda fit: -float(fit.evidence.value))
+
+
+def _started(
+    augmentation: Augmentation, number: int, start: float | Sequence[float] | Tensor
+) -> Augmentation:
+    """A copy with this half-width."""
+    law = copy.deepcopy(augmentation)
+    try:
+        law.bound = start
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"Start {number} cannot be: {error}") from error
+    return law

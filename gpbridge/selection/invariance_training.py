@@ -24,6 +24,7 @@ from gpbridge.dnn.run_key import checksum
 from gpbridge.dnn.training import isolated_randomness
 from gpbridge.kernels.tangent import Groups
 from gpbridge.selection.invariance_curvatures import InvarianceCurvatures
+from gpbridge.selection.invariance_timetable import Timetable
 from gpbridge.selection.online_evidence import OnlineEvidence
 from gpbridge.selection.online_training import NonFiniteError, OnlineTraining
 from gpbridge.selection.orbit_curvature import OrbitStructure
@@ -34,7 +35,6 @@ from gpbridge.selection.weight_optimizer import OptimizerFactory
 from gpbridge.types import Evidence, Params
 
 ORBITS = ("fixed", "resampled", "per_datum")
-PHASES = ("online", "toggle")
 _FINAL_DRAWS = 3  # of the orbits, over which the last evidence is averaged
 
 
@@ -43,6 +43,9 @@ class InvarianceStep(NamedTuple):
 
     The evidence is of the orbits of before, at the prior and noise of after: the law
     takes its step along the gradient that comes with the same pass over the data.
+    Where ``moves_prior``, evidence, fit, complexity and effective dimension are by the
+    structure of the prior, else by that of the law: one column of the history holds
+    both, and only those of one kind compare.
     """
 
     epoch: int  # epochs that were trained before
@@ -54,6 +57,7 @@ class InvarianceStep(NamedTuple):
     noise_variance: list[float] | None  # per output
     augmentation: list[float] | None  # its learnt parameters, in natural units
     block_size: int  # data of a block of the tangent kernel; all where there are none
+    moves_prior: bool  # whether prior and noise moved; says whose evidence it is
 
 
 class InvarianceTraining(OnlineTraining):
@@ -88,14 +92,16 @@ class InvarianceTraining(OnlineTraining):
         schedule: Callable[[int], float] | None,
         generator: Generator | None,
     ) -> None:
-        self.orbit, self.phases, self.epochs, self.rates = orbit, phases, epochs, rates
-        self.prior_curvature, self.prior_every = prior_curvature, prior_every
+        self.orbit, self.epochs, self.rates = orbit, epochs, rates
+        self.prior_curvature = prior_curvature
         self._learnt = [
             name
             for name, p in network.augmentation.named_parameters()
             if p.requires_grad
         ]
         network.augmentation.requires_grad_(False)  # of the caller's copy
+        has_law = bool(self._learnt)
+        self.timetable = Timetable(phases, burn_in, every, prior_every, has_law)
         super().__init__(
             network,
             batches,
@@ -180,25 +186,10 @@ class InvarianceTraining(OnlineTraining):
     # -- one epoch ---------------------------------------------------------------------
 
     def _plan(self) -> tuple[bool, bool]:
-        if self.phases == "online":
-            trains, updates = super()._plan()
-        else:
-            late = self.epoch - self.burn_in
-            updates = late >= 0 and late // self.every % 2 == 1
-            trains = not updates
-        return trains, updates and (bool(self._learnt) or self._prior_moves())
-
-    def _prior_moves(self) -> bool:
-        """Whether the update of this epoch is one of prior and noise."""
-        late = self.epoch - self.burn_in
-        if self.phases == "online":
-            count = (late + 1) // self.every
-        else:
-            count = late // (2 * self.every) * self.every + late % self.every + 1
-        return count % self.prior_every == 0
+        return self.timetable.trains(self.epoch), self.timetable.updates(self.epoch)
 
     def _prior_steps(self) -> int:
-        return self.hyper_steps if self._prior_moves() else 0
+        return self.hyper_steps if self.timetable.moves_prior(self.epoch) else 0
 
     def _train_epoch(self) -> float:
         if self.orbit == "resampled":
@@ -252,7 +243,7 @@ class InvarianceTraining(OnlineTraining):
         own = dict(self.augmentation.named_parameters())
         values = {name: own[name] for name in self._learnt}
         law, prior = self._curvatures.law, self._curvatures.prior
-        prior_moves = self._prior_moves()
+        prior_moves = self.timetable.moves_prior(self.epoch)
         found = []
         if values or not prior_moves:
             found.append(self._measured(law, noise, values, self.generator))
@@ -282,9 +273,9 @@ class InvarianceTraining(OnlineTraining):
         step = super()._update()
         learnt = self.natural_values()
         numbers = [x for value in learnt.values() for x in value.flatten().tolist()]
-        found = self._curvatures
-        measured = found.prior if self._prior_moves() else found.law
-        return InvarianceStep(*step, numbers or None, found.block_size(measured))
+        found, moved = self._curvatures, self.timetable.moves_prior(self.epoch)
+        size = found.block_size(found.prior if moved else found.law)
+        return InvarianceStep(*step, numbers or None, size, moved)
 
     # -- state -------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gpbridge.augmentation.base import (
     Augmentation,
     BoundedAugmentation,
+    check_elements,
     natural_name,
 )
 from gpbridge.inducing_covariances import has_orbits
@@ -42,12 +43,7 @@ def free_laws(gp: nn.Module) -> dict[str, Augmentation]:
             "fit the other hyperparameters with fit_gpytorch_mll."
         )
     for path, law in laws.items():
-        if isinstance(law, BoundedAugmentation) and not bool(law.noise.any()):
-            raise ValueError(
-                f"{path} has the identity as its only element (num_samples="
-                f"{law.num_samples}), whatever its bound. Take 2 samples or more, 16 "
-                "for instance."
-            )
+        check_elements(law, path)
     return laws
 
 

@@ -51,6 +51,7 @@ class OrbitCurvature:
         likelihood: Of the targets.
         structure: ``Exact()``, ``TangentBlocks()``, ``Kronecker()`` or ``Diagonal()``.
         num_rows: The number n of data.
+        name: What messages call the structure.
 
     Raises:
         TypeError: If the structure is another.
@@ -64,10 +65,11 @@ class OrbitCurvature:
         likelihood: Likelihood,
         structure: OrbitStructure,
         num_rows: int,
+        name: str = "structure",
     ) -> None:
         self.net, self.num_rows = net, num_rows
         self.model = OrbitLikelihood(net, likelihood)
-        self.structure = _resolved(structure, net, num_rows)
+        self.structure = _resolved(structure, net, num_rows, name)
         self._check_memory()
         self._sums = None
         if not isinstance(self.structure, TangentBlocks):
@@ -121,7 +123,7 @@ class OrbitCurvature:
             joint = r if options.outputs == "joint" else 1
             gram = 8.0 * self.model.num_groups * b**2 * r * joint
             gram *= min(options.num_blocks or self.num_rows, -(-self.num_rows // b))
-            rows = 4.0 * net.net.dtype.itemsize * b * r * p
+            rows = b * float(self.model.bytes_per_row(net.example, r))
             check_memory(
                 f"A block of {b} data with {r} outputs and {p} weights",
                 gram + rows,
@@ -133,27 +135,27 @@ class OrbitCurvature:
 
 
 def _resolved(
-    structure: OrbitStructure, net: OrbitNet, num_rows: int
+    structure: OrbitStructure, net: OrbitNet, num_rows: int, name: str
 ) -> OrbitStructure:
     """The structure, Exact in the smaller of its two spaces."""
     if not isinstance(structure, OrbitStructure):
         raise TypeError(
-            "structure must be Exact(...), Kronecker(...) or Diagonal(...) of "
+            f"{name} must be Exact(...), Kronecker(...) or Diagonal(...) of "
             "gpbridge.linearized, or TangentBlocks(...) of gpbridge.selection, but is "
             f"{type(structure).__name__}."
         )
     special = getattr(structure, "curvature", "ggn") != "ggn"
     if special or getattr(structure, "eigenvalue_correction", False):
         raise ValueError(
-            "learn_invariance differentiates the Gauss-Newton curvature: pass a "
-            "structure with curvature='ggn', without eigenvalue_correction, whose "
-            "basis has no gradient."
+            f"{name} must have curvature='ggn' and no eigenvalue_correction: "
+            "learn_invariance differentiates the Gauss-Newton curvature, and the basis "
+            "of the correction has no gradient."
         )
     if not isinstance(structure, Exact):
         return structure
     if structure.space == "matrix_free":
         raise ValueError(
-            "structure must not be Exact(space='matrix_free'), which has no log "
+            f"{name} must not be Exact(space='matrix_free'), which has no log "
             "determinant. Choose space='auto', or TangentBlocks()."
         )
     rows = num_rows * net.net.num_outputs

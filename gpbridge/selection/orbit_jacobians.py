@@ -113,6 +113,7 @@ class OrbitNet(nn.Module):
     Attributes:
         net: The frozen copy.
         blocks: Its weights in blocks, in whose order Jacobians come.
+        example: An input ``1 x d``.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class OrbitNet(nn.Module):
         super().__init__()
         self.net = FunctionalNet(network, input_shape=input_shape)
         self.augmentation = augmentation
+        self.example = first[:1]
         with torch.no_grad():
             few = orbits(augmentation, first[:2]).flatten(0, 1)
         self.net.probe(few)

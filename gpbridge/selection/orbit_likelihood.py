@@ -69,6 +69,37 @@ class OrbitLikelihood:
         roots = self.roots if roots is None else roots
         return self.net.jacobian(part.X, roots, leaves, part.noise, reduce)
 
+    def bytes_per_row(
+        self, X: Tensor, num_columns: int | None = None, reduce: bool = False
+    ) -> int:
+        """Bytes of one row's inputs, signals and derivatives, with their graph.
+
+        Args:
+            X: Inputs, of which one row is looked at.
+            num_columns: Of the root; None is all.
+            reduce: Whether only signals are needed; see ``OrbitNet``.
+        """
+        seen = []
+
+        def first(f: Tensor) -> Tensor:
+            root = self.roots(f)
+            seen.append(root.shape[-1])
+            return root[..., :1]
+
+        with torch.no_grad():
+            _, J = self.jacobian(OrbitData(X[:1], X[:1]), {}, first, reduce)
+        r = seen[-1] if num_columns is None else num_columns
+        numbers, derivatives = 0, 0
+        for part, block in zip(J, self.net.blocks, strict=True):
+            if part.signal is None:
+                numbers += r * part.columns.numel()
+            else:
+                numbers += part.inputs.numel() + r * part.signal.numel()
+            derivatives += 0 if reduce else r * block.o * block.i
+        # Measured: the graph holds four of each, and three float64 of a derivative,
+        # whose products are formed in it.
+        return 4 * numbers * self.net.net.dtype.itemsize + 24 * derivatives
+
     def roots(self, f: Tensor) -> Tensor:
         """Of the outputs' curvature at unit noise, ``n x m x r``."""
         return unit_roots(f) if self.is_gaussian else hessian_root(self.likelihood, f)

@@ -187,18 +187,8 @@ class OrbitSums:
         return self.model.jacobian(part, leaves, roots, reduce=is_kronecker)
 
     def _chunks(self, data: OrbitData) -> list[OrbitData]:
-        step = max(1, CHUNK_BYTES // self._bytes_per_row(data.X))
+        is_kronecker = isinstance(self.structure, Kronecker)
+        row = self.model.bytes_per_row(data.X, reduce=is_kronecker)
+        step = max(1, CHUNK_BYTES // row)
         starts = range(0, len(data.X), step)
         return [data.take(slice(start, start + step)) for start in starts]
-
-    def _bytes_per_row(self, X: Tensor) -> int:
-        with torch.no_grad():
-            _, J = self._jacobian(OrbitData(X[:1], X[:1]), {})
-        numbers = 0
-        for part in J:
-            held = [part.columns] if part.signal is None else [part.inputs, part.signal]
-            numbers += sum(t.numel() for t in held)
-            if not isinstance(self.structure, Kronecker):
-                n, r = held[-1].shape[:2]
-                numbers += r * part.dense()[0, 0].numel()
-        return 4 * numbers * X.element_size()  # with a graph

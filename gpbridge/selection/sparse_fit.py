@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpytorch.likelihoods import (
-    BernoulliLikelihood,
-    MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
-)
+from gpytorch.likelihoods import MultitaskGaussianLikelihood
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.optim import NGD
 from gpytorch.variational import (
@@ -26,10 +22,8 @@ from gpytorch.variational import (
 from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
-    check_binary,
     check_finite,
     check_inputs,
-    check_labels,
     check_not_empty,
     check_positive,
     check_same_device,
@@ -38,9 +32,9 @@ from gpbridge.checks import (
 )
 from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
 from gpbridge.dnn.training import Callback, adam
-from gpbridge.likelihoods import LogisticLikelihood, outputs_of
+from gpbridge.gpytorch_targets import check_target_labels, check_target_shape
+from gpbridge.likelihoods import outputs_of
 from gpbridge.selection.elbo import OrbitVariationalELBO
-from gpbridge.targets import check_target_shape
 
 _NATURAL = (NaturalVariationalDistribution, TrilNaturalVariationalDistribution)
 
@@ -192,22 +186,13 @@ def checked_data(
     if single and not multitask and train_Y.shape == (n, 1):
         train_Y = train_Y[:, 0]  # as BoTorch has them
     check_target_shape(elbo.likelihood, train_Y, n)
-    _check_labels(elbo, train_Y)
+    check_target_labels(elbo.likelihood, train_Y)
     if getattr(elbo, "num_data", n) != n:
         raise ValueError(
             f"elbo was made for num_data={elbo.num_data}, but there are {n} rows: the "
             f"KL divergence would have the wrong weight. Make it with num_data={n}."
         )
     return train_X, train_Y
-
-
-def _check_labels(elbo: MarginalLogLikelihood, labels: Tensor) -> None:
-    """Once for all data: a look in each step would stop the device."""
-    likelihood = elbo.likelihood
-    if isinstance(likelihood, LogisticLikelihood | BernoulliLikelihood):
-        check_binary(labels)
-    elif isinstance(likelihood, SoftmaxLikelihood):
-        check_labels(labels, likelihood.num_classes)
 
 
 def _natural_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -51,7 +51,8 @@ class TangentBlocks:
         num_blocks: How many blocks an update draws without replacement, counted as all
             of them are; None takes all. Drawn blocks or outputs make an unbiased
             estimate of the bound, averaged over partitions.
-        memory_budget: Bytes for the rows of one block and their graph.
+        memory_budget: Bytes for one block: inputs and signals of the layers on all
+            orbits, derivatives, and the graph of all these.
 
     Raises:
         ValueError: If an option is not one of those named.

@@ -1,4 +1,4 @@
-"""Learning the invariance of a network: direction, state, phases, doors."""
+"""Learning the invariance of a network: direction, structures, doors."""
 
 import copy
 import math
@@ -12,66 +12,14 @@ from gpbridge import LinearizedGP
 from gpbridge.augmentation import AffineAugmentation2d, AveragedNetwork, Rotation2d
 from gpbridge.augmentation.base import Augmentation, BoundedAugmentation
 from gpbridge.checks import ShapeError
-from gpbridge.dnn import DivergedError
 from gpbridge.linearized import Diagonal, Exact, Kronecker
 from gpbridge.selection import (
-    InvarianceFit,
     TangentBlocks,
     augerino_penalty,
     fit_online,
     learn_invariance,
 )
-from gpbridge.selection.invariance_training import InvarianceTraining
-from gpbridge.selection.online_hyperparameters import OnlineHyperparameters
-from gpbridge.selection.orbit_curvature import OrbitCurvature
-from gpbridge.selection.orbit_jacobians import OrbitNet
-from gpbridge.testing import assert_module_unchanged
-
-N = 24
-
-
-class Nested(nn.Module):
-    """Layers in modules, batch norm, and an output of shape n."""
-
-    def __init__(self, m=2):
-        super().__init__()
-        self.body = nn.ModuleDict({"first": nn.Linear(2, 6), "norm": nn.BatchNorm1d(6)})
-        self.head = nn.Linear(6, m)
-
-    def forward(self, x):
-        return self.head(self.body["norm"](self.body["first"](x)).tanh()).squeeze(-1)
-
-
-def tanh_net(width=6, m=2, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, m))
-
-
-def rings(n, arc, seed=0):
-    """Two classes on two circles, and some of the second at the origin."""
-    generator = torch.Generator().manual_seed(seed)
-    half = n // 2
-    radius, label = torch.full((n,), 0.5), torch.zeros(n, dtype=torch.long)
-    label[half:], radius[half:] = 1, 1.0
-    radius[half + (n - half) * 2 // 3 :] = 0.0
-    angle = torch.rand(n, generator=generator) * math.radians(arc)
-    X = radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
-    return X + 0.06 * torch.randn(n, 2, generator=generator), label
-
-
-def run(network=None, data=None, augmentation=None, **options):
-    options = {"epochs": 4, "progress": False} | options
-    augmentation = Rotation2d(3) if augmentation is None else augmentation
-    network = tanh_net() if network is None else network
-    return learn_invariance(network, data or rings(N, 120), augmentation, **options)
-
-
-def equal(fit, other):
-    a, b = fit.network.state_dict(), other.network.state_dict()
-    same = all(torch.equal(a[name], b[name]) for name in a)
-    return same and fit.losses == other.losses and fit.steps == other.steps
-
+from tests.selection.invariance_problems import N, Nested, equal, rings, run, tanh_net
 
 # -- what it learns --------------------------------------------------------------------
 
@@ -198,161 +146,6 @@ def test_images_come_flat_or_in_their_shape():
     assert fits[0].network(X.flatten(1)).shape == (12, 3)
 
 
-# -- when ------------------------------------------------------------------------------
-
-
-def test_phases_say_when_weights_and_when_the_law_move():
-    online = run(epochs=5, burn_in=1, every=2)
-    assert [step.epoch for step in online.steps] == [3, 5]
-    toggle = run(epochs=7, burn_in=1, every=2, phases="toggle")
-    assert [step.epoch for step in toggle.steps] == [4, 5]
-    # Epochs of updates train nothing.
-    assert len(set(toggle.losses)) == 5
-
-
-def test_the_rate_of_the_law_falls_as_a_cosine():
-    seen = []
-
-    def watch(training):
-        seen.append(training.augmentation_optimizer.param_groups[0]["lr"])
-
-    rates = {
-        "augmentation_learning_rate": 0.1,
-        "final_augmentation_learning_rate": 0.02,
-    }
-    run(epochs=5, callback=watch, **rates)
-    expected = [0.02 + 0.04 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
-    assert seen == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("phases", ["online", "toggle"])
-def test_prior_and_law_move_by_structures_of_their_own(phases, monkeypatch):
-    original, drawn = OnlineHyperparameters.ascend, []
-
-    def watched(self, measured, steps):
-        drawn.append(getattr(measured.curvature, "scale", 1.0) > 1)
-        return original(self, measured, steps)
-
-    monkeypatch.setattr(OnlineHyperparameters, "ascend", watched)
-    sampled = TangentBlocks(block_size=6, outputs="sampled", num_blocks=1)
-    options = {"phases": phases, "structure": sampled, "every": 2, "epochs": 16}
-    fit = run(prior_structure=Exact(), prior_every=3, **options)
-    sizes = [step.block_size for step in fit.steps]
-    assert sizes == [6, 6, N] * 2 + [6, 6] and fit.block_size == N
-    # A drawn block counts for several, all data for themselves: what the prior ascends.
-    assert drawn == [True, True, False] * 2 + [True, True]
-    assert not fit.evidence.lower_bound
-    priors = [step.prior_variance[0] for step in fit.steps]
-    assert priors[0] == priors[1] == 1.0
-    assert len(set(priors)) == 3 and priors[2] == priors[4]
-    laws = [step.augmentation[0] for step in fit.steps]
-    assert len(set(laws)) == 8
-
-
-def test_a_law_that_is_held_is_measured_only_where_the_prior_moves():
-    law = Rotation2d(3).requires_grad_(False)
-    sampled = TangentBlocks(block_size=6, outputs="sampled")
-    options = {"structure": sampled, "prior_structure": Exact(), "prior_every": 2}
-    fit = run(augmentation=law, epochs=5, **options)
-    assert [step.epoch for step in fit.steps] == [2, 4]
-
-
-def test_a_prior_that_leaves_a_constant_network_is_said():
-    options = {"prior_variance": 1e-9, "hyper_learning_rate": 1e-3}
-    with pytest.warns(UserWarning, match="prefers a constant network.*larger burn_in"):
-        fit = run(**options)
-    assert fit.evidence.effective_dimension < 1
-
-
-def test_the_same_structure_for_both_is_one_structure():
-    one = run(structure=Exact())
-    two = run(structure=Exact(), prior_structure=Exact())
-    assert one.steps == two.steps
-
-
-@pytest.mark.parametrize("structure", [Exact, Kronecker])
-def test_jacobians_have_the_precision_that_is_asked_for(structure, monkeypatch):
-    whole, seen = OrbitNet.jacobian, []
-
-    def noted(self, *args):
-        value, parts = whole(self, *args)
-        seen.extend(part.dense().dtype for part in parts)
-        return value, parts
-
-    monkeypatch.setattr(OrbitNet, "jacobian", noted)
-    for dtype in (torch.float64, None):
-        seen.clear()
-        fit = run(structure=structure(jacobian_dtype=dtype), epochs=2)
-        assert set(seen) == {torch.float32 if dtype is None else dtype}
-        assert fit.augmentation.bound.dtype == torch.float32
-        assert fit.augmentation.bound.item() != Rotation2d(3).bound.item()
-
-
-# -- state -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orbit", ["fixed", "resampled", "per_datum"])
-def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, orbit):
-    sampled = TangentBlocks(block_size=9, outputs="sampled", num_blocks=2)
-    options = {"epochs": 5, "orbit": orbit, "structure": sampled, "batch_size": 10}
-    options |= {"prior_structure": Exact(), "prior_every": 2}
-    file = {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
-    whole = run(**options)
-
-    class Killed(Exception):
-        pass
-
-    def kill(training):
-        if training.epoch == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(callback=kill, **options, **file)
-    assert equal(run(**options, **file), whole)
-    with pytest.raises(ValueError, match="its orbit is"):
-        other = "fixed" if orbit != "fixed" else "per_datum"
-        run(**options | {"orbit": other}, **file)
-    with pytest.raises(ValueError, match="its number of epochs is 5, and now it is 6"):
-        run(**options | {"epochs": 6}, **file)
-
-
-def test_nothing_of_the_users_changes_and_seeds_decide():
-    network, law = Nested().train(), Rotation2d(3).train()
-    state = torch.get_rng_state()
-
-    def fit(seed):
-        return run(
-            network, augmentation=law, generator=torch.Generator().manual_seed(seed)
-        )
-
-    with assert_module_unchanged(network), assert_module_unchanged(law):
-        first, again, other = fit(1), fit(1), fit(2)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert equal(first, again) and not equal(first, other)
-    assert law.raw_bound.requires_grad and copy.deepcopy(first.network) is not None
-
-
-def test_a_gradient_that_is_not_finite_keeps_the_last_good_fit(monkeypatch):
-    measure, calls = OrbitCurvature.measure, []
-
-    def broken(self, *args):
-        found = measure(self, *args)
-        calls.append(found)
-        if len(calls) == 3:
-            found.gradients["raw_bound"].fill_(math.nan)
-        return found
-
-    monkeypatch.setattr(OrbitCurvature, "measure", broken)
-    message = "a gradient of the augmentation of .nan. nats in epoch 2"
-    with pytest.raises(DivergedError, match=message) as info:
-        run(epochs=5, augmentation_learning_rate=0.1)
-    monkeypatch.undo()
-    good = info.value.last_good
-    assert isinstance(good, InvarianceFit) and "unknown" in repr(good)
-    assert len(good.steps) == 2 and len(good.losses) == 2
-    assert good.learnt["bound"].item() == pytest.approx(good.steps[-1].augmentation[0])
-
-
 # -- the baseline ------------------------------------------------------
 
 
@@ -378,16 +171,40 @@ def test_augerino_rewards_the_norm_of_twice_the_half_widths():
         ({"phases": "never"}, ValueError, "phases must be one of 'online'"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number"),
         ({"prior_every": 0}, ValueError, "prior_every must be a whole number"),
-        ({"prior_structure": "full"}, TypeError, "but is str"),
+        ({"prior_structure": "full"}, TypeError, "prior_structure must be .* is str"),
+        (
+            {"prior_structure": Exact(space="matrix_free")},
+            ValueError,
+            "prior_structure must not be",
+        ),
+        (
+            {"orbit": "fixed", "augmentation": Rotation2d(1)},
+            ValueError,
+            "augmentation has the identity as its only element .num_samples=1.",
+        ),
         ({"burn_in": -1}, ValueError, "burn_in must be a number of epochs"),
         ({"augmentation_learning_rate": 0.0}, ValueError, "augmentation_learning_rate"),
-        ({"structure": "full"}, TypeError, "but is str"),
+        ({"structure": "full"}, TypeError, "^structure must be .* but is str"),
         ({"checkpoint": "/nowhere/run"}, FileNotFoundError, "does not exist"),
     ],
 )
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize(
+    "orbit, law",
+    [
+        ("fixed", Rotation2d(1).requires_grad_(False)),
+        ("per_datum", Rotation2d(1)),
+        ("resampled", Rotation2d(1)),
+    ],
+)
+def test_one_element_serves_where_it_is_held_or_drawn(orbit, law):
+    fit = run(orbit=orbit, augmentation=law, epochs=2)
+    moved = fit.network.augmentation.bound.item() != law.bound.item()
+    assert moved == law.raw_bound.requires_grad
 
 
 def test_arguments_of_another_type_are_refused():
@@ -440,18 +257,6 @@ def test_what_was_held_is_held_in_the_law_that_comes_back(held):
     assert set(fit.learnt) == {learnt}
     free = {n for n, p in fit.augmentation.named_parameters() if p.requires_grad}
     assert free == {"draw_shift", "raw_bound"} - {held}
-
-
-def test_an_evidence_that_fails_at_the_end_keeps_the_fit(monkeypatch):
-    def fails(self):
-        raise torch.linalg.LinAlgError("not positive definite")
-
-    monkeypatch.setattr(InvarianceTraining, "evidence", fails)
-    with pytest.raises(DivergedError, match="a curvature that cannot be factori") as e:
-        learn_invariance(
-            tanh_net(), rings(20, 90.0), Rotation2d(3), epochs=2, progress=False
-        )
-    assert len(e.value.last_good.losses) == 2
 
 
 def test_blocks_of_single_precision_have_the_evidence_of_double_precision():

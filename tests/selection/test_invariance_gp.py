@@ -1,4 +1,4 @@
-"""Learning the law of a GP's transformations: against loops, starts, doors."""
+"""Learning the law of a GP's transformations: against loops, starts, copies."""
 
 import copy
 import math
@@ -6,57 +6,37 @@ import pickle
 
 import pytest
 import torch
-from botorch.exceptions.errors import InputDataError
 from botorch.models import SingleTaskGP
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.means import ZeroMean
-from gpytorch.mlls import ExactMarginalLogLikelihood, VariationalELBO
-from gpytorch.models import ApproximateGP, ExactGP
+from gpytorch.models import ExactGP
 
-from gpbridge.augmentation import (
-    AffineAugmentation2d,
-    FiniteOrbit,
-    GaussianInputNoise,
-    PatchAugmentation,
-    Rotation2d,
-)
-from gpbridge.checks import NotConvergedWarning, ShapeError
-from gpbridge.inducing_gp import SparseGP
+from gpbridge.augmentation import AffineAugmentation2d, GaussianInputNoise, Rotation2d
+from gpbridge.checks import NotConvergedWarning
 from gpbridge.kernels import InvariantKernel
 from gpbridge.selection import (
     OrbitVariationalELBO,
-    invariance_gp,
     learn_kernel_invariance,
     log_evidence,
 )
 from gpbridge.testing import assert_module_unchanged
 from tests.oracles_architecture import rotated_evidence
+from tests.selection.invariant_gp_problems import (
+    DOUBLE,
+    QUIET,
+    exact,
+    points,
+    radial,
+    sparse,
+)
 
 # The plane is no unit cube, and float32 is what one test is about.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::botorch.exceptions.warnings.InputDataWarning",
     "ignore::gpytorch.utils.warnings.GPInputWarning",
 )
-
-DOUBLE = torch.float64
-QUIET = {"progress": False}
-
-
-def points(n=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.rand(n, 2, generator=generator, dtype=DOUBLE) - 1
-
-
-def radial(X):
-    return torch.sin(4 * X.norm(dim=-1, keepdim=True))
-
-
-def exact(X, Y, law=None, **options):
-    law = Rotation2d(4) if law is None else law
-    kernel = ScaleKernel(InvariantKernel(RBFKernel(), law))
-    return SingleTaskGP(X, Y, covar_module=kernel, outcome_transform=None, **options)
 
 
 class SharedGP(ExactGP):
@@ -71,11 +51,6 @@ class SharedGP(ExactGP):
     def forward(self, x):
         K = self.covar_module(x).evaluate_kernel()
         return MultivariateNormal(self.mean_module(x), K)
-
-
-def sparse(X, law=None, num_inducing=6):
-    kernel = ScaleKernel(InvariantKernel(RBFKernel(), law or Rotation2d(4)))
-    return SparseGP(kernel, X[:num_inducing].clone()).to(X)
 
 
 def bound_of(model):
@@ -309,125 +284,3 @@ def test_a_sparse_start_that_diverges_is_said_and_left_out():
         )
     assert fit.starts[1].objective == -math.inf and fit.starts[1].end == {}
     assert fit.starts[0].objective > -math.inf
-
-
-# -- doors -----------------------------------------------------------------------------
-
-
-def no_law(X, Y):
-    return SingleTaskGP(X, Y, outcome_transform=None)
-
-
-def finite(X, Y):
-    return exact(X, Y, FiniteOrbit([lambda x: x, lambda x: -x]))
-
-
-def held(X, Y):
-    model = exact(X, Y)
-    model.covar_module.base_kernel.augmentation.requires_grad_(False)
-    return model
-
-
-def stranger(X, Y):
-    return torch.nn.Linear(2, 1)
-
-
-def with_objective(X, Y):
-    model = exact(X, Y)
-    return ExactMarginalLogLikelihood(model.likelihood, model)
-
-
-def sparse_model(X, Y):
-    return sparse(X)
-
-
-@pytest.mark.parametrize(
-    "build, options, error, message",
-    [
-        (no_law, {}, ValueError, "averages over no orbits"),
-        (finite, {}, ValueError, "nothing to learn"),
-        (held, {}, ValueError, "nothing to learn"),
-        (stranger, {}, TypeError, "model must be an exact GP"),
-        (with_objective, {}, TypeError, "Pass the SingleTaskGP itself"),
-        (exact, {"data": (1, 2)}, TypeError, "data are for a sparse GP"),
-        (exact, {"epochs": 3}, TypeError, "epochs: options of a sparse GP"),
-        (exact, {"starts": []}, ValueError, "at least one value"),
-        (exact, {"starts": [0.5, 4.0]}, ValueError, "Start 1 cannot be"),
-        (exact, {"starts": [0.0]}, ValueError, "bound must lie above zero"),
-        (exact, {"starts": [math.nan]}, ValueError, "bound must lie above zero"),
-        (exact, {"starts": [{"width": 1.0}]}, ValueError, "names 'width'"),
-        (exact, {"num_points": 0}, ValueError, "num_points must be a whole number"),
-        (exact, {"polish": -1}, ValueError, "polish must be a whole number"),
-        (sparse_model, {}, TypeError, r"pass data=\(X, Y\)"),
-        (
-            sparse_model,
-            {"data": (points(4), torch.zeros(3))},
-            ShapeError,
-            "Y has 3",
-        ),
-        (
-            sparse_model,
-            {"data": (points(4), torch.zeros(4)), "resume": {}},
-            TypeError,
-            "of one fit",
-        ),
-    ],
-)
-def test_bad_input_is_refused(build, options, error, message):
-    X = points(6)
-    with pytest.raises(error, match=message):
-        learn_kernel_invariance(build(X, radial(X)), **options)
-
-
-def test_a_law_without_one_number_must_be_started_by_name():
-    X = torch.rand(6, 9, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    law = PatchAugmentation((3, 3), (2, 2), weights=True)
-    model = exact(X, X.sum(-1, keepdim=True), law)
-    with pytest.raises(ValueError, match="has no half-width"):
-        learn_kernel_invariance(model)
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"Y": torch.zeros(6, 2)}, ShapeError, r"train_Y must be ``6``.*\(6, 2\)"),
-        ({"Y": torch.full((6,), math.nan)}, InputDataError, "train_Y contains NaN"),
-        ({"num_data": 5}, ValueError, "num_data=5, but there are 6 rows"),
-        ({"epochs": 0}, ValueError, "epochs must be a whole number"),
-        ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive"),
-    ],
-)
-def test_data_that_no_start_can_take_are_refused_before_the_first(
-    change, error, message, monkeypatch
-):
-    X, options = points(6), dict(change)
-    model, Y = sparse(X), options.pop("Y", radial(X)[:, 0]).to(X)
-    elbo = VariationalELBO(model.likelihood, model, options.pop("num_data", 6))
-    monkeypatch.setattr(invariance_gp, "multi_start", None)  # no start is taken
-    with pytest.raises(error, match=message):
-        learn_kernel_invariance(elbo, (X, Y), starts=[1.0], **options, **QUIET)
-
-
-def test_a_column_of_targets_is_the_vector():
-    X = points(12)
-    Y = radial(X)
-    options = {"starts": [1.0], "epochs": 1} | QUIET
-    fits = [learn_kernel_invariance(sparse(X), (X, y), **options) for y in (Y, Y[:, 0])]
-    assert fits[0].evidence == fits[1].evidence
-
-
-class Bare(ApproximateGP):
-    """A sparse GP of gpytorch's, without its likelihood."""
-
-    def __init__(self, inner):
-        super().__init__(inner.variational_strategy)
-        self.covar_module = inner.covar_module
-        self.forward = inner.forward
-
-
-def test_a_likelihood_outside_of_the_model_is_refused():
-    X = points(10)
-    model = Bare(sparse(X))
-    elbo = VariationalELBO(GaussianLikelihood().double(), model, num_data=10)
-    with pytest.raises(ValueError, match="must be a part of the model"):
-        learn_kernel_invariance(elbo, (X, radial(X)[:, 0]), starts=[1.0])

@@ -1,155 +1,31 @@
-"""The evidence of averaged networks: values, bounds, gradients in the curvature."""
+"""The evidence of averaged networks: values, bounds, memory, doors."""
 
-import functools
 import math
 
 import pytest
 import torch
-from gpytorch.likelihoods import (
-    GaussianLikelihood,
-    MultitaskGaussianLikelihood,
-    SoftmaxLikelihood,
-)
+from gpytorch.likelihoods import GaussianLikelihood, SoftmaxLikelihood
 from torch import nn
 
-from gpbridge.augmentation import (
-    AffineAugmentation2d,
-    PatchAugmentation,
-    Rotation2d,
-)
-from gpbridge.augmentation.base import Augmentation
-from gpbridge.linearized import Diagonal, Exact, Kronecker
+from gpbridge.augmentation import AffineAugmentation2d, Rotation2d
+from gpbridge.linearized import Exact, Kronecker
 from gpbridge.selection import TangentBlocks
 from gpbridge.selection.orbit_curvature import OrbitCurvature
-from gpbridge.selection.orbit_jacobians import OrbitNet, orbits, row_noise
+from gpbridge.selection.orbit_jacobians import OrbitNet, row_noise
 from gpbridge.selection.orbit_likelihood import OrbitData
-from gpbridge.selection.tangent_blocks import BlockCurvature, GramBlock
+from gpbridge.selection.tangent_blocks import OUTPUTS, BlockCurvature, GramBlock
 from tests import oracles_invariance as oracles
-
-N, S = 9, 4
-PRIOR = torch.tensor([0.7, 1.3], dtype=torch.float64)
-
-
-class Nested(nn.Module):
-    """Contractible layers, a normalisation, and a weight that no layer owns."""
-
-    def __init__(self, m):
-        super().__init__()
-        self.body = nn.ModuleDict({"first": nn.Linear(2, 5), "norm": nn.LayerNorm(5)})
-        self.head = nn.Linear(5, m)
-        self.scale = nn.Parameter(torch.tensor(0.8))
-
-    def forward(self, x):
-        return self.head(self.body["norm"](self.body["first"](x).tanh())) * self.scale
-
-
-def points(n=N, d=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64)
-
-
-def network(m, seed=1):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Nested(m).double()
-
-
-@functools.cache
-def problem(kind, m=3):
-    """Network on orbits, data, likelihood, noise."""
-    net, X = network(m), points()
-    names = [n for n, _ in net.named_parameters()]
-    groups = [names[:3], names[3:]]
-    augmentation = Rotation2d(S).double()
-    augmentation.bound = 0.9
-    on_orbits = OrbitNet(net, augmentation, groups, None, X)
-    if kind == "softmax":
-        likelihood = SoftmaxLikelihood(num_classes=m, mixing_weights=False)
-        return on_orbits, X, torch.arange(N) % m, likelihood, None
-    likelihood = MultitaskGaussianLikelihood(m, rank=0)
-    noise = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64)[:m]
-    return on_orbits, X, X[:, :1].sin() * torch.ones(m).double(), likelihood, noise
-
-
-def jittered(X, on_orbits):
-    return row_noise(on_orbits.augmentation, len(X), torch.Generator().manual_seed(4))
-
-
-def evidence_at(bound, kind, structure, per_datum=True, gradient=False, seed=0):
-    on_orbits, X, Y, likelihood, noise = problem(kind)
-    on_orbits.augmentation.bound = bound
-    data = OrbitData(X, Y, jittered(X, on_orbits) if per_datum else None)
-    curvature = OrbitCurvature(on_orbits, likelihood, structure, N)
-    values = dict(on_orbits.augmentation.named_parameters()) if gradient else {}
-    generator = torch.Generator().manual_seed(seed)
-    measured = curvature.measure(data, PRIOR, noise, values, generator)
-    return measured.evidence(PRIOR, noise, True), measured.gradients
-
-
-def dense(kind, per_datum=True):
-    """Everything that the oracle needs, by plain loops."""
-    on_orbits, X, Y, likelihood, noise = problem(kind)
-    drawn = jittered(X, on_orbits) if per_datum else None
-    images = orbits(on_orbits.augmentation, X, None, drawn)
-    net = on_orbits.net.network
-    w = torch.cat([p.detach().flatten() for p in net.parameters()])
-    names = [n for n, _ in net.named_parameters()]
-    sizes = [p.numel() for p in net.parameters()]
-    per_tensor = torch.tensor([PRIOR[0 if k < 3 else 1] for k in range(len(names))])
-    variance = per_tensor.double().repeat_interleave(torch.tensor(sizes))
-    f, J = oracles.averaged_jacobian(net, images)
-    return kind, f, J, Y, w, variance, noise
-
-
-KINDS = ["softmax", "gaussian"]
-STRUCTURES = {
-    "weights": Exact(space="weight"),
-    "functions": Exact(space="function"),
-    "blocks": TangentBlocks(block_size=4),
-    "independent": TangentBlocks(block_size=4, outputs="independent"),
-    "sampled": TangentBlocks(block_size=4, outputs="sampled"),
-    "drawn": TangentBlocks(block_size=4, num_blocks=2),
-    "diagonal": Diagonal(),
-    "kronecker": Kronecker(),
-}
-
-
-# -- orbits ----------------------------------------------------------------------------
-
-
-def test_noise_of_each_row_gives_each_row_its_own_orbit():
-    X, augmentation = points(), Rotation2d(S).double()
-    noise = row_noise(augmentation, N, torch.Generator().manual_seed(0))
-    assert noise.shape == (N, S, 1) and noise.abs().max() <= 1
-    found = orbits(augmentation, X, None, noise)
-    for row in range(N):
-        augmentation.noise.copy_(noise[row])
-        expected = augmentation(X[row : row + 1])[0]
-        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-14)
-
-
-def test_noise_of_rows_is_uniform_and_evenly_spread():
-    augmentation = Rotation2d(S).double()
-    noise = row_noise(augmentation, 4000, torch.Generator().manual_seed(0))[..., 0]
-    assert noise.mean().abs() < 0.02
-    assert noise.var().item() == pytest.approx(1 / 3, rel=0.02)
-    gaps = noise.sort(-1).values.diff(dim=-1)
-    torch.testing.assert_close(gaps, torch.full_like(gaps, 2 / S))
-
-
-def test_images_get_orbits_of_their_own_too():
-    augmentation = AffineAugmentation2d((5, 5), num_samples=3).double()
-    X = points(4, 25)
-    noise = row_noise(augmentation, 4, torch.Generator().manual_seed(0))
-    found = orbits(augmentation, X, None, noise)
-    augmentation.noise.copy_(noise[2])
-    torch.testing.assert_close(found[2], augmentation(X[2:3])[0], rtol=0, atol=1e-12)
-
-
-def test_noise_that_is_not_uniform_is_not_shifted():
-    with pytest.raises(NotImplementedError, match="Choose orbit='fixed'"):
-        row_noise(Augmentation(3), 2, torch.Generator())
-
+from tests.peak_memory import peak_bytes
+from tests.selection.orbit_problems import (
+    KINDS,
+    STRUCTURES,
+    N,
+    S,
+    dense,
+    evidence_at,
+    points,
+    problem,
+)
 
 # -- values ----------------------------------------------------------------------------
 
@@ -283,86 +159,6 @@ def test_the_root_basis_bounds_where_outputs_alone_do_not():
     assert worst_plain < 0.99  # so that the basis matters
 
 
-# -- gradients -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_the_gradient_is_that_of_finite_differences(kind, structure):
-    if kind == "gaussian" and isinstance(structure, Kronecker):
-        pytest.skip("several noises share one basis, which the gradient holds")
-    bound = torch.tensor(0.9, dtype=torch.float64)
-    _, gradients = evidence_at(bound, kind, structure, gradient=True)
-    step = 1e-5
-    values = [
-        evidence_at(bound + sign * step, kind, structure)[0].value for sign in (1, -1)
-    ]
-    slope = (values[0] - values[1]).item() / (2 * step)
-    share = 0.9 / math.pi
-    by_raw = slope * math.pi * share * (1 - share)
-    assert gradients["raw_bound"].item() == pytest.approx(by_raw, rel=1e-5, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "structure", [Exact(space="weight"), TangentBlocks(block_size=7)]
-)
-def test_weights_of_an_orbit_have_the_gradient_of_finite_differences(structure):
-    X, Y = points(20, 36), torch.arange(20) % 2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    patches = PatchAugmentation((6, 6), (3, 3)).double()
-    names = [[n for n, _ in net.named_parameters()]]
-    likelihood = SoftmaxLikelihood(num_classes=2, mixing_weights=False)
-    on_orbits = OrbitNet(net, patches, names, None, X)
-    curvature = OrbitCurvature(on_orbits, likelihood, structure, 20)
-    prior = torch.ones(1).double()
-
-    def measured(values):
-        generator = torch.Generator().manual_seed(0)
-        return curvature.measure(OrbitData(X, Y), prior, None, values, generator)
-
-    weights = patches.patch_weights
-    got = measured({"patch_weights": weights}).gradients["patch_weights"]
-    for k in range(2):
-        sides = []
-        for step in (1e-5, -2e-5):
-            with torch.no_grad():
-                weights[k] += step
-            sides.append(measured({}).evidence(prior, None).value.item())
-        with torch.no_grad():
-            weights[k] += 1e-5
-        expected = (sides[0] - sides[1]) / 2e-5
-        assert got[k].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_chunks_of_data_change_nothing(monkeypatch):
-    for structure in (Exact(space="weight"), Kronecker(), Diagonal()):
-        whole = evidence_at(0.9, "softmax", structure, gradient=True)
-        monkeypatch.setattr("gpbridge.selection.orbit_sums.CHUNK_BYTES", 1)
-        parts = evidence_at(0.9, "softmax", structure, gradient=True)
-        monkeypatch.undo()
-        torch.testing.assert_close(parts[0].value, whole[0].value)
-        torch.testing.assert_close(parts[1], whole[1])
-
-
-def test_kronecker_factors_are_exact_without_spread_and_positions():
-    """A law of no width leaves one layer with one output, where K-FAC is exact."""
-    X, augmentation = points(), Rotation2d(S).double()
-    augmentation.bound = 1e-9
-    linear = nn.Linear(2, 1).double()
-    Y = X[:, :1]
-    at = torch.tensor([0.5]).double(), torch.tensor([0.1]).double()
-    found = []
-    for structure in (Kronecker(), Exact(space="weight")):
-        on_orbits = OrbitNet(linear, augmentation, [["weight", "bias"]], None, X)
-        curvature = OrbitCurvature(on_orbits, GaussianLikelihood(), structure, N)
-        data = OrbitData(X, Y)
-        measured = curvature.measure(data, *at, {}, torch.Generator())
-        found.append(measured.evidence(*at).value)
-    torch.testing.assert_close(found[0], found[1])
-
-
 # -- doors -----------------------------------------------------------------------------
 
 
@@ -384,6 +180,41 @@ def test_structures_that_do_not_fit_are_refused():
         build(Exact(space="function", memory_budget=1.0))
     assert isinstance(build(Exact(), 1).structure, TangentBlocks)
     assert isinstance(build(Exact(), 10**4).structure, Exact)
+
+
+SOFTPLUS = nn.Sequential(
+    nn.Conv2d(1, 6, 3, padding=1), nn.Softplus(), nn.Flatten(), nn.Linear(384, 3)
+)
+
+WIDE = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize(
+    "net, shape", [(SOFTPLUS, (1, 8, 8)), (WIDE, None)], ids=["images", "rows"]
+)
+def test_a_block_takes_about_the_memory_that_is_checked(net, shape, outputs):
+    """Images of orbits, positions and the graph included."""
+    n, law = 24, AffineAugmentation2d((8, 8), ["rotation"], num_samples=8)
+    X, Y = points(n, 64).float(), torch.arange(n) % 3
+    names = [[name for name, _ in net.named_parameters()]]
+    on_orbits = OrbitNet(net, law, names, shape, X)
+    softmax = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+    data = OrbitData(X, Y, row_noise(law, n, torch.Generator().manual_seed(0)))
+    values, prior = dict(law.named_parameters()), torch.ones(1).double()
+
+    def build(budget):
+        blocks = TangentBlocks(block_size=n, outputs=outputs, memory_budget=budget)
+        return OrbitCurvature(on_orbits, softmax, blocks, n)
+
+    def measure():
+        generator = torch.Generator().manual_seed(0)
+        return build(2.0**32).measure(data, prior, None, values, generator)
+
+    peak = peak_bytes(measure)
+    build(1.5 * peak)
+    with pytest.raises(MemoryError, match="A block of 24 data"):
+        build(0.7 * peak)
 
 
 @pytest.mark.parametrize(
