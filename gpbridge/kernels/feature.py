@@ -15,7 +15,6 @@ import torch
 from botorch.sampling.pathwise.features.maps import FeatureMap
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ from torch.func import functional_call
 
 from gpbridge.checks import ShapeError, check_positive
 from gpbridge.frozen import copy_without_hooks
+from gpbridge.kernels.batches import BatchKernel
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
     register_with_botorch,
     same_inputs,
-    unbatched_buffers,
 )
 from gpbridge.kernels.feature_gram import feature_gram
 
@@ -128,7 +127,7 @@ class NetworkMap(nn.Module):
         return bounded
 
 
-class FeatureKernel(Kernel):
+class FeatureKernel(BatchKernel):
     r"""Covariance of a linear model in given features.
 
     .. math:: k(x, x') = s\, \phi(x) \phi(x')^\top,
@@ -255,21 +254,6 @@ class FeatureKernel(Kernel):
     def named_sub_kernels(self):
         """None: a kernel inside the feature map is not part of this one's batch."""
         return iter(())
-
-    def expand_batch(self, *sizes) -> FeatureKernel:
-        """Repeat the kernel along new batch dimensions."""
-        with unbatched_buffers(self):
-            expanded = super().expand_batch(*sizes)
-        if expanded is not self:
-            expanded.active_dims = self.active_dims
-        return expanded
-
-    def __getitem__(self, index) -> FeatureKernel:
-        with unbatched_buffers(self):
-            chosen = super().__getitem__(index)
-        if chosen is not self:
-            chosen.active_dims = self.active_dims
-        return chosen
 
     def _basis(self, x: Tensor) -> Tensor:
         basis = self.feature_map(x)

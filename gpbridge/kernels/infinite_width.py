@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
 from gpbridge.checks import check_positive
-from gpbridge.kernels.compositions import same_inputs, unbatched_buffers
+from gpbridge.kernels.batches import BatchKernel
+from gpbridge.kernels.compositions import same_inputs
 from gpbridge.kernels.wide_layers import Layer, every_layer
 from gpbridge.kernels.wide_modules import layers_of
 from gpbridge.kernels.wide_network import GROUPS, WideNetwork
@@ -25,7 +25,7 @@ BOUNDS = (1e-8, 1e8)  # of a variance
 LENGTHSCALE_BOUNDS = (0.05, 1e3)  # pixels
 
 
-class InfiniteWidthKernel(Kernel):
+class InfiniteWidthKernel(BatchKernel):
     r"""Covariance of a randomly initialised network as its layers grow wide.
 
     ``kind="nngp"`` is the covariance of the outputs over random weights,
@@ -188,20 +188,6 @@ class InfiniteWidthKernel(Kernel):
         if diag:
             return self.network.matched(x1, x1 if same else x2, values)
         return self.network.gram(x1, None if same else x2, values)
-
-    def expand_batch(self, *sizes) -> Kernel:
-        """Expand the batch of hyperparameters."""
-        with unbatched_buffers(self):
-            kernel = super().expand_batch(*sizes)
-        kernel.active_dims = self.active_dims
-        return kernel
-
-    def __getitem__(self, index) -> Kernel:
-        """Index the batch of hyperparameters."""
-        with unbatched_buffers(self):
-            kernel = super().__getitem__(index)
-        kernel.active_dims = self.active_dims
-        return kernel
 
     def _get(self, group: str) -> Tensor | None:
         raw = self._parameters.get(f"raw_{group}")

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from linear_operator import to_linear_operator
 from linear_operator.operators import (
     DiagLinearOperator,
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 from gpbridge.checks import ShapeError, check_choice, check_memory, check_positive
 from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.kernels.batches import BatchKernel
 from gpbridge.kernels.buffers import CovarianceBuffers, Stamp
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
     register_with_botorch,
     same_inputs,
-    unbatched_buffers,
 )
 from gpbridge.kernels.feature_gram import FeatureGramOperator, feature_gram
 from gpbridge.layer_gram import METHODS, tangent_features
@@ -44,7 +43,7 @@ VARIANCE_BOUNDS = (1e-12, 1e12)
 Groups = str | Sequence[Sequence[str]]
 
 
-class NeuralTangentKernel(Kernel):
+class NeuralTangentKernel(BatchKernel):
     r"""Covariance of the tangent model of a network with Gaussian weights.
 
     .. math::
@@ -253,20 +252,6 @@ class NeuralTangentKernel(Kernel):
         """Set the mode; the network stays in eval mode."""
         super().train(mode)
         return self
-
-    def expand_batch(self, *sizes) -> Kernel:
-        """Expand the batch of prior variances; the network is shared."""
-        with unbatched_buffers(self):
-            kernel = super().expand_batch(*sizes)
-        kernel.active_dims = self.active_dims
-        return kernel
-
-    def __getitem__(self, index) -> Kernel:
-        """Index the batch of prior variances; the network is shared."""
-        with unbatched_buffers(self):
-            kernel = super().__getitem__(index)
-        kernel.active_dims = self.active_dims
-        return kernel
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the cached Gram matrices behind."""
