@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from botorch.exceptions.errors import InputDataError
@@ -163,7 +163,13 @@ def check_positive(**values: float | Tensor) -> None:
     for name, value in values.items():
         # A Python float would be rounded to float32, and shown so.
         dtype = None if isinstance(value, Tensor) else torch.float64
-        tensor = torch.as_tensor(value, dtype=dtype)
+        try:
+            tensor = torch.as_tensor(value, dtype=dtype)
+            ordered = not tensor.is_complex()
+        except (TypeError, ValueError, RuntimeError):
+            ordered = False
+        if not ordered:
+            raise TypeError(f"{name} must be a number, but is {value!r}.")
         # Written so that NaN fails too.
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             shown = (
@@ -179,6 +185,17 @@ def check_count(**values: int) -> None:
             raise ValueError(
                 f"{name} must be a whole number above zero, but is {value!r}."
             )
+
+
+def check_sequence(**values: Iterable[object]) -> None:
+    """Require several things in order, and not one of them by itself."""
+    for name, value in values.items():
+        single = isinstance(value, str | bytes | Mapping) or (
+            isinstance(value, Tensor) and value.dim() == 0
+        )
+        if single or not isinstance(value, Iterable):
+            remedy = "" if value is None else f" Try {name}=[{value!r}]."
+            raise TypeError(f"{name} must be a sequence, but is {value!r}.{remedy}")
 
 
 def check_share(**values: float) -> None:

@@ -67,6 +67,8 @@ def fit_deep_gp(
         TypeError: If the targets are missing, or batches are no pairs of tensors.
 
     Warns:
+        NotConvergedWarning: If the bound still rises at the last epoch, by more than
+            its noise (:mod:`gpbridge.convergence`).
         RuntimeWarning: If the keyboard interrupts: the last good epoch is returned.
 
     Example:
@@ -98,6 +100,7 @@ def fit_deep_gp(
         callback=callback,
         name="fit_deep_gp",
         usual_rate=1e-2,
+        warn_rising=True,
     )
 
 

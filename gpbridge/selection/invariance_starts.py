@@ -14,6 +14,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import check_sequence
 from gpbridge.selection.invariance import learn_invariance
 from gpbridge.selection.invariance_fit import InvarianceFit
 
@@ -47,8 +48,10 @@ def learn_invariance_from(
 
     Raises:
         ValueError: If there are no starts, or nothing of the augmentation is learnt.
-        TypeError: If the augmentation has no half-width, or an option is of one run.
+        TypeError: If the augmentation has no half-width, starts are no sequence, or an
+            option is of one run.
     """
+    check_sequence(starts=starts)
     starts = list(starts)
     if not starts:
         raise ValueError("starts must name at least one half-width.")

@@ -124,6 +124,7 @@ def test_a_run_with_a_redrawn_orbit_goes_on_in_a_model_built_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fit_sparse_gp ended after 25 epochs")
 def test_a_fit_with_few_orbit_elements_approaches_that_with_all():
     X, y = regression(40)
     fits = []
