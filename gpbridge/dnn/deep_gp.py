@@ -111,6 +111,11 @@ class DeepGaussianProcess(DeepGP):
         shown = " -> ".join(map(str, widths))
         return f"{shown}, inducing points {', '.join(map(str, points))}"
 
+    def __repr__(self) -> str:
+        """One line; ``model.layers`` has the modules, which take a page."""
+        likelihood = type(self.likelihood).__name__
+        return f"{type(self).__name__}({self.extra_repr()}, {likelihood})"
+
     # -- The bound -------------------------------------------------------------------
 
     def forward(

@@ -19,6 +19,7 @@ from gpbridge.dnn.deep_gp_build import linear_map
 from gpbridge.inducing_covariances import inducing_covariance, inducing_cross_covariance
 from gpbridge.kernels import ConvolutionalKernel, DeepKernel, InvariantKernel
 from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.surrogates import WeightSpaceModel
 from gpbridge.testing import assert_module_unchanged
 from tests.dnn.deep_gp_problems import normal, seeded
 
@@ -135,7 +136,11 @@ def test_likelihoods_say_how_many_outputs_there_are():
         assert build_deep_gp(X, likelihood, num_inducing=5).num_outputs == m
     model = build_deep_gp(X, num_outputs=2, num_inducing=5, noise_variance=0.05)
     assert model.likelihood.task_noises.tolist() == pytest.approx([0.05, 0.05])
-    assert "2 -> 2 -> 2, inducing points 5, 5" in repr(model)
+    shown = "2 -> 2 -> 2, inducing points 5, 5, MultitaskGaussianLikelihood"
+    assert repr(model) == f"DeepGaussianProcess({shown})"
+    seen = repr(WeightSpaceModel(model, X, num_samples=3, likelihood=model.likelihood))
+    shown = "mode='ensemble', num_outputs=2; DeepDraw(num_draws=3)"
+    assert seen == f"WeightSpaceModel({shown})"
 
 
 def test_one_input_one_datum_and_many_inputs_have_a_model():
