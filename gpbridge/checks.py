@@ -6,9 +6,11 @@ was expected, what came, and the next thing to try; it is only built when a chec
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from botorch.exceptions.errors import InputDataError
@@ -137,6 +139,9 @@ def check_same_device(**values: Tensor) -> None:
 
 def check_generator(generator: torch.Generator, device: torch.device) -> None:
     """Require a generator that draws where the model is."""
+    check_kind(
+        torch.Generator, "Try torch.Generator().manual_seed(0).", generator=generator
+    )
     if generator.device.type != device.type:
         raise ValueError(
             f"generator draws on {generator.device}, but the model is on {device}. Try "
@@ -158,6 +163,54 @@ def check_same_dtype(
         )
 
 
+def check_kind(kind: type, remedy: str = "", **values: object) -> None:
+    """Require instances of a class, named as its package is imported."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            package = kind.__module__.partition(".")[0]
+            raise TypeError(
+                f"{name} must be a {package} {kind.__name__}, but is "
+                f"{type(value).__name__}.{' ' if remedy else ''}{remedy}"
+            )
+
+
+def check_number(**values: float) -> None:
+    """Require one finite number each, no sequence of them and no truth value."""
+    for name, value in values.items():
+        single = isinstance(value, Real) and not isinstance(value, bool)
+        if isinstance(value, Tensor):
+            single = value.dim() == 0 and not value.is_complex()
+        if not single:
+            shown = repr(value)
+            if isinstance(value, Tensor):
+                shown = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"{name} must be one number, but is {shown}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, but is {value}.")
+
+
+def checked_shape(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
+    """A shape of whole numbers above zero as a tuple, or None as it is.
+
+    Raises:
+        ShapeError: If it is anything else.
+    """
+    if value is None:
+        return None
+    sides = tuple(value) if isinstance(value, Sequence) else ()
+    if not sides or not all(is_whole(side) and side > 0 for side in sides):
+        raise ShapeError(
+            f"{name} must be a shape of one input, as (channels, height, width), but "
+            f"is {value!r}."
+        )
+    return tuple(map(int, sides))
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or NumPy, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_positive(**values: float | Tensor) -> None:
     """Require strictly positive finite numbers."""
     for name, value in values.items():
@@ -165,7 +218,7 @@ def check_positive(**values: float | Tensor) -> None:
         dtype = None if isinstance(value, Tensor) else torch.float64
         try:
             tensor = torch.as_tensor(value, dtype=dtype)
-            ordered = not tensor.is_complex()
+            ordered = not (tensor.is_complex() or isinstance(value, list | tuple))
         except (TypeError, ValueError, RuntimeError):
             ordered = False
         if not ordered:

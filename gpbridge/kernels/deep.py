@@ -17,7 +17,7 @@ from gpytorch.kernels import Kernel
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from gpbridge.checks import check_inputs, check_positive, check_tensor
+from gpbridge.checks import check_inputs, check_kind, check_positive, check_tensor
 from gpbridge.kernels.batches import WrappingKernel
 from gpbridge.kernels.compositions import (
     draw_feature_map,
@@ -219,7 +219,9 @@ def parameter_groups(
 
     Raises:
         ValueError: If a learning rate is not positive.
+        TypeError: If the model is none.
     """
+    check_kind(nn.Module, model=model)
     check_positive(
         network_learning_rate=network_learning_rate, learning_rate=learning_rate
     )

@@ -13,7 +13,13 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
-from gpbridge.checks import ShapeError, check_choice, check_count, check_positive
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_count,
+    check_number,
+    check_positive,
+)
 from gpbridge.kernels.batches import WrappingKernel
 from gpbridge.kernels.compositions import draw_feature_map, same_inputs
 from gpbridge.kernels.exact_features import has_exact_features, is_isotropic
@@ -63,6 +69,7 @@ class OrbitKernel(WrappingKernel):
                 f"{type(augmentation).__name__}."
             )
         check_choice("mode", mode, MODES)
+        check_number(memory_budget=memory_budget)
         check_positive(memory_budget=memory_budget)
         if chunk_size is not None:
             check_count(chunk_size=chunk_size)

@@ -22,7 +22,16 @@ from linear_operator.operators import (
 )
 from torch import Tensor, nn
 
-from gpbridge.checks import ShapeError, check_choice, check_memory, check_positive
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_kind,
+    check_memory,
+    check_number,
+    check_positive,
+    check_sequence,
+    checked_shape,
+)
 from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
 from gpbridge.kernels.batches import BatchKernel
@@ -117,7 +126,11 @@ class NeuralTangentKernel(BatchKernel):
         super().__init__(**kwargs)
         check_choice("representation", representation, REPRESENTATIONS)
         check_choice("method", method, METHODS)
+        check_number(memory_budget=memory_budget)
         check_positive(memory_budget=memory_budget)
+        input_shape = checked_shape("input_shape", input_shape)
+        if prior_variance_constraint is not None:
+            check_kind(Interval, prior_variance_constraint=prior_variance_constraint)
         if not isinstance(network, FunctionalNet):
             network = FunctionalNet(network, parameters, input_shape, freeze)
         self.functional = network
@@ -448,6 +461,9 @@ def weight_groups(net: FunctionalNet, groups: Groups) -> list[list[str]]:
         for name in names:
             layers.setdefault(name.rpartition(".")[0], []).append(name)
         return list(layers.values())
+    check_sequence(groups=groups)
+    for number, group in enumerate(groups):
+        check_sequence(**{f"groups[{number}]": group})
     lists = [list(group) for group in groups]
     named = [name for group in lists for name in group]
     if sorted(named) != sorted(names):
@@ -464,6 +480,11 @@ def _checked_covariance(
     net: FunctionalNet, covariance: LinearOperator | Tensor
 ) -> LinearOperator:
     p = net.num_params
+    if not isinstance(covariance, LinearOperator | Tensor):
+        raise TypeError(
+            "weight_covariance must be a tensor or a linear operator, but is "
+            f"{type(covariance).__name__}."
+        )
     if tuple(covariance.shape) != (p, p):
         raise ShapeError(
             f"weight_covariance must be ``p x p`` with p = {p} random weights, but has "

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_count, check_positive
+from gpbridge.checks import check_count, check_number, check_positive, check_sequence
 from gpbridge.kernels import dual_activations
 from gpbridge.kernels.dual_activations import Dual
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
@@ -62,6 +62,9 @@ class Weighted(Layer):
         return found
 
     def __post_init__(self) -> None:
+        check_number(
+            weight_variance=self.weight_variance, bias_variance=self.bias_variance
+        )
         check_positive(weight_variance=self.weight_variance)
         if self.bias_variance != 0:
             check_positive(bias_variance=self.bias_variance)
@@ -154,6 +157,9 @@ class LeakyReLU(Elementwise):
     """max(x, 0) + negative_slope min(x, 0)."""
 
     negative_slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_number(negative_slope=self.negative_slope)
 
     def dual(self) -> Dual:
         """The dual functions F and F'."""
@@ -279,6 +285,7 @@ class Residual(Layer):
     """
 
     def __init__(self, layers: Sequence[Layer], shortcut: Sequence[Layer] = ()) -> None:
+        check_sequence(layers=layers, shortcut=shortcut)
         self.layers, self.shortcut = tuple(layers), tuple(shortcut)
 
     def __repr__(self) -> str:

@@ -252,3 +252,37 @@ def test_inducing_points_of_another_width_than_patches_are_refused():
         build_deep_gp(
             X, depth=1, kernels=ORBITS["patches"], inducing_points=[X[:5].clone()]
         )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"width": 0.5}, "width must be a whole number"),
+        ({"kernels": 0.5}, "kernels must be a sequence"),
+        ({"kernels": [None, "a"]}, "kernels must be functions.*one is 'a'"),
+        ({"inducing_points": 3}, "inducing_points must be a sequence"),
+        ({"hidden_variance": (1.0,)}, "hidden_variance must be one number"),
+        ({"hidden_std": torch.ones(2)}, "hidden_std must be one number"),
+        ({"noise_variance": "a"}, "noise_variance must be one number"),
+        ({"generator": 0}, "generator must be a torch Generator"),
+    ],
+)
+def test_other_things_than_options_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_deep_gp(normal(8, 2), **{"num_inducing": 3, **options})
+
+
+def test_draws_of_a_deep_gp_refuse_what_is_no_source_of_them():
+    X = normal(8, 2)
+    model = build_deep_gp(X, num_inducing=3)
+    for call in (model.predict, model.posterior, model.sample_joint, model.marginals):
+        with pytest.raises(TypeError, match="generator must be a torch Generator"):
+            call(X, 2, generator=0)
+    with pytest.raises(ValueError, match="num_features must be a whole number"):
+        model.draw(2, num_features=(8,))
+    with pytest.raises(
+        ShapeError, match="noise must have one tensor for each of 1 hid"
+    ):
+        model.marginals(X, noise=[])
+    with pytest.raises(TypeError, match="noise must be a sequence, but is 0.5"):
+        model.marginals(X, noise=0.5)

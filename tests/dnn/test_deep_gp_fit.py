@@ -138,6 +138,14 @@ def test_bad_data_are_named():
         fit_deep_gp(model, X, Y.float())
     with pytest.raises(ValueError, match="num_samples must be"):
         fit_deep_gp(model, X, Y, num_samples=0)
+    with pytest.raises(TypeError, match="must be a gpbridge DeepGaussianProcess.*buil"):
+        fit_deep_gp("a", X, Y)
+    with pytest.raises(TypeError, match="learning_rate must be one number"):
+        fit_deep_gp(model, X, Y, learning_rate=(0.1,))
+    with pytest.raises(TypeError, match="generator must be a torch Generator"):
+        fit_deep_gp(model, X, Y, generator=0, **QUIET)
+    with pytest.raises(TypeError, match="callback must be a function"):
+        fit_deep_gp(model, X, Y, callback="a", **QUIET)
 
 
 def test_a_state_of_another_run_is_refused():
