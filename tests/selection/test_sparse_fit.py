@@ -366,3 +366,18 @@ def test_inputs_of_another_dtype_are_refused(num_elements):
     elbo = of_outputs(X, 1, num_elements)
     with pytest.raises(TypeError, match="x must be torch.float64 as the inducing"):
         fit_sparse_gp(elbo, X.float(), y.float(), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.float64, "train_Y must be torch.float32 as the training inputs are"),
+        (torch.int64, "train_Y must be float32 or float64, but is torch.int64"),
+    ],
+)
+def test_targets_of_gaussian_noise_have_the_dtype_of_the_inputs(dtype, message):
+    """As for fit_online."""
+    X, y = regression(6)
+    model = model_for(X, num_inducing=3).float()
+    with pytest.raises(TypeError, match=message):
+        fit_sparse_gp(bound(model, X), X.float(), y.to(dtype), progress=False)
