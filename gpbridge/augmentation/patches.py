@@ -65,8 +65,8 @@ class PatchAugmentation(Augmentation):
             1 <= side <= limit for side, limit in zip(patch_shape, sides, strict=True)
         ):
             raise ShapeError(
-                "patch_shape must be (height, width) within the image, whose sides are "
-                f"{sides}, or one number for both, but is {given!r}."
+                "patch_shape must be (height, width), or one number for both, within "
+                f"the image, whose sides are {sides}, but is {given!r}."
             )
         check_count(stride=stride)
         rows, columns = (
