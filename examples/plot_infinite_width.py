@@ -25,6 +25,7 @@ from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from matplotlib import pyplot
+from matplotlib.patches import Patch
 from PIL import Image
 
 from gpbridge.kernels import InfiniteWidthKernel
@@ -126,7 +127,12 @@ left.set(xlim=(-3, 3), ylim=(-3, 2.6), xlabel="x", ylabel="f")
 left.set_title(
     "Posteriors, beyond the data too", loc="left", fontweight="bold", fontsize=11
 )
-left.legend(frameon=False, loc="upper left", fontsize=8)
+handles, labels = left.get_legend_handles_labels()
+entries = dict(zip(labels, handles, strict=True))  # each band brings "95% interval"
+entries["95% interval"] = Patch(color=INK, alpha=0.2, linewidth=0)  # of either color
+left.legend(
+    entries.values(), entries.keys(), frameon=False, loc="upper left", fontsize=8
+)
 
 # %% Right: evidence over depth
 for label, (kind, learn) in lines.items():

@@ -6,9 +6,11 @@ was expected, what came, and the next thing to try; it is only built when a chec
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from botorch.exceptions.errors import InputDataError
@@ -137,6 +139,9 @@ def check_same_device(**values: Tensor) -> None:
 
 def check_generator(generator: torch.Generator, device: torch.device) -> None:
     """Require a generator that draws where the model is."""
+    check_kind(
+        torch.Generator, "Try torch.Generator().manual_seed(0).", generator=generator
+    )
     if generator.device.type != device.type:
         raise ValueError(
             f"generator draws on {generator.device}, but the model is on {device}. Try "
@@ -158,12 +163,66 @@ def check_same_dtype(
         )
 
 
+def check_kind(kind: type, remedy: str = "", **values: object) -> None:
+    """Require instances of a class, named as its package is imported."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            package = kind.__module__.partition(".")[0]
+            raise TypeError(
+                f"{name} must be a {package} {kind.__name__}, but is "
+                f"{type(value).__name__}.{' ' if remedy else ''}{remedy}"
+            )
+
+
+def check_number(**values: float) -> None:
+    """Require one finite number each, no sequence of them and no truth value."""
+    for name, value in values.items():
+        single = isinstance(value, Real) and not isinstance(value, bool)
+        if isinstance(value, Tensor):
+            single = value.dim() == 0 and not value.is_complex()
+        if not single:
+            shown = repr(value)
+            if isinstance(value, Tensor):
+                shown = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"{name} must be one number, but is {shown}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, but is {value}.")
+
+
+def checked_shape(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
+    """A shape of whole numbers above zero as a tuple, or None as it is.
+
+    Raises:
+        ShapeError: If it is anything else.
+    """
+    if value is None:
+        return None
+    sides = tuple(value) if isinstance(value, Sequence) else ()
+    if not sides or not all(is_whole(side) and side > 0 for side in sides):
+        raise ShapeError(
+            f"{name} must be a shape of one input, as (channels, height, width), but "
+            f"is {value!r}."
+        )
+    return tuple(map(int, sides))
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or NumPy, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_positive(**values: float | Tensor) -> None:
     """Require strictly positive finite numbers."""
     for name, value in values.items():
         # A Python float would be rounded to float32, and shown so.
         dtype = None if isinstance(value, Tensor) else torch.float64
-        tensor = torch.as_tensor(value, dtype=dtype)
+        try:
+            tensor = torch.as_tensor(value, dtype=dtype)
+            ordered = not (tensor.is_complex() or isinstance(value, list | tuple))
+        except (TypeError, ValueError, RuntimeError):
+            ordered = False
+        if not ordered:
+            raise TypeError(f"{name} must be a number, but is {value!r}.")
         # Written so that NaN fails too.
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             shown = (
@@ -179,6 +238,17 @@ def check_count(**values: int) -> None:
             raise ValueError(
                 f"{name} must be a whole number above zero, but is {value!r}."
             )
+
+
+def check_sequence(**values: Iterable[object]) -> None:
+    """Require several things in order, and not one of them by itself."""
+    for name, value in values.items():
+        single = isinstance(value, str | bytes | Mapping) or (
+            isinstance(value, Tensor) and value.dim() == 0
+        )
+        if single or not isinstance(value, Iterable):
+            remedy = "" if value is None else f" Try {name}=[{value!r}]."
+            raise TypeError(f"{name} must be a sequence, but is {value!r}.{remedy}")
 
 
 def check_share(**values: float) -> None:

@@ -30,6 +30,7 @@ from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
 from gpbridge.checks import (
+    ShapeError,
     check_choice,
     check_count,
     check_inputs,
@@ -38,6 +39,7 @@ from gpbridge.checks import (
     check_same_dtype,
     check_tensor,
 )
+from gpbridge.inducing_covariances import inducing_width
 from gpbridge.inducing_strategy import (
     InterdomainVariationalStrategy,
     check_inducing_points,
@@ -82,7 +84,8 @@ class SparseGP(ApproximateGP):
 
     Raises:
         ShapeError: If the likelihood is one of another number of outputs, or the
-            inducing points are no rows.
+            inducing points are no rows; and in a call, if its inputs have another width
+            than they.
         TypeError: If they are no floats; and in a call, if its inputs have another
             dtype than they.
         ValueError: If an option is out of range.
@@ -147,10 +150,12 @@ class SparseGP(ApproximateGP):
     @property
     def dtype(self) -> torch.dtype:
         """Of inducing points and inputs."""
+        return self._base_strategy.inducing_points.dtype
+
+    @property
+    def _base_strategy(self) -> InterdomainVariationalStrategy:
         strategy = self.variational_strategy
-        if self.num_outputs > 1:
-            strategy = strategy.base_variational_strategy
-        return strategy.inducing_points.dtype
+        return strategy if self.num_outputs == 1 else strategy.base_variational_strategy
 
     def __call__(
         self, x: Tensor, prior: bool = False, **kwargs: Any
@@ -164,11 +169,17 @@ class SparseGP(ApproximateGP):
 
         Returns:
             A distribution over ``... x n`` values, ``... x n x m`` for several outputs.
+
+        Raises:
+            TypeError: If inputs are no tensor, or of another dtype than the inducing
+                points.
+            ShapeError: If they have another width.
         """
         check_tensor(x=x)
         check_same_dtype("x", x, self.dtype, "inducing points of the model")
         if x.dim() == 1:
             x = x[:, None]
+        self._check_width("x", x)
         if self.num_outputs > 1 and (prior or x.dim() > 2):
             # Outputs are a batch too, which would be matched with the last of x.
             x = x.unsqueeze(-3)
@@ -211,8 +222,9 @@ class SparseGP(ApproximateGP):
 
         Exact for Gaussian noise and the probit link, a quadrature for the logistic one,
         and an average over draws for a softmax. All points share these, so that a
-        probability does not depend on the other points; its error is below
-        ``sqrt(p (1 - p) / num_samples)``. For y jointly over points, and for other
+        probability does not depend on the other points; its standard error is at most
+        ``sqrt(p (1 - p) / num_samples)``, one standard deviation of its error and no
+        bound on it. For y jointly over points, and for other
         likelihoods, call ``model.likelihood(model(X))``.
 
         Args:
@@ -236,6 +248,7 @@ class SparseGP(ApproximateGP):
         check_inputs(X, "X")
         check_same_dtype("X", X, self.dtype, "inducing points of the model")
         check_not_empty(X=X)
+        self._check_width("X", X)
         check_count(num_samples=num_samples)
         f = self.marginals(X)
         mean, variance = f.mean, f.variance
@@ -252,6 +265,21 @@ class SparseGP(ApproximateGP):
         return marginal_labels(
             self.likelihood, mean[None], variance[None], shape, generator
         )
+
+    def _check_width(self, name: str, x: Tensor) -> None:
+        """Blame the inputs, where the kernel takes as many columns as Z has."""
+        if type(self).forward is not SparseGP.forward or x.dim() < 2:
+            return  # the kernel may see features of the inputs
+        e, kernel = self._base_strategy.inducing_points.shape[-1], self.covar_module
+        if x.shape[-1] == e or inducing_width(kernel, x.shape[-1]) == e:
+            return
+        if inducing_width(kernel, e) == e:
+            raise ShapeError(
+                f"{name} must have {e} columns as the inducing points of the model "
+                f"have, but has {x.shape[-1]} (shape {tuple(x.shape)}). Pass the same "
+                "features, or build the model with inducing points of these: "
+                "gpbridge.inducing_points.initial_inducing_points(kernel, X, m)."
+            )
 
 
 def _gaussian_noise(num_outputs: int) -> Likelihood:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Generator, Size, Tensor
 
+from gpbridge.checks import check_kind
+
 
 def fresh(generator: Generator | None, device: torch.device | str = "cpu") -> Generator:
     """The generator, or one with a seed of its own, so that each call differs."""
     if generator is None:
         generator = Generator(device=device)
         generator.seed()
+    check_kind(Generator, "Try torch.Generator().manual_seed(0).", generator=generator)
     return generator
 
 

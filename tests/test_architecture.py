@@ -20,13 +20,13 @@ from tests.conftest import ROOT
 # a file imports only what stands to its left.
 ORDER = """
 types
-_version checks storage randomness metrics data distributed
+_version checks convergence storage randomness metrics data distributed
 tracing frozen jacobians probe functional subnetworks likelihoods polya_gamma heteroscedastic targets gpytorch_targets
 augmentation: base vectors images orbits patches averaged distances
 operators partial_products kernel_tiles tile_products kernel_gradients kernel_operator lazy_covariance shared_covariance features layer_signals layer_features layer_gram spectral stacked_layers draws batch_norm weights prediction
 solvers: factors system refinement preconditioners cholesky conjugate_gradients alternating_projections sketch_and_project descent dual_descent stochastic_gradient minibatch_descent choice
 matrix_free data_features
-kernels: matern buffers compositions feature_gram feature random_features tangent error_mixtures dual_activations layer_covariance wide_layer_kinds wide_layers wide_convolutions wide_modules tiled_gram wide_network infinite_width deep exact_features orbit_blocks orbit_exponentials orbit_features orbit_sums patch_kernel patch_sums orbit_kernel invariant convolutional
+kernels: matern buffers batches compositions feature_gram feature random_features tangent error_mixtures dual_activations layer_covariance wide_layer_kinds wide_layers wide_convolutions wide_shapes wide_modules tiled_gram wide_network infinite_width deep exact_features orbit_blocks orbit_exponentials orbit_features orbit_sums patch_kernel patch_sums orbit_kernel invariant convolutional
 prior_draws posterior_draws pathwise outcomes predictive_mixture function_draws function_space models inducing_covariances inducing_orbits inducing_strategy centroids inducing_points inducing_gp representers
 sampled: observations covariance persistence state gp paths
 linearized: weight_blocks curvature_sums factored low_rank curvature_tensors structured_weights structures data_curvature sampling sampled_mode links predictive labels inference g_prior construction loading training_run noise mean conditioning sampled_problem structured_problem problem mode evidence variational posterior calibration curvature_state state persistence classification derived_models gp paths subnetworks continual

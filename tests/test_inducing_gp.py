@@ -265,3 +265,41 @@ def test_a_bound_over_parts_of_orbits_refuses_inputs_of_another_dtype():
     elbo = OrbitVariationalELBO(model.likelihood, model, 20, 2)
     with pytest.raises(TypeError, match="x must be torch.float32 as the inducing"):
         elbo(torch.rand(N, 9).double(), torch.rand(N).double())
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_inputs_of_another_width_are_blamed_and_not_the_model(outputs):
+    model = SparseGP(rbf(0.3), normal(M, 3), num_outputs=outputs)
+    wrong = normal(N, 5)
+    for name, call in (("X", model.predict), ("x", model), ("x", model.marginals)):
+        message = rf"{name} must have 3 columns as the inducing.* has 5 .shape \({N}, 5"
+        with pytest.raises(ShapeError, match=message):
+            call(wrong)
+    with pytest.raises(ShapeError, match="x must have 3 columns"):
+        model(normal(N))  # one column
+
+
+def test_patches_of_inputs_need_not_have_their_width():
+    kernel, d, width = kernels("convolutional")
+    model = sparse(kernel, width)
+    assert width != d and model.predict(normal(N, d)).mean.shape == (N, 1)
+    with pytest.raises(ShapeError, match=f"have {d} columns, but x has {d + 1}"):
+        model.predict(normal(N, d + 1))
+
+
+def test_a_model_of_features_sees_inputs_of_any_width():
+    class OnFeatures(SparseGP):
+        def forward(self, x):
+            return super().forward(x[..., :3] + x[..., 3:])
+
+    model = OnFeatures(rbf(0.3), normal(M, 3))
+    # Upstream joins inputs and inducing points elsewhere only: the width is free.
+    assert model(normal(N, 6)).mean.shape == (N,)
+
+
+@pytest.mark.parametrize("value", [None, [[1.0, 2.0, 3.0]], 3.0])
+def test_inputs_that_are_no_tensor_are_refused(value):
+    model = SparseGP(rbf(0.3), normal(M, 3))
+    for name, call in (("X", model.predict), ("x", model), ("x", model.marginals)):
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, but is"):
+            call(value)

@@ -7,11 +7,13 @@ Next: ``kernels.invariant`` averages kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import ShapeError, check_kind, checked_shape
 
 
 class AveragedNetwork(nn.Module):
@@ -32,6 +34,11 @@ class AveragedNetwork(nn.Module):
         augmentation: Of flat inputs ``n x d``.
         input_shape: Shape of one input of the network, as (c, h, w).
 
+    Raises:
+        TypeError: If the arguments are no network and no augmentation.
+        ShapeError: If ``input_shape`` is no shape; in a call, if it is of another
+            number of columns.
+
     Example:
         >>> import torch
         >>> from gpbridge.augmentation import FiniteOrbit
@@ -51,14 +58,22 @@ class AveragedNetwork(nn.Module):
         input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_kind(nn.Module, network=network)
+        check_kind(Augmentation, augmentation=augmentation)
         self.network = network
         self.augmentation = augmentation
-        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.input_shape = checked_shape("input_shape", input_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean output, ``n x d`` to ``n x m``."""
         orbits = self.augmentation(x)
         shape = self.input_shape or orbits.shape[-1:]
+        if math.prod(shape) != orbits.shape[-1]:
+            raise ShapeError(
+                f"Inputs of shape {self.input_shape} have {math.prod(shape)} columns, "
+                f"but those of the orbits have {orbits.shape[-1]}. Pass another "
+                "input_shape."
+            )
         outputs = self.network(orbits.reshape(-1, *shape))
         outputs = outputs.reshape(*orbits.shape[:-1], *outputs.shape[1:])
         return self.augmentation.average(outputs, dim=orbits.dim() - 2)

@@ -23,6 +23,7 @@ from gpbridge.checks import (
     check_floating,
     check_positive,
     check_tensor,
+    is_whole,
 )
 from gpbridge.randomness import fresh
 
@@ -98,6 +99,10 @@ class Augmentation(gpytorch.Module):
         super().__init__()
         check_count(num_samples=num_samples)
         check_choice("sampling", sampling, SAMPLINGS)
+        if num_parameters != 0:
+            check_count(num_parameters=num_parameters)
+        if not is_whole(seed):
+            raise TypeError(f"seed must be a whole number, but is {seed!r}.")
         if sampling == "auto":
             sampling = "grid" if num_parameters <= 1 else "qmc"
         if sampling == "grid" and num_parameters > 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpbridge.augmentation.base import Augmentation
+from gpbridge.checks import check_count, check_inputs, check_kind
 
 
 def median_orbit_distance(
@@ -26,7 +27,8 @@ def median_orbit_distance(
         A number without gradient.
 
     Raises:
-        ValueError: If all transformed inputs are alike.
+        ValueError: If all transformed inputs are alike, or ``num_points`` is no count.
+        TypeError: If the arguments are no augmentation and no tensor.
 
     Example:
         >>> from gpbridge.augmentation import PatchAugmentation
@@ -34,6 +36,9 @@ def median_orbit_distance(
         >>> median_orbit_distance(PatchAugmentation((4, 4), (2, 2)), images)
         tensor(18.)
     """
+    check_kind(Augmentation, augmentation=augmentation)
+    check_inputs(X, "X")
+    check_count(num_points=num_points)
     with torch.no_grad():
         rows = torch.linspace(0, len(X) - 1, min(len(X), num_points)).long()
         orbits = augmentation(X[rows])

@@ -15,7 +15,13 @@ from torch.nn import functional
 
 from gpbridge.augmentation.base import BoundedAugmentation
 from gpbridge.augmentation.vectors import check_angle_cap
-from gpbridge.checks import ShapeError, check_choice
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_number,
+    check_sequence,
+    is_whole,
+)
 
 GENERATORS = {
     "rotation": ((0, -1, 0), (1, 0, 0), (0, 0, 0)),
@@ -65,6 +71,7 @@ class AffineAugmentation2d(BoundedAugmentation):
     Raises:
         ShapeError: If ``image_shape`` is no shape of an image, or is not that of the
             inputs.
+        TypeError: If ``init`` or ``caps`` are no numbers.
         ValueError: If a generator is unknown or named twice, if ``init`` or ``caps``
             name another one, or if a cap passes the period.
 
@@ -94,6 +101,14 @@ class AffineAugmentation2d(BoundedAugmentation):
     ) -> None:
         image_shape = full_image_shape(image_shape)
         names = _checked_names(generators)
+        if not isinstance(caps, Mapping | None):
+            raise TypeError(
+                "caps must be upper limits by name, as {'rotation': 1.0}, but is "
+                f"{caps!r}."
+            )
+        numbers = init if isinstance(init, Mapping) else {"of all": init}
+        check_number(**{f"init {name}": value for name, value in numbers.items()})
+        check_number(**{f"caps {name}": value for name, value in (caps or {}).items()})
         for word, given in (("init", init), ("caps", caps)):
             if isinstance(given, Mapping) and not set(given) <= set(names):
                 raise ValueError(
@@ -175,10 +190,8 @@ def full_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
         ShapeError: If it is anything else.
     """
     given = image_shape
-    try:
-        shape = tuple(int(side) for side in image_shape)
-    except TypeError:
-        shape = ()
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    shape = tuple(map(int, shape)) if all(map(is_whole, shape)) else ()
     if len(shape) == 2:
         shape = (1, *shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -200,7 +213,9 @@ def check_image_rows(x: Tensor, image_shape: tuple[int, int, int]) -> None:
 
 
 def _checked_names(generators: Sequence[str]) -> tuple[str, ...]:
-    names = (generators,) if isinstance(generators, str) else tuple(generators)
+    names = [generators] if isinstance(generators, str) else generators
+    check_sequence(generators=names)
+    names = tuple(names)
     for name in names:
         check_choice("generators", name, tuple(GENERATORS))
     if not names or len(set(names)) < len(names):

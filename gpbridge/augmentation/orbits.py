@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
 from gpbridge.augmentation.images import full_image_shape
-from gpbridge.checks import ShapeError, check_choice, check_count
+from gpbridge.checks import ShapeError, check_choice, check_count, check_sequence
 from gpbridge.randomness import fresh
 
 MAX_ELEMENTS = 5040  # all orders of seven columns
@@ -41,6 +41,7 @@ class FiniteOrbit(Augmentation):
 
     Raises:
         ShapeError: If rows are no permutations, or inputs have another width.
+        TypeError: If elements are no sequence.
         ValueError: If there is no element, or there are fewer than ``num_samples``.
 
     Example:
@@ -54,6 +55,7 @@ class FiniteOrbit(Augmentation):
         self, elements: Elements, num_samples: int | None = None, seed: int = 0
     ) -> None:
         index, functions = None, None
+        check_sequence(elements=elements)
         if not isinstance(elements, Tensor) and any(callable(e) for e in elements):
             functions = list(elements)
             size = len(functions)
@@ -205,7 +207,13 @@ def _pixels(image_shape: Sequence[int]) -> Tensor:
 
 
 def _checked_permutations(elements: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    index = torch.as_tensor(elements)
+    try:
+        index = torch.as_tensor(elements)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            "elements must be ``s x d`` whole numbers, rows of one length, or "
+            f"functions, but are {elements!r}."
+        ) from error
     if index.numel() == 0:
         raise ValueError("elements must hold at least one transformation.")
     sides = index.dim() == 2 and not index.is_floating_point()

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from gpbridge.augmentation.base import Augmentation
 from gpbridge.augmentation.images import check_image_rows, full_image_shape
-from gpbridge.checks import ShapeError, check_count
+from gpbridge.checks import ShapeError, check_count, is_whole
 
 
 class PatchAugmentation(Augmentation):
@@ -25,7 +25,8 @@ class PatchAugmentation(Augmentation):
 
     Args:
         image_shape: (channels, height, width), or (height, width) of one channel.
-        patch_shape: (height, width) of a patch; it covers all channels.
+        patch_shape: (height, width) of a patch, or one number for both; it covers all
+            channels.
         weights: Whether each place has a weight, learnt from one on. Without, all
             patches count alike, wherever they are.
         locations: Whether the row and the column of the patch, in pixels, are appended
@@ -48,20 +49,24 @@ class PatchAugmentation(Augmentation):
     def __init__(
         self,
         image_shape: Sequence[int],
-        patch_shape: Sequence[int],
+        patch_shape: int | Sequence[int],
         weights: bool = True,
         locations: bool = False,
         stride: int = 1,
     ) -> None:
         image_shape = full_image_shape(image_shape)
-        patch_shape = tuple(patch_shape)
-        sides = image_shape[1:]
+        given, sides = patch_shape, image_shape[1:]
+        if is_whole(patch_shape):
+            patch_shape = patch_shape, patch_shape  # as torch's kernel_size
+        patch_shape = tuple(patch_shape) if isinstance(patch_shape, Sequence) else ()
+        whole = all(map(is_whole, patch_shape))
+        patch_shape = tuple(map(int, patch_shape)) if whole else ()
         if len(patch_shape) != 2 or not all(
             1 <= side <= limit for side, limit in zip(patch_shape, sides, strict=True)
         ):
             raise ShapeError(
-                "patch_shape must be (height, width) within the image, whose sides are "
-                f"{sides}, but is {patch_shape}."
+                "patch_shape must be (height, width), or one number for both, within "
+                f"the image, whose sides are {sides}, but is {given!r}."
             )
         check_count(stride=stride)
         rows, columns = (

@@ -19,7 +19,7 @@ from gpbridge.augmentation.base import (
     BoundedAugmentation,
     DifferenceLaw,
 )
-from gpbridge.checks import ShapeError, check_count, check_positive
+from gpbridge.checks import ShapeError, check_count, check_number, check_positive
 
 
 class Rotation2d(BoundedAugmentation):
@@ -57,10 +57,12 @@ class Rotation2d(BoundedAugmentation):
         sampling: str = "grid",
         seed: int = 0,
     ) -> None:
+        check_number(init=init)
         check_angle_cap(cap)
         if columns is not None and not (
-            len(columns) == len(set(columns)) == 2
-            and all(isinstance(c, int) and c >= 0 for c in columns)
+            isinstance(columns, Sequence)
+            and len(columns) == len(set(columns)) == 2
+            and all(type(c) is int and c >= 0 for c in columns)
         ):
             raise ValueError(
                 "columns must be two different numbers of columns, counted from zero, "
@@ -146,6 +148,7 @@ class GaussianInputNoise(Augmentation):
         seed: int = 0,
     ) -> None:
         check_count(num_columns=num_columns)
+        check_number(init=init)
         check_positive(init=init)
         gauss = sampling == "gauss"
         super().__init__(num_samples, num_columns, "qmc" if gauss else sampling, seed)
@@ -215,6 +218,7 @@ def _gauss_nodes(num_columns: int, num_samples: int) -> tuple[Tensor, Tensor]:
 
 def check_angle_cap(cap: float) -> None:
     """Require a half-width of angles that does not pass half a turn."""
+    check_number(cap=cap)
     check_positive(cap=cap)
     if cap > math.pi * (1 + 1e-12):
         raise ValueError(

@@ -32,6 +32,8 @@ from gpbridge.checks import (
     check_not_empty,
     check_same_device,
     check_same_dtype,
+    check_sequence,
+    check_tensor,
 )
 from gpbridge.dnn.deep_gp_bound import (
     check_likelihood,
@@ -111,6 +113,11 @@ class DeepGaussianProcess(DeepGP):
         shown = " -> ".join(map(str, widths))
         return f"{shown}, inducing points {', '.join(map(str, points))}"
 
+    def __repr__(self) -> str:
+        """One line; ``model.layers`` has the modules, which take a page."""
+        likelihood = type(self.likelihood).__name__
+        return f"{type(self).__name__}({self.extra_repr()}, {likelihood})"
+
     # -- The bound -------------------------------------------------------------------
 
     def forward(
@@ -146,6 +153,7 @@ class DeepGaussianProcess(DeepGP):
         self._check(X)
         if noise is None:
             noise = self.draw_noise(X.shape[:-1], num_samples, generator)
+        self._check_noise(X, noise)
         return last_marginals(self.layers, X, noise)
 
     def draw_noise(
@@ -205,6 +213,7 @@ class DeepGaussianProcess(DeepGP):
     ) -> Tensor:
         if noise is None:
             noise = self.draw_noise(X.shape[:-1], num_samples, generator)
+        self._check_noise(X, noise)
         f = independent_normal(*last_marginals(self.layers, X, noise))
         return expected_bound(self, f, targets, num_data, num_samples, generator)
 
@@ -323,7 +332,7 @@ class DeepGaussianProcess(DeepGP):
         Raises:
             NotImplementedError: If a layer's kernel has no feature map.
         """  # noqa: DOC502
-        check_count(num_samples=num_samples)
+        check_count(num_samples=num_samples, num_features=num_features)
         own = copy.deepcopy(self).double()
         generator = fresh(generator)
         layers = [
@@ -334,7 +343,19 @@ class DeepGaussianProcess(DeepGP):
 
     def _seeded(self, generator: Generator | None) -> Generator:
         device = self.layers[0].variational_strategy.inducing_points.device
-        return Generator(device).manual_seed(0) if generator is None else generator
+        if generator is None:
+            return Generator(device).manual_seed(0)
+        check_generator(generator, device)
+        return generator
+
+    def _check_noise(self, X: Tensor, noise: Sequence[Tensor]) -> None:
+        check_sequence(noise=noise)
+        if len(noise) != len(self.layers) - 1:
+            raise ShapeError(
+                f"noise must have one tensor for each of {len(self.layers) - 1} hidden "
+                f"layers, but has {len(noise)}. Try draw_noise(X.shape[:-1])."
+            )
+        check_tensor(**{f"noise[{i}]": value for i, value in enumerate(noise)})
 
     def _check(self, X: Tensor) -> None:
         check_inputs(X, "X", self.num_inputs)

@@ -35,7 +35,9 @@ from gpbridge.checks import (
     check_generator,
     check_inputs,
     check_not_empty,
+    check_number,
     check_positive,
+    check_sequence,
     warn_user,
 )
 from gpbridge.dnn.deep_gp import DeepGaussianProcess
@@ -134,6 +136,11 @@ def build_deep_gp(
             "images try train_X.flatten(1)."
         )
     check_count(depth=depth, num_inducing=num_inducing)
+    check_number(
+        hidden_variance=hidden_variance,
+        hidden_std=hidden_std,
+        noise_variance=noise_variance,
+    )
     check_positive(
         hidden_variance=hidden_variance,
         hidden_std=hidden_std,
@@ -214,6 +221,12 @@ def _kernel(factory: KernelFactory | None, d: int, h: int, like: Tensor) -> Scal
                 f"one is a {type(factory).__name__}. Try kernels=lambda num_inputs: "
                 f"{type(factory).__name__}(ard_num_dims=num_inputs)."
             )
+        if not callable(factory):
+            raise TypeError(
+                "kernels must be functions of the number of inputs, or None for the "
+                f"default, but one is {factory!r}. Try kernels=lambda num_inputs: "
+                "MaternKernel(ard_num_dims=num_inputs)."
+            )
         base = factory(d)
         if not isinstance(base, Kernel):
             raise TypeError(
@@ -284,7 +297,10 @@ def _likelihood(
 def _widths(width: int | Sequence[int] | None, depth: int, d: int) -> list[int]:
     if width is None:
         width = min(d, WIDEST)
-    widths = [width] * (depth - 1) if isinstance(width, int) else list(width)
+    if not isinstance(width, Sequence):
+        check_count(width=width)
+        width = [width] * (depth - 1)
+    widths = list(width)
     for one in widths:
         check_count(width=one)
     if len(widths) != depth - 1:
@@ -298,6 +314,7 @@ def _widths(width: int | Sequence[int] | None, depth: int, d: int) -> list[int]:
 def _one_each(name: str, given: object, depth: int) -> list:
     if given is None or callable(given):
         return [given] * depth
+    check_sequence(**{name: given})
     if len(given) != depth:
         raise ShapeError(
             f"{name} must have one entry for each of {depth} layers, but has "

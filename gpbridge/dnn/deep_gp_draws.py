@@ -74,6 +74,10 @@ class DeepDraw(nn.Module):
         super().__init__()
         self.layers, self.num_inputs = nn.ModuleList(layers), num_inputs
 
+    def extra_repr(self) -> str:
+        """How many draws."""
+        return f"num_draws={len(self.layers[0].weights)}"
+
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, differentiable in X."""
         check_points(X, self.num_inputs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from gpbridge.checks import check_count
+from gpbridge.checks import check_count, check_kind, check_number
 from gpbridge.dnn.deep_gp import DeepGaussianProcess
 from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
 from gpbridge.dnn.training import Callback
@@ -64,9 +64,12 @@ def fit_deep_gp(
             ``last_good`` is the fit at the last good epoch.
         ShapeError: If targets do not fit the inputs or the model.
         ValueError: If an option is out of range, or ``resume`` is of another run.
-        TypeError: If the targets are missing, or batches are no pairs of tensors.
+        TypeError: If the model is no deep GP, the targets are missing, or batches are
+            no pairs of tensors.
 
     Warns:
+        NotConvergedWarning: If the bound still rises at the last epoch, by more than
+            its noise (:mod:`gpbridge.convergence`).
         RuntimeWarning: If the keyboard interrupts: the last good epoch is returned.
 
     Example:
@@ -77,8 +80,15 @@ def fit_deep_gp(
         >>> len(fit.history["elbo"])
         2
     """  # noqa: DOC502
+    check_kind(DeepGaussianProcess, "Try build_deep_gp(X).", model=model)
     X, Y = _collected(X, Y)
     check_count(num_samples=num_samples)
+    check_number(learning_rate=learning_rate)
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            "callback must be a function of (epoch, model, entries), but is "
+            f"{type(callback).__name__}."
+        )
     targets = model.targets(X, Y)
     own, n = copy.deepcopy(model), len(X)
 
@@ -98,6 +108,7 @@ def fit_deep_gp(
         callback=callback,
         name="fit_deep_gp",
         usual_rate=1e-2,
+        warn_rising=True,
     )
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gpbridge.batch_norm import norm_layers
 from gpbridge.checks import check_count, check_generator, check_positive, warn_user
+from gpbridge.convergence import warn_if_rising
 from gpbridge.dnn.divergence import DivergedError, rate_advice
 from gpbridge.dnn.run_key import check_same_run, checksum, structure
 from gpbridge.dnn.training import Callback, adam, isolated_randomness, split_rows
@@ -63,6 +64,7 @@ def ascend_elbo(
     usual_rate: float,
     optimizer: torch.optim.Optimizer | None = None,
     before_epoch: Callable[[int], None] | None = None,
+    warn_rising: bool = False,
 ) -> ELBOFit:
     """Train ``model`` in place, leave it in eval mode at its last good epoch.
 
@@ -87,6 +89,7 @@ def ascend_elbo(
         optimizer: In place of Adam on the groups.
         before_epoch: Called with the number of each epoch, those of ``resume`` counted,
             before its first step.
+        warn_rising: Whether to say that the last epoch came before convergence.
 
     Returns:
         The model with its history and state.
@@ -98,6 +101,11 @@ def ascend_elbo(
         TypeError: If ``resume`` is no state.
         ValueError: If an option is out of range, nothing can be trained, or ``resume``
             is of other data or of another model.
+
+    Warns:
+        NotConvergedWarning: If the bound still rises at the last epoch, and
+            ``warn_rising``.
+        RuntimeWarning: If the keyboard interrupts: the last good epoch is returned.
     """
     check_count(epochs=epochs, batch_size=batch_size)
     check_positive(learning_rate=groups[0][1])
@@ -217,6 +225,12 @@ def ascend_elbo(
             "state is returned.",
             RuntimeWarning,
         )
+    elif warn_rising and done == epochs:  # no callback ended it
+        remedy = (
+            f"Try more epochs= (now {epochs}) or a larger learning_rate= (now {rate:g})"
+            "; resume=fit.state goes on from here."
+        )
+        warn_if_rising(fit.history["elbo"], name, remedy)
     return fit
 
 

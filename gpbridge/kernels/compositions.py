@@ -3,9 +3,7 @@ r"""Feature maps of kernels, of their sums and of their products.
 In: a kernel with finitely many features (``kernel.features(X)``), or a sum or product
 of kernels, ours and gpytorch's mixed. Out: botorch feature maps with
 :math:`\phi(x) \phi(x')^\top = k(x, x')`, exact where that is possible, registered with
-botorch's pathwise generators. Also here is what every kernel of ours needs from
-upstream's base class: telling whether two inputs are one, and indexing a batch of
-kernels that select input columns.
+botorch's pathwise generators. Also here: whether two inputs of a kernel are one.
 Next: ``feature`` is the first kernel that uses all of it; ``random_features`` has the
 stationary kernels.
 """
@@ -13,8 +11,7 @@ stationary kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import singledispatch
 
 import torch
@@ -52,21 +49,6 @@ def same_inputs(x1: Tensor, x2: Tensor) -> bool:
     if x1.data_ptr() == x2.data_ptr() and x1.stride() == x2.stride():
         return True  # without waiting for the device, as a comparison of values does
     return not x1.requires_grad and torch.equal(x1, x2)
-
-
-@contextmanager
-def unbatched_buffers(kernel: Kernel) -> Iterator[None]:
-    """Hide ``active_dims`` while upstream indexes or expands a kernel's batch.
-
-    Upstream treats every buffer as batched, the selected columns too (gpytorch issue
-    2591), so that a batch of kernels with ``active_dims`` cannot be indexed.
-    """
-    active_dims = kernel.active_dims
-    kernel.active_dims = None
-    try:
-        yield
-    finally:
-        kernel.active_dims = active_dims
 
 
 class ExactFeatureMap(FeatureMap):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from gpytorch.kernels import Kernel
 
 from gpbridge.augmentation.patches import PatchAugmentation
+from gpbridge.checks import check_kind
 from gpbridge.kernels.compositions import register_with_botorch
 from gpbridge.kernels.orbit_kernel import OrbitKernel
 from gpbridge.kernels.patch_kernel import PatchKernel
@@ -43,7 +44,7 @@ class ConvolutionalKernel(OrbitKernel):
     Args:
         base_kernel: The kernel of flat patches, ``channels * height * width`` columns.
         image_shape: (channels, height, width), or (height, width) of one channel.
-        patch_shape: (height, width) of a patch.
+        patch_shape: (height, width) of a patch, or one number for both.
         weights: Whether each place has a weight, learnt from one on.
         location_kernel: A kernel of places, row and column in pixels, that multiplies
             the base kernel. Inducing patches then carry their place in two more
@@ -55,6 +56,7 @@ class ConvolutionalKernel(OrbitKernel):
 
     Raises:
         ShapeError: If the patch is larger than the image.
+        TypeError: If a kernel is none.
         ValueError: If a kernel of patches or places selects columns itself.
 
     Example:
@@ -78,7 +80,7 @@ class ConvolutionalKernel(OrbitKernel):
         self,
         base_kernel: Kernel,
         image_shape: Sequence[int],
-        patch_shape: Sequence[int],
+        patch_shape: int | Sequence[int],
         weights: bool = True,
         location_kernel: Kernel | None = None,
         *,
@@ -90,6 +92,8 @@ class ConvolutionalKernel(OrbitKernel):
         patches = PatchAugmentation(
             image_shape, patch_shape, weights, location_kernel is not None, stride
         )
+        if location_kernel is not None:
+            check_kind(Kernel, location_kernel=location_kernel)
         for name, part in (("base", base_kernel), ("location", location_kernel)):
             if getattr(part, "active_dims", None) is not None:
                 raise ValueError(

@@ -17,19 +17,19 @@ from gpytorch.kernels import Kernel
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from gpbridge.checks import check_inputs, check_positive, check_tensor
+from gpbridge.checks import check_inputs, check_kind, check_positive, check_tensor
+from gpbridge.kernels.batches import WrappingKernel
 from gpbridge.kernels.compositions import (
     draw_feature_map,
     register_with_botorch,
     same_inputs,
-    unbatched_buffers,
 )
 from gpbridge.kernels.feature import NetworkMap
 
 UNIT_CUBE_VARIANCE = 1 / 12  # of a uniform variable on [0, 1]
 
 
-class DeepKernel(Kernel):
+class DeepKernel(WrappingKernel):
     r"""Covariance of a kernel on the outputs of a network.
 
     .. math:: k(x, x') = k_0\bigl(c\, g(x),\, c\, g(x')\bigr)
@@ -172,27 +172,6 @@ class DeepKernel(Kernel):
         """That of the base kernel."""
         return self.base_kernel.num_outputs_per_input(x1, x2)
 
-    def named_sub_kernels(self):
-        """The base kernel only: what lies inside it is its own business."""
-        yield "base_kernel", self.base_kernel
-
-    def expand_batch(self, *sizes) -> DeepKernel:
-        """Repeat the base kernel along new batch dimensions."""
-        with unbatched_buffers(self):
-            expanded = super().expand_batch(*sizes)
-        if expanded is not self:
-            expanded.active_dims = self.active_dims
-        return expanded
-
-    def __getitem__(self, index) -> DeepKernel:
-        with unbatched_buffers(self):
-            chosen = super().__getitem__(index)
-        if chosen is not self:
-            chosen.active_dims = self.active_dims
-            # Upstream never shortens the batch shape of a kernel without parameters.
-            chosen.batch_shape = chosen.base_kernel.batch_shape
-        return chosen
-
     def _select(self, X: Tensor) -> Tensor:
         if self.active_dims is None:
             return X
@@ -240,7 +219,9 @@ def parameter_groups(
 
     Raises:
         ValueError: If a learning rate is not positive.
+        TypeError: If the model is none.
     """
+    check_kind(nn.Module, model=model)
     check_positive(
         network_learning_rate=network_learning_rate, learning_rate=learning_rate
     )

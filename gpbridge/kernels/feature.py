@@ -9,26 +9,26 @@ Next: ``deep`` uses a network as the input of another kernel.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from botorch.sampling.pathwise.features.maps import FeatureMap
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gpbridge.checks import ShapeError, check_positive
+from gpbridge.checks import ShapeError, check_number, check_positive, checked_shape
 from gpbridge.frozen import copy_without_hooks
+from gpbridge.kernels.batches import BatchKernel
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
     register_with_botorch,
     same_inputs,
-    unbatched_buffers,
 )
 from gpbridge.kernels.feature_gram import feature_gram
 
@@ -73,12 +73,13 @@ class NetworkMap(nn.Module):
                 f"network must be a torch.nn.Module, but is {type(network).__name__}."
             )
         if spectral_norm is not None:
+            check_number(spectral_norm=spectral_norm)
             check_positive(spectral_norm=spectral_norm)
         self.network = copy_without_hooks(network)
         if freeze:
             self.network.requires_grad_(False)
         self.freeze = freeze
-        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.input_shape = checked_shape("input_shape", input_shape)
         self.spectral_norm = spectral_norm
         like = next(self.network.parameters(), torch.ones(()))
         self.register_buffer("scale", like.new_ones(()))
@@ -95,7 +96,13 @@ class NetworkMap(nn.Module):
         Raises:
             ShapeError: If the network does not return one row per point.
         """
-        rows = x.reshape(-1, *(self.input_shape or x.shape[-1:]))
+        shape = self.input_shape or x.shape[-1:]
+        if math.prod(shape) != x.shape[-1]:
+            raise ShapeError(
+                f"Inputs of input_shape {shape} have {math.prod(shape)} columns, but x "
+                f"has {x.shape[-1]} (shape {tuple(x.shape)})."
+            )
+        rows = x.reshape(-1, *shape)
         if self.spectral_norm is None:
             features = self.network(rows)
         else:
@@ -128,7 +135,7 @@ class NetworkMap(nn.Module):
         return bounded
 
 
-class FeatureKernel(Kernel):
+class FeatureKernel(BatchKernel):
     r"""Covariance of a linear model in given features.
 
     .. math:: k(x, x') = s\, \phi(x) \phi(x')^\top,
@@ -255,21 +262,6 @@ class FeatureKernel(Kernel):
     def named_sub_kernels(self):
         """None: a kernel inside the feature map is not part of this one's batch."""
         return iter(())
-
-    def expand_batch(self, *sizes) -> FeatureKernel:
-        """Repeat the kernel along new batch dimensions."""
-        with unbatched_buffers(self):
-            expanded = super().expand_batch(*sizes)
-        if expanded is not self:
-            expanded.active_dims = self.active_dims
-        return expanded
-
-    def __getitem__(self, index) -> FeatureKernel:
-        with unbatched_buffers(self):
-            chosen = super().__getitem__(index)
-        if chosen is not self:
-            chosen.active_dims = self.active_dims
-        return chosen
 
     def _basis(self, x: Tensor) -> Tensor:
         basis = self.feature_map(x)

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 import torch
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
-from gpbridge.checks import check_positive
-from gpbridge.kernels.compositions import same_inputs, unbatched_buffers
+from gpbridge.checks import check_number, check_positive
+from gpbridge.kernels.batches import BatchKernel
+from gpbridge.kernels.compositions import same_inputs
 from gpbridge.kernels.wide_layer_kinds import Layer
 from gpbridge.kernels.wide_layers import every_layer
-from gpbridge.kernels.wide_modules import layers_of
+from gpbridge.kernels.wide_modules import layers_of, num_inputs
 from gpbridge.kernels.wide_network import GROUPS, WideNetwork
 
 BOUNDS = (1e-8, 1e8)  # of a variance
 LENGTHSCALE_BOUNDS = (0.05, 1e3)  # pixels
 
 
-class InfiniteWidthKernel(Kernel):
+class InfiniteWidthKernel(BatchKernel):
     r"""Covariance of a randomly initialised network as its layers grow wide.
 
     ``kind="nngp"`` is the covariance of the outputs over random weights,
@@ -104,7 +104,9 @@ class InfiniteWidthKernel(Kernel):
             given, bounds = variance_constraint, BOUNDS
             if group == "tap_lengthscale":
                 given, bounds = lengthscale_constraint, LENGTHSCALE_BOUNDS
-            initial = torch.tensor(initial).expand(*self._batch_shape, -1)
+            # Whole numbers would make a tensor of these.
+            initial = torch.tensor(initial, dtype=torch.get_default_dtype())
+            initial = initial.expand(*self._batch_shape, -1)
             name = f"raw_{group}"
             self.register_parameter(name, nn.Parameter(torch.zeros_like(initial)))
             constraint = LogTransformedInterval(*bounds) if given is None else given
@@ -138,15 +140,23 @@ class InfiniteWidthKernel(Kernel):
 
         Raises:
             ValueError: For modules without a limit, named by their path.
+            ShapeError: If modules that follow each other do not fit in width, channels
+                or pixels; and in a call, if inputs have other columns than the network.
+            TypeError: If ``module`` is none.
 
         Example:
             >>> net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 1))
             >>> InfiniteWidthKernel.from_module(net).weight_variance.shape
             torch.Size([2])
         """
+        check_number(weight_variance=weight_variance, bias_variance=bias_variance)
         check_positive(weight_variance=weight_variance, bias_variance=bias_variance)
-        layers = layers_of(module, weight_variance, bias_variance)
-        return cls(layers, kind, **kwargs)
+        input_shape = kwargs.get("input_shape")
+        layers = layers_of(module, weight_variance, bias_variance, input_shape)
+        kernel = cls(layers, kind, **kwargs)
+        if input_shape is None:
+            kernel.network.num_inputs = num_inputs(module)
+        return kernel
 
     @property
     def weight_variance(self) -> Tensor:
@@ -189,20 +199,6 @@ class InfiniteWidthKernel(Kernel):
         if diag:
             return self.network.matched(x1, x1 if same else x2, values)
         return self.network.gram(x1, None if same else x2, values)
-
-    def expand_batch(self, *sizes) -> Kernel:
-        """Expand the batch of hyperparameters."""
-        with unbatched_buffers(self):
-            kernel = super().expand_batch(*sizes)
-        kernel.active_dims = self.active_dims
-        return kernel
-
-    def __getitem__(self, index) -> Kernel:
-        """Index the batch of hyperparameters."""
-        with unbatched_buffers(self):
-            kernel = super().__getitem__(index)
-        kernel.active_dims = self.active_dims
-        return kernel
 
     def _get(self, group: str) -> Tensor | None:
         raw = self._parameters.get(f"raw_{group}")

@@ -13,12 +13,15 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from gpbridge.augmentation.base import Augmentation, DifferenceLaw
-from gpbridge.checks import ShapeError, check_choice, check_count, check_positive
-from gpbridge.kernels.compositions import (
-    draw_feature_map,
-    same_inputs,
-    unbatched_buffers,
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_count,
+    check_number,
+    check_positive,
 )
+from gpbridge.kernels.batches import WrappingKernel
+from gpbridge.kernels.compositions import draw_feature_map, same_inputs
 from gpbridge.kernels.exact_features import has_exact_features, is_isotropic
 from gpbridge.kernels.feature_gram import feature_gram
 from gpbridge.kernels.orbit_features import OrbitFeatureMap, average_features
@@ -27,7 +30,7 @@ from gpbridge.kernels.orbit_sums import OrbitAverage, Sums
 MODES = ("auto", "double", "features", "difference")
 
 
-class OrbitKernel(Kernel):
+class OrbitKernel(WrappingKernel):
     """A kernel averaged over orbits; a subclass says by which functions.
 
     Arguments are those of :class:`~gpbridge.kernels.InvariantKernel`.
@@ -66,6 +69,7 @@ class OrbitKernel(Kernel):
                 f"{type(augmentation).__name__}."
             )
         check_choice("mode", mode, MODES)
+        check_number(memory_budget=memory_budget)
         check_positive(memory_budget=memory_budget)
         if chunk_size is not None:
             check_count(chunk_size=chunk_size)
@@ -172,27 +176,6 @@ class OrbitKernel(Kernel):
         if mode or self.training:
             self._redraws = self.augmentation.redraws
         return super().train(mode)
-
-    def named_sub_kernels(self):
-        """The base kernel only: what lies inside it is its own business."""
-        yield "base_kernel", self.base_kernel
-
-    def expand_batch(self, *sizes) -> OrbitKernel:
-        """Repeat the base kernel along new batch dimensions."""
-        with unbatched_buffers(self):
-            expanded = super().expand_batch(*sizes)
-        if expanded is not self:
-            expanded.active_dims = self.active_dims
-        return expanded
-
-    def __getitem__(self, index) -> OrbitKernel:
-        with unbatched_buffers(self):
-            chosen = super().__getitem__(index)
-        if chosen is not self:
-            chosen.active_dims = self.active_dims
-            # Upstream never shortens the batch shape of a kernel without parameters.
-            chosen.batch_shape = chosen.base_kernel.batch_shape
-        return chosen
 
     def _average(self, x: Tensor, law: DifferenceLaw | None = None) -> OrbitAverage:
         return OrbitAverage(

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from linear_operator import to_linear_operator
 from linear_operator.operators import (
     DiagLinearOperator,
@@ -23,16 +22,25 @@ from linear_operator.operators import (
 )
 from torch import Tensor, nn
 
-from gpbridge.checks import ShapeError, check_choice, check_memory, check_positive
+from gpbridge.checks import (
+    ShapeError,
+    check_choice,
+    check_kind,
+    check_memory,
+    check_number,
+    check_positive,
+    check_sequence,
+    checked_shape,
+)
 from gpbridge.features import TangentFeatures, dense_features, flat_std
 from gpbridge.functional import FunctionalNet, Parameters
+from gpbridge.kernels.batches import BatchKernel
 from gpbridge.kernels.buffers import CovarianceBuffers, Stamp
 from gpbridge.kernels.compositions import (
     ExactFeatureMap,
     draw_feature_map,
     register_with_botorch,
     same_inputs,
-    unbatched_buffers,
 )
 from gpbridge.kernels.feature_gram import FeatureGramOperator, feature_gram
 from gpbridge.layer_gram import METHODS, tangent_features
@@ -44,7 +52,7 @@ VARIANCE_BOUNDS = (1e-12, 1e12)
 Groups = str | Sequence[Sequence[str]]
 
 
-class NeuralTangentKernel(Kernel):
+class NeuralTangentKernel(BatchKernel):
     r"""Covariance of the tangent model of a network with Gaussian weights.
 
     .. math::
@@ -118,7 +126,11 @@ class NeuralTangentKernel(Kernel):
         super().__init__(**kwargs)
         check_choice("representation", representation, REPRESENTATIONS)
         check_choice("method", method, METHODS)
+        check_number(memory_budget=memory_budget)
         check_positive(memory_budget=memory_budget)
+        input_shape = checked_shape("input_shape", input_shape)
+        if prior_variance_constraint is not None:
+            check_kind(Interval, prior_variance_constraint=prior_variance_constraint)
         if not isinstance(network, FunctionalNet):
             network = FunctionalNet(network, parameters, input_shape, freeze)
         self.functional = network
@@ -253,20 +265,6 @@ class NeuralTangentKernel(Kernel):
         """Set the mode; the network stays in eval mode."""
         super().train(mode)
         return self
-
-    def expand_batch(self, *sizes) -> Kernel:
-        """Expand the batch of prior variances; the network is shared."""
-        with unbatched_buffers(self):
-            kernel = super().expand_batch(*sizes)
-        kernel.active_dims = self.active_dims
-        return kernel
-
-    def __getitem__(self, index) -> Kernel:
-        """Index the batch of prior variances; the network is shared."""
-        with unbatched_buffers(self):
-            kernel = super().__getitem__(index)
-        kernel.active_dims = self.active_dims
-        return kernel
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the cached Gram matrices behind."""
@@ -463,6 +461,9 @@ def weight_groups(net: FunctionalNet, groups: Groups) -> list[list[str]]:
         for name in names:
             layers.setdefault(name.rpartition(".")[0], []).append(name)
         return list(layers.values())
+    check_sequence(groups=groups)
+    for number, group in enumerate(groups):
+        check_sequence(**{f"groups[{number}]": group})
     lists = [list(group) for group in groups]
     named = [name for group in lists for name in group]
     if sorted(named) != sorted(names):
@@ -479,6 +480,11 @@ def _checked_covariance(
     net: FunctionalNet, covariance: LinearOperator | Tensor
 ) -> LinearOperator:
     p = net.num_params
+    if not isinstance(covariance, LinearOperator | Tensor):
+        raise TypeError(
+            "weight_covariance must be a tensor or a linear operator, but is "
+            f"{type(covariance).__name__}."
+        )
     if tuple(covariance.shape) != (p, p):
         raise ShapeError(
             f"weight_covariance must be ``p x p`` with p = {p} random weights, but has "

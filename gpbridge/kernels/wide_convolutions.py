@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_choice, check_count, check_positive
+from gpbridge.checks import check_choice, check_count, check_number, check_positive
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
 from gpbridge.kernels.wide_layer_kinds import Layer, Weighted
 
@@ -61,9 +61,10 @@ class Conv(Weighted):
                     "padding='same' needs an odd kernel_size, but it is "
                     f"{self.kernel_size}. Give the zeros on each side as a number."
                 )
-        elif self.padding != 0:
+        elif type(self.padding) is not int or self.padding != 0:
             check_count(padding=self.padding)
         if self.tap_lengthscale is not None:
+            check_number(tap_lengthscale=self.tap_lengthscale)
             check_positive(tap_lengthscale=self.tap_lengthscale)
 
     def initial(self) -> dict[str, float]:

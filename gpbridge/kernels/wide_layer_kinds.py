@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_positive
+from gpbridge.checks import check_number, check_positive
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
 
 
@@ -58,6 +58,9 @@ class Weighted(Layer):
         return found
 
     def __post_init__(self) -> None:
+        check_number(
+            weight_variance=self.weight_variance, bias_variance=self.bias_variance
+        )
         check_positive(weight_variance=self.weight_variance)
         if self.bias_variance != 0:
             check_positive(bias_variance=self.bias_variance)

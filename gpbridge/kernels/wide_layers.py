@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from gpbridge.checks import check_count
+from gpbridge.checks import check_count, check_number, check_sequence
 from gpbridge.kernels import dual_activations
 from gpbridge.kernels.dual_activations import Dual
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
@@ -84,6 +84,9 @@ class LeakyReLU(Elementwise):
     """max(x, 0) + negative_slope min(x, 0)."""
 
     negative_slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_number(negative_slope=self.negative_slope)
 
     def dual(self) -> Dual:
         """The dual functions F and F'."""
@@ -209,6 +212,7 @@ class Residual(Layer):
     """
 
     def __init__(self, layers: Sequence[Layer], shortcut: Sequence[Layer] = ()) -> None:
+        check_sequence(layers=layers, shortcut=shortcut)
         self.layers, self.shortcut = tuple(layers), tuple(shortcut)
 
     def __repr__(self) -> str:

@@ -23,6 +23,7 @@ from gpbridge.kernels.wide_layers import (
     Smooth,
     Tanh,
 )
+from gpbridge.kernels.wide_shapes import checked_input_shape, shape_after
 
 SUPPORTED = (
     "Linear, Conv2d, ReLU, LeakyReLU, GELU, Tanh, SiLU, Softplus, LayerNorm, "
@@ -31,7 +32,10 @@ SUPPORTED = (
 
 
 def layers_of(
-    module: nn.Module, weight_variance: float, bias_variance: float, path: str = ""
+    module: nn.Module,
+    weight_variance: float,
+    bias_variance: float,
+    input_shape: Sequence[int] | None = None,
 ) -> list[Layer]:
     """The layers of a module's limit.
 
@@ -42,13 +46,20 @@ def layers_of(
         module: The module.
         weight_variance: Variance of the weights of every layer.
         bias_variance: Variance of the biases, where a module has some.
-        path: Where the module stands, for messages.
+        input_shape: (channels, height, width), or None for flat inputs.
 
     Raises:
         ValueError: For a module without a limit, or with an option that has none.
+        ShapeError: If modules that follow each other do not fit.
+        TypeError: If it is no module.
     """
-    layers = []
-    for where, leaf in _leaves(module, path):
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, but is {type(module).__name__}. A list "
+            "of layers goes to InfiniteWidthKernel itself."
+        )
+    layers, shape = [], checked_input_shape(input_shape)
+    for where, leaf in _leaves(module, ""):
         if isinstance(leaf, nn.LayerNorm) and _is_image(layers):
             _refuse(
                 leaf,
@@ -58,7 +69,16 @@ def layers_of(
                 "Linear before it",
             )
         layers += _layer_of(leaf, weight_variance, bias_variance, where)
+        shape = shape_after(leaf, shape, where)
     return layers
+
+
+def num_inputs(module: nn.Module) -> int | None:
+    """Columns of flat inputs of a network, those of its first Linear; None if lazy."""
+    for _, leaf in _leaves(module, ""):
+        if isinstance(leaf, nn.Linear):
+            return leaf.in_features or None
+    return None
 
 
 def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from gpbridge.checks import (
     ShapeError,
     check_choice,
-    check_count,
     check_memory,
+    check_number,
     check_positive,
+    check_sequence,
 )
 from gpbridge.kernels.layer_covariance import (
     LayerCovariance,
@@ -36,6 +37,7 @@ from gpbridge.kernels.wide_layers import (
     layers_and_signals,
     trace_all,
 )
+from gpbridge.kernels.wide_shapes import checked_input_shape
 
 KINDS = ("nngp", "ntk")
 GROUPS = ("weight_variance", "bias_variance", "tap_lengthscale")
@@ -56,6 +58,7 @@ class WideNetwork:
         memory_budget: Bytes for one tile of images.
 
     Attributes:
+        num_inputs: Columns of flat inputs, where they are known.
         pairs: Covariances of all pairs of pixels are needed.
     """
 
@@ -67,9 +70,12 @@ class WideNetwork:
         memory_budget: float,
     ) -> None:
         check_choice("kind", kind, KINDS)
+        check_number(memory_budget=memory_budget)
         check_positive(memory_budget=memory_budget)
+        check_sequence(layers=layers)
         self.layers, self.tangent = tuple(layers), kind == "ntk"
-        self.input_shape = _checked_shape(input_shape)
+        self.input_shape = checked_input_shape(input_shape)
+        self.num_inputs: int | None = None
         self.memory_budget = memory_budget
         image = None if self.input_shape is None else self.input_shape[1:]
         last = trace_all(self.layers, Signal(image), "layers")
@@ -189,8 +195,14 @@ class WideNetwork:
         return pixels**2 if self.pairs else pixels
 
     def check_width(self, x: Tensor) -> None:
-        """Require as many columns as the images have numbers."""
+        """Require as many columns as the images have numbers, or the network inputs."""
         if self.input_shape is None:
+            if self.num_inputs not in (None, x.shape[-1]):
+                raise ShapeError(
+                    f"The network takes {self.num_inputs} inputs, but the inputs have "
+                    f"{x.shape[-1]} columns (shape {tuple(x.shape)}). Pass what the "
+                    "network takes, or choose columns by active_dims."
+                )
             return
         c, h, w = self.input_shape
         if x.shape[-1] != c * h * w:
@@ -231,17 +243,3 @@ class WideNetwork:
             "(then pixels need no pairs), or a larger memory_budget.",
         )
         return rows
-
-
-def _checked_shape(shape: Sequence[int] | None) -> tuple[int, int, int] | None:
-    if shape is None:
-        return None
-    shape = tuple(shape)
-    if len(shape) != 3:
-        raise ShapeError(
-            f"input_shape must be (channels, height, width), but is {shape}. For a "
-            "grey image try (1, height, width)."
-        )
-    for name, side in zip(("channels", "height", "width"), shape, strict=True):
-        check_count(**{f"input_shape's {name}": side})
-    return shape

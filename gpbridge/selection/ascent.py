@@ -8,54 +8,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from botorch.optim.core import scipy_minimize
+from botorch.optim.core import OptimizationStatus, scipy_minimize
 from botorch.optim.utils import get_parameters_and_bounds
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor, nn
 
+from gpbridge.convergence import rise_at_the_end, still_rises
 
-def ascend(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> float:
+NATS = 0.1  # of an evidence; a smaller rise at the end is not worth a word
+
+
+class Ascent(NamedTuple):
+    """Where an ascent ended; ``message`` is empty, or says that it was cut off."""
+
+    value: float
+    message: str = ""
+
+
+def ascend(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> Ascent:
     """Raise an objective by L-BFGS in the parameters that require gradients.
 
     Args:
         model: The module that holds them; it ends at the best of start and end.
-        objective: A scalar, deterministic.
+        objective: A scalar in nats, deterministic.
         steps: Limit of iterations; 0 only evaluates.
 
     Returns:
         The value reached, never less than at the start; minus infinity, with nothing
-        moved, where the start has no finite value.
+        moved, where the start has no finite value. And whether the limit came while the
+        objective still rose.
     """
     start = parameter_values(model)
     try:
         first = objective()
     except (NanError, NotPSDError):
-        return -math.inf
+        return Ascent(-math.inf)
     before = float(first.detach())
     if not math.isfinite(before):
-        return -math.inf
+        return Ascent(-math.inf)
     if steps == 0 or not first.requires_grad:
-        return before
+        return Ascent(before)
     del first  # and its graph
     parameters, bounds = get_parameters_and_bounds(model, requires_grad=True)
+    best, message = [before], ""  # after each evaluation
 
     def closure() -> tuple[Tensor, list[Tensor | None]]:
         loss = -objective()
+        best.append(max(best[-1], -float(loss.detach())))
         free = list(parameters.values())
         return loss, list(torch.autograd.grad(loss, free, allow_unused=True))
 
     try:
-        scipy_minimize(closure, parameters, bounds, options={"maxiter": steps})
+        end = scipy_minimize(closure, parameters, bounds, options={"maxiter": steps})
+        if end.status is OptimizationStatus.STOPPED and still_rises(best, NATS):
+            rise = rise_at_the_end(best)
+            message = (
+                f"L-BFGS stopped at its limit of {steps} iterations while the "
+                f"objective still rose, by {rise.height:.2g} nats within "
+                f"{rise.window} evaluations"
+            )
         with torch.no_grad():
             after = float(objective())
     except (NanError, NotPSDError):
         after = -math.inf
     if after >= before:
-        return after
+        return Ascent(after, message)
     load_values(model, start)
-    return before
+    return Ascent(before)
 
 
 def parameter_values(model: nn.Module) -> dict[str, Tensor]:

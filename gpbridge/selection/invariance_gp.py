@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ from gpytorch.models import GP, ApproximateGP, ExactGP
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
-from gpbridge.checks import check_count, check_positive, check_same_length
+from gpbridge.checks import (
+    NotConvergedWarning,
+    check_count,
+    check_positive,
+    check_same_length,
+    check_sequence,
+    warn_user,
+)
 from gpbridge.selection.ascent import ascend
 from gpbridge.selection.kernel_invariance_fit import (
     InvarianceStart,
@@ -107,7 +114,8 @@ def learn_kernel_invariance(
         ShapeError: If targets do not fit the likelihood of a sparse GP.
 
     Warns:
-        NotConvergedWarning: For starts without a finite evidence; others go on.
+        NotConvergedWarning: For starts without a finite evidence; others go on. Also
+            if the objective of the best one still rises where its fit ends.
 
     Example:
         >>> from botorch.models import SingleTaskGP
@@ -130,6 +138,8 @@ def learn_kernel_invariance(
     )
     if num_points is not None:
         check_count(num_points=num_points)
+    if starts is not None:
+        check_sequence(starts=starts)
     scanned = objective is None and len(names) == 1
     if scanned:
         (name,) = names
@@ -194,7 +204,7 @@ def _fit_exact(
         records = multi_start(
             _Objective(own),
             table,
-            fit=lambda mll: ascend(mll.model, lambda: value(mll.model), polish_steps),
+            fit=lambda mll: _climb(mll.model, lambda: value(mll.model), polish_steps),
             score=lambda mll: float(value(mll.model).detach()),
         )
         rows = _rows(table, records, own, laws)
@@ -238,6 +248,14 @@ def _fit_sparse(
     return KernelInvarianceFit(
         model, own, learnt_values(model, laws), evidence, rows, None
     )
+
+
+def _climb(
+    model: nn.Module, objective: Callable[[], Tensor], polish_steps: int
+) -> None:
+    message = ascend(model, objective, polish_steps).message
+    if message:
+        warn_user(f"{message}. Raise polish_steps.", NotConvergedWarning)
 
 
 class _Objective(MarginalLogLikelihood):

@@ -14,7 +14,7 @@ from gpytorch.likelihoods import Likelihood
 from torch import Generator, Tensor, nn
 
 from gpbridge.augmentation.base import Augmentation
-from gpbridge.checks import NotConvergedWarning, warn_user
+from gpbridge.checks import NotConvergedWarning, check_sequence, warn_user
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.selection.invariance import learn_invariance
 from gpbridge.selection.invariance_fit import InvarianceFit
@@ -50,12 +50,14 @@ def learn_invariance_from(
     Raises:
         ValueError: If there are no starts, one of them is outside of its cap, or
             nothing of the augmentation is learnt.
-        TypeError: If the augmentation has no half-width, or an option is of one run.
+        TypeError: If the augmentation has no half-width, starts are no sequence, or
+            an option is of one run.
         DivergedError: If every start fails; its ``last_good`` is that of the first.
 
     Warns:
         NotConvergedWarning: For each start that fails; the others go on.
     """
+    check_sequence(starts=starts)
     starts = list(starts)
     if not starts:
         raise ValueError("starts must name at least one half-width.")

@@ -39,6 +39,8 @@ from gpbridge.selection.evidence import ALWAYS_CHOLESKY
 
 Start = Mapping[str, float | Tensor]
 
+_UNFINISHED = OptimizationWarning, NotConvergedWarning  # said once, of the best start
+
 MATERN_PLUS_STARTS = ((0.0, -1.0, -4.0), (-8.0, 0.0, -7.0), (-2.0, 0.0, -2.0))
 """Log variance of the network's kernel, of the Matérn kernel, and of the noise."""
 
@@ -172,14 +174,15 @@ def _run(mll: MarginalLogLikelihood, fit: Callable, score: Callable) -> StartRec
             max_cholesky_size(ALWAYS_CHOLESKY),
             warnings.catch_warnings(record=True) as caught,
         ):
-            warnings.simplefilter("always", OptimizationWarning)
+            for category in _UNFINISHED:
+                warnings.simplefilter("always", category)
             fit(mll)
         value = score(mll)
     except (RuntimeError, ValueError, ArithmeticError, ModelFittingError) as error:
         return StartRecord(-math.inf, False, f"{type(error).__name__}: {error}", None)
     messages = []
     for warning in caught:
-        if issubclass(warning.category, OptimizationWarning):
+        if issubclass(warning.category, _UNFINISHED):
             messages.append(str(warning.message))
         else:
             warnings.warn_explicit(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gpbridge.checks import NotConvergedWarning, check_finite, check_tensor, warn_user
 from gpbridge.selection.ascent import (
+    Ascent,
     ascend,
     load_buffers,
     load_values,
@@ -127,7 +128,8 @@ def scan(
             of that name, or no grid value has a finite evidence.
 
     Warns:
-        NotConvergedWarning: For grid values without a finite evidence.
+        NotConvergedWarning: For grid values without a finite evidence, and if the best
+            point still rose after ``polish_steps``.
 
     Example:
         >>> from botorch.models import SingleTaskGP
@@ -185,17 +187,18 @@ class _Scan:
                 )
             polished, ends = [], []
             for place in maxima[:polish]:
+                message = ""
                 if self.named:
-                    record, end = self._joint(
+                    record, end, message = self._joint(
                         place, states[place], held, polish_steps, curve
                     )
                 else:
                     record, end = self._golden(place, states[place], held, curve)
                 polished.append(record)
-                ends.append((record.evidence, record.value, end))
+                ends.append((record.evidence, record.value, end, message))
             place = maxima[0]
             start = float(self.grid[place])
-            best = (float(curve[place]), start, (start, states[place]))
+            best = (float(curve[place]), start, (start, states[place]), "")
             best = max([best, *ends], key=lambda end: end[0])
             self._restore(*best[2], held)
         except BaseException:
@@ -205,6 +208,12 @@ class _Scan:
         finally:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self.required.get(name, True))
+        if best[3]:
+            warn_user(
+                f"The best point of {self.name} may not be the top: {best[3]}. Raise "
+                "polish_steps.",
+                NotConvergedWarning,
+            )
         return ScanResult(
             self.name,
             self.grid,
@@ -243,7 +252,7 @@ class _Scan:
         bar = tqdm(self.grid.tolist(), "scan", disable=None if progress else True)
         for value in bar:
             self._restore(value, good if warm_start else self.initial, held)
-            curve.append(self._ascend(self.steps))
+            curve.append(self._ascend(self.steps).value)
             states.append(parameter_values(self.model))
             if math.isfinite(curve[-1]):
                 good = states[-1]
@@ -265,19 +274,19 @@ class _Scan:
         held: set[str],
         steps: int,
         curve: Tensor,
-    ) -> tuple[Polished, tuple]:
-        """Ascent in all parameters, the scanned one among them."""
+    ) -> tuple[Polished, tuple, str]:
+        """Ascent in all parameters, the scanned one among them; and what it says."""
         start = float(self.grid[place])
         self._restore(start, state, held)
         self._hold(set(), release=held)
-        found = self._ascend(steps)
+        found, message = self._ascend(steps)
         end = parameter_values(self.model)
         if found < float(curve[place]):  # an ascent that broke down
             found, end = float(curve[place]), state
             self._restore(start, state, held)
         value = read(self.model, self.name)
         self._hold(held)
-        return Polished(start, value, found), (None, end)
+        return Polished(start, value, found), (None, end), message
 
     def _golden(
         self,
@@ -295,7 +304,7 @@ class _Scan:
         def at(value: float) -> float:
             nonlocal best
             self._restore(value, best[2], held)
-            found = self._ascend(self.steps)
+            found = self._ascend(self.steps).value
             if found > best[0]:
                 best = (found, value, parameter_values(self.model))
             return found
@@ -327,7 +336,7 @@ class _Scan:
             free = self.required.get(name, True) or name in release
             parameter.requires_grad_(free and name not in held)
 
-    def _ascend(self, steps: int) -> float:
+    def _ascend(self, steps: int) -> Ascent:
         return ascend(self.model, lambda: self.evidence_fn(self.model).sum(), steps)
 
 

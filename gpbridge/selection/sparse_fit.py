@@ -23,17 +23,19 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import (
     check_finite,
+    check_floating,
     check_inputs,
     check_not_empty,
     check_positive,
     check_same_device,
+    check_same_dtype,
     check_same_length,
     check_tensor,
 )
 from gpbridge.dnn.elbo_training import ELBOFit, ascend_elbo
 from gpbridge.dnn.training import Callback, adam
 from gpbridge.gpytorch_targets import check_target_labels, check_target_shape
-from gpbridge.likelihoods import outputs_of
+from gpbridge.likelihoods import is_gaussian, outputs_of
 from gpbridge.selection.elbo import OrbitVariationalELBO
 
 _NATURAL = (NaturalVariationalDistribution, TrilNaturalVariationalDistribution)
@@ -67,6 +69,8 @@ def fit_sparse_gp(
             number of rows below.
         train_X: Inputs ``n x d``.
         train_Y: Labels or targets ``n``, or ``n x m`` for m outputs; ``n x 1`` for one.
+            Targets with Gaussian noise have the dtype of the inputs, as for
+            :func:`fit_online`; they are not converted.
         epochs: Passes over the data, after those of ``resume``.
         batch_size: Rows per step.
         learning_rate: Of Adam.
@@ -93,9 +97,12 @@ def fit_sparse_gp(
             those of the likelihood.
         ShapeError: If targets have another shape.
         TypeError: If class labels are no integers, inputs have another dtype than the
-            model, or a model came in place of its bound.
+            model, or targets of Gaussian noise another one than inputs; or if a model
+            came in place of its bound.
 
     Warns:
+        NotConvergedWarning: If the bound still rises at the last epoch, by more than
+            its noise (:mod:`gpbridge.convergence`).
         RuntimeWarning: If training is interrupted from the keyboard.
 
     Example:
@@ -152,6 +159,7 @@ def fit_sparse_gp(
         name="fit_sparse_gp",
         usual_rate=1e-2,
         optimizer=optimizer,
+        warn_rising=True,
     )
 
 
@@ -172,7 +180,8 @@ def checked_data(
         InputDataError: If values are not finite, or labels not those of the likelihood.
         ShapeError: If targets have another shape.
         ValueError: If the number of rows is not that of the bound.
-        TypeError: If class labels are no integers.
+        TypeError: If class labels are no integers, or targets of Gaussian noise have
+            another dtype than the inputs.
     """
     check_inputs(train_X)
     check_tensor(train_Y=train_Y)
@@ -186,6 +195,9 @@ def checked_data(
     if single and not multitask and train_Y.shape == (n, 1):
         train_Y = train_Y[:, 0]  # as BoTorch has them
     check_target_shape(elbo.likelihood, train_Y, n)
+    if is_gaussian(elbo.likelihood):
+        check_floating(train_Y=train_Y)
+        check_same_dtype("train_Y", train_Y, train_X.dtype)
     check_target_labels(elbo.likelihood, train_Y)
     if getattr(elbo, "num_data", n) != n:
         raise ValueError(

@@ -19,7 +19,7 @@ from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.utils.datasets import SupervisedDataset
 from gpytorch.likelihoods import Likelihood
-from torch import Generator, Size, Tensor
+from torch import Generator, Size, Tensor, nn
 
 from gpbridge.acquisition import DrawsPosterior
 from gpbridge.batch_norm import inputs_of
@@ -186,6 +186,15 @@ class WeightSpaceModel(SurrogatePredictions, Model):
         """Mode, and the number of outputs where it is known."""
         known = "" if self._num_outputs is None else f", num_outputs={self.num_outputs}"
         return f"mode={self.mode!r}{known}"
+
+    def __repr__(self) -> str:
+        """One line: what the draws are of is shown by ``function_space``."""
+        draws = self.function_space.draws
+        known = draws.extra_repr() if isinstance(draws, nn.Module) else ""
+        return (
+            f"{type(self).__name__}({self.extra_repr()}; "
+            f"{type(draws).__name__}({known}))"
+        )
 
     @property
     def batch_shape(self) -> Size:

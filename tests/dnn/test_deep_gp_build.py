@@ -19,6 +19,7 @@ from gpbridge.dnn.deep_gp_build import linear_map
 from gpbridge.inducing_covariances import inducing_covariance, inducing_cross_covariance
 from gpbridge.kernels import ConvolutionalKernel, DeepKernel, InvariantKernel
 from gpbridge.likelihoods import LogisticLikelihood
+from gpbridge.surrogates import WeightSpaceModel
 from gpbridge.testing import assert_module_unchanged
 from tests.dnn.deep_gp_problems import normal, seeded
 
@@ -135,7 +136,11 @@ def test_likelihoods_say_how_many_outputs_there_are():
         assert build_deep_gp(X, likelihood, num_inducing=5).num_outputs == m
     model = build_deep_gp(X, num_outputs=2, num_inducing=5, noise_variance=0.05)
     assert model.likelihood.task_noises.tolist() == pytest.approx([0.05, 0.05])
-    assert "2 -> 2 -> 2, inducing points 5, 5" in repr(model)
+    shown = "2 -> 2 -> 2, inducing points 5, 5, MultitaskGaussianLikelihood"
+    assert repr(model) == f"DeepGaussianProcess({shown})"
+    seen = repr(WeightSpaceModel(model, X, num_samples=3, likelihood=model.likelihood))
+    shown = "mode='ensemble', num_outputs=2; DeepDraw(num_draws=3)"
+    assert seen == f"WeightSpaceModel({shown})"
 
 
 def test_one_input_one_datum_and_many_inputs_have_a_model():
@@ -247,3 +252,37 @@ def test_inducing_points_of_another_width_than_patches_are_refused():
         build_deep_gp(
             X, depth=1, kernels=ORBITS["patches"], inducing_points=[X[:5].clone()]
         )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"width": 0.5}, "width must be a whole number"),
+        ({"kernels": 0.5}, "kernels must be a sequence"),
+        ({"kernels": [None, "a"]}, "kernels must be functions.*one is 'a'"),
+        ({"inducing_points": 3}, "inducing_points must be a sequence"),
+        ({"hidden_variance": (1.0,)}, "hidden_variance must be one number"),
+        ({"hidden_std": torch.ones(2)}, "hidden_std must be one number"),
+        ({"noise_variance": "a"}, "noise_variance must be one number"),
+        ({"generator": 0}, "generator must be a torch Generator"),
+    ],
+)
+def test_other_things_than_options_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_deep_gp(normal(8, 2), **{"num_inducing": 3, **options})
+
+
+def test_draws_of_a_deep_gp_refuse_what_is_no_source_of_them():
+    X = normal(8, 2)
+    model = build_deep_gp(X, num_inducing=3)
+    for call in (model.predict, model.posterior, model.sample_joint, model.marginals):
+        with pytest.raises(TypeError, match="generator must be a torch Generator"):
+            call(X, 2, generator=0)
+    with pytest.raises(ValueError, match="num_features must be a whole number"):
+        model.draw(2, num_features=(8,))
+    with pytest.raises(
+        ShapeError, match="noise must have one tensor for each of 1 hid"
+    ):
+        model.marginals(X, noise=[])
+    with pytest.raises(TypeError, match="noise must be a sequence, but is 0.5"):
+        model.marginals(X, noise=0.5)

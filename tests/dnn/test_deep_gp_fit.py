@@ -5,13 +5,14 @@ import torch
 from gpytorch.likelihoods import SoftmaxLikelihood
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpbridge.checks import ShapeError
+from gpbridge.checks import NotConvergedWarning, ShapeError
 from gpbridge.dnn import DivergedError, build_deep_gp, fit_deep_gp
 from gpbridge.storage import load_state, save_state
 from gpbridge.testing import assert_module_unchanged
 from tests.dnn.deep_gp_problems import normal, problem, seeded
 
 QUIET = {"progress": False}
+RISES = pytest.mark.filterwarnings("ignore:fit_deep_gp ended after .* epochs")
 
 
 def step(n, seed, noise=0.05):
@@ -31,6 +32,7 @@ def trained(depth, seed, n=60, num_inducing=20, epochs=500, fit=None, **options)
         return result.model.predict(test_X).log_prob(test_Y).mean().item()
 
 
+@RISES
 @pytest.mark.slow
 def test_two_layers_fit_a_step_better_than_one():
     # Larger variances to start at, so that few steps show it.
@@ -40,6 +42,7 @@ def test_two_layers_fit_a_step_better_than_one():
     assert two > one + 0.2
 
 
+@RISES
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_two_layers_with_default_options_fit_a_step_better_than_one(seed):
@@ -100,6 +103,26 @@ def test_divergence_leaves_the_last_good_state():
         assert torch.equal(value, last.state_dict()[name])
 
 
+def test_a_fit_that_ends_too_early_says_so_once_and_a_longer_one_does_not():
+    X, Y = step(12, 0)
+    model = build_deep_gp(X, depth=1, num_inducing=4)
+    message = "fit_deep_gp ended after 24 epochs.*epochs= .now 24.*rate= .now 0.01"
+    with pytest.warns(NotConvergedWarning, match=message) as caught:
+        fit = fit_deep_gp(model, X, Y, epochs=24, **QUIET)
+    assert [warning.filename for warning in caught] == [__file__]
+    # Warnings are errors.
+    done = fit_deep_gp(model, X, Y, epochs=200, learning_rate=0.2, **QUIET)
+    assert done.history["elbo"][-1] > fit.history["elbo"][-1] + 1
+
+
+def test_a_callback_that_ends_a_fit_knows_what_it_does():
+    X, Y = step(12, 0)
+    model = build_deep_gp(X, depth=1, num_inducing=4)
+    stop = {"callback": lambda epoch, *_: epoch == 24, **QUIET}
+    fit = fit_deep_gp(model, X, Y, epochs=60, **stop)
+    assert len(fit.history["elbo"]) == 25
+
+
 def test_bad_data_are_named():
     model, X, Y = problem()
     with pytest.raises(TypeError, match="one loader of pairs"):
@@ -115,6 +138,14 @@ def test_bad_data_are_named():
         fit_deep_gp(model, X, Y.float())
     with pytest.raises(ValueError, match="num_samples must be"):
         fit_deep_gp(model, X, Y, num_samples=0)
+    with pytest.raises(TypeError, match="must be a gpbridge DeepGaussianProcess.*buil"):
+        fit_deep_gp("a", X, Y)
+    with pytest.raises(TypeError, match="learning_rate must be one number"):
+        fit_deep_gp(model, X, Y, learning_rate=(0.1,))
+    with pytest.raises(TypeError, match="generator must be a torch Generator"):
+        fit_deep_gp(model, X, Y, generator=0, **QUIET)
+    with pytest.raises(TypeError, match="callback must be a function"):
+        fit_deep_gp(model, X, Y, callback="a", **QUIET)
 
 
 def test_a_state_of_another_run_is_refused():

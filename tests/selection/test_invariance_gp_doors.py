@@ -67,6 +67,7 @@ def sparse_model(X, Y):
         (exact, {"data": (1, 2)}, TypeError, "data are for a sparse GP"),
         (exact, {"epochs": 3}, TypeError, "epochs: options of a sparse GP"),
         (exact, {"starts": []}, ValueError, "at least one value"),
+        (exact, {"starts": 0.5}, TypeError, r"starts must be a seq.*=\[0.5\]"),
         (exact, {"starts": [0.5, 4.0]}, ValueError, "Start 1 cannot be"),
         (exact, {"starts": [0.0]}, ValueError, "bound must lie above zero"),
         (exact, {"starts": [math.nan]}, ValueError, "bound must lie above zero"),

@@ -99,6 +99,11 @@ def test_starts_that_are_none_are_refused():
         learn_invariance_from(
             [0.1], tanh_net(), data, Rotation2d(3).requires_grad_(False)
         )
+    for start in (0.5, torch.tensor(0.5)):
+        with pytest.raises(
+            TypeError, match=r"starts must be a sequence.*Try starts=\["
+        ):
+            learn_invariance_from(start, tanh_net(), data, Rotation2d(3))
     with pytest.raises(ValueError, match="at least one half-width"):
         learn_invariance_from([], tanh_net(), data, Rotation2d(3))
     with pytest.raises(TypeError, match="has no bound to start from"):

@@ -46,6 +46,17 @@ def mll(generator):
     return ExactMarginalLogLikelihood(model.likelihood, model)
 
 
+def test_fits_that_end_too_early_are_told_once_and_of_the_best(mll):
+    def fit(mll):
+        warnings.warn("ended early", NotConvergedWarning, stacklevel=1)
+
+    message = "The best of 3 starts did not converge: ended early"
+    with pytest.warns(NotConvergedWarning, match=message) as caught:
+        records = multi_start(mll, [{}, {NOISE: 0.5}, {NOISE: 0.1}], fit=fit)
+    assert len(caught) == 1
+    assert not any(record.converged for record in records)
+
+
 STARTS = [{LENGTH: 3.0, NOISE: 1.0}, {LENGTH: 0.06, NOISE: 0.05, SCALE: 1.0}]
 
 

@@ -95,7 +95,7 @@ def test_polish_reaches_every_maximum_and_keeps_the_highest(how):
 
 def test_one_ascent_ends_in_the_nearest_maximum_and_a_scan_does_not():
     alone = Hills()
-    local = ascend(alone, alone, 200)
+    local = ascend(alone, alone, 200).value
     assert alone.x.item() < -1.5
     found = scan(Hills(), "x", GRID, evidence)
     assert found.best_evidence > local + 10
@@ -114,7 +114,7 @@ def test_the_period_of_a_series_is_found_where_one_ascent_fails():
         return single(X, Y, covar_module=periodic, likelihood=likelihood())
 
     alone = model()
-    local = ascend(alone, lambda: log_evidence(alone), 200)
+    local = ascend(alone, lambda: log_evidence(alone), 200).value
     series = model()
     name = "covar_module.base_kernel.period_length"
     grid = torch.linspace(0.08, 0.5, 15)

@@ -102,6 +102,7 @@ def test_a_run_with_a_redrawn_orbit_goes_on_in_a_model_built_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fit_sparse_gp ended after 25 epochs")
 def test_a_fit_with_few_orbit_elements_approaches_that_with_all():
     X, y = regression(40)
     fits = []
@@ -199,3 +200,18 @@ def test_each_output_learns_its_own_column():
     fit_sparse_gp(elbo, X, Y, epochs=10, learning_rate=0.1, progress=False)
     mean = elbo.model(X).mean.detach()
     assert torch.corrcoef(mean.mT)[0, 1] < -0.8
+
+
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.float64, "train_Y must be torch.float32 as the training inputs are"),
+        (torch.int64, "train_Y must be float32 or float64, but is torch.int64"),
+    ],
+)
+def test_targets_of_gaussian_noise_have_the_dtype_of_the_inputs(dtype, message):
+    """As for fit_online."""
+    X, y = regression(6)
+    model = model_for(X, num_inducing=3).float()
+    with pytest.raises(TypeError, match=message):
+        fit_sparse_gp(bound(model, X), X.float(), y.to(dtype), progress=False)

@@ -543,9 +543,10 @@ def test_one_draw_is_refused_and_reprs_say_mode_and_number_of_draws():
         WeightSpaceModel(weights, num_samples=1)
     with pytest.raises(ValueError, match="a posterior with several members"):
         WeightSpaceModel(DeepEnsemble([network()]))
-    shown = repr(WeightSpaceModel(weights, num_outputs=1, num_samples=5))
-    assert "mode='ensemble', num_outputs=1" in shown and "num_draws=5" in shown
-    assert "mode='sample', jitter=1e-06" in shown
+    model = WeightSpaceModel(weights, num_outputs=1, num_samples=5)
+    shown = "mode='ensemble', num_outputs=1; WeightDraws(num_draws=5)"
+    assert repr(model) == f"WeightSpaceModel({shown})"
+    assert "mode='sample', jitter=1e-06" in repr(model.function_space)
 
 
 def test_beside_a_gp_in_a_list_a_sampler_for_each_is_passed():
