@@ -180,6 +180,7 @@ def check_number(**values: float) -> None:
         single = isinstance(value, Real) and not isinstance(value, bool)
         if isinstance(value, Tensor):
             single = value.dim() == 0 and not value.is_complex()
+            single = single and value.dtype != torch.bool
         if not single:
             shown = repr(value)
             if isinstance(value, Tensor):
@@ -197,13 +198,20 @@ def checked_shape(name: str, value: Sequence[int] | None) -> tuple[int, ...] | N
     """
     if value is None:
         return None
-    sides = tuple(value) if isinstance(value, Sequence) else ()
-    if not sides or not all(is_whole(side) and side > 0 for side in sides):
+    sides = sides_of(value)
+    if not sides or min(sides) < 1:
         raise ShapeError(
             f"{name} must be a shape of one input, as (channels, height, width), but "
             f"is {value!r}."
         )
-    return tuple(map(int, sides))
+    return sides
+
+
+def sides_of(shape: object) -> tuple[int, ...]:
+    """The whole numbers of a sequence, an array or a tensor; none of anything else."""
+    shape = shape.tolist() if hasattr(shape, "tolist") else shape
+    whole = isinstance(shape, Sequence) and all(map(is_whole, shape))
+    return tuple(map(int, shape)) if whole else ()
 
 
 def is_whole(value: object) -> bool:
@@ -234,7 +242,7 @@ def check_positive(**values: float | Tensor) -> None:
 def check_count(**values: int) -> None:
     """Require whole numbers above zero."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(
                 f"{name} must be a whole number above zero, but is {value!r}."
             )

@@ -2,7 +2,7 @@ r"""Whether an objective that is ascended still rose when the run ended.
 
 In: the values of an objective, one for each epoch or step, noisy or not. Out: by how
 much it rose over the end of the run, if that is more than its noise; a warning.
-Next: ``dnn.elbo_training`` and ``selection.ascent`` ask at their last step.
+Next: ``dnn.elbo_training`` asks at its last epoch.
 """
 
 from __future__ import annotations

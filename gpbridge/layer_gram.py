@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from gpbridge.checks import check_choice
+from gpbridge.checks import ShapeError, check_choice
 from gpbridge.features import (
     DenseFeatures,
     PriorStd,
@@ -60,11 +60,19 @@ def tangent_features(
             operations says that it is cheaper.
         directions: Maps outputs ``n x m`` to roots R, ``n x m x r``: the features are
             those of the combinations :math:`R^\top f`, by min(m, r) backward passes.
+            It may be asked twice, where the layers turn out not to be contractible.
 
     Returns:
         The features of ``batch x n`` points, with directions of n points.
+
+    Raises:
+        ShapeError: If there are directions for a batch of sets.
     """
     check_choice("method", method, METHODS)
+    if directions is not None and X.dim() != 2:
+        raise ShapeError(
+            f"With directions X must be ``n x d``, but has shape {tuple(X.shape)}."
+        )
     scalar = all(s.dim() == 0 for s in std.values())
     trainable = any(p.requires_grad for p in net.params.values())
     if method == "dense" or not scalar or trainable or X.shape[:-1].numel() == 0:

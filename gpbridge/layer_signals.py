@@ -112,7 +112,8 @@ def record_signals(
             signals = []
             root = sent = None
             if directions is not None:
-                root = sent = directions(value if keep_graph else value.detach())
+                root = directions(value if keep_graph else value.detach())
+                root = sent = root if keep_graph else root.detach()
                 if root.shape[-1] > root.shape[-2]:
                     sent = None  # fewer passes by one for each output
             count = value.shape[1] if sent is None else sent.shape[-1]

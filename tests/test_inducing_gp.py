@@ -252,14 +252,6 @@ def test_inputs_of_another_dtype_are_refused(num_outputs):
         model.double()(x.float())
 
 
-@pytest.mark.parametrize("x", [[[0.0, 1.0]], None])
-def test_inputs_that_are_no_tensors_are_refused(x):
-    model = SparseGP(rbf(), normal(M, 2))
-    for call in (model, model.marginals, model.predict):
-        with pytest.raises(TypeError, match="[xX] must be a torch.Tensor, but is"):
-            call(x)
-
-
 def test_a_bound_over_parts_of_orbits_refuses_inputs_of_another_dtype():
     model = SparseGP(kernels("turns")[0].float(), torch.rand(M, 9))
     elbo = OrbitVariationalELBO(model.likelihood, model, 20, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gpbridge import layer_gram
+from gpbridge.checks import ShapeError
 from gpbridge.features import DenseFeatures, dense_features
 from gpbridge.functional import FunctionalNet
 from gpbridge.layer_features import LayerFeatures
@@ -103,6 +104,14 @@ def test_features_of_combinations_are_combinations_of_features(case, m, method, 
     value = torch.einsum("nmr,nm->nr", root, net(X))
     torch.testing.assert_close(features.value, value, **EXACT)
     torch.testing.assert_close(seen[-1], net(X), **EXACT)
+
+
+@every_method
+def test_combinations_are_of_one_set_of_points(method):
+    net, std, _ = problem(NETS["tanh_mlp"], 2)
+    X = NETS["tanh_mlp"].inputs(5)[None]
+    with pytest.raises(ShapeError, match=r"must be ``n x d``, but has shape \(1, 5"):
+        tangent_features(net, X, std, method, lambda outputs: random(5, 2, 1))
 
 
 @pytest.mark.parametrize("name", NETS)

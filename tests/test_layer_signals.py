@@ -96,6 +96,16 @@ def test_directions_combine_the_outputs(case, count):
         torch.testing.assert_close(sent[layer][1], expected, **EXACT)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_roots_are_constants_unless_the_graph_is_kept(count):
+    net, rows, layers = frozen("images")
+    R = random(4, 2, count, seed=2).requires_grad_()
+    _, signals = record_signals(net, rows, layers, lambda outputs: R)
+    assert not any(signal.requires_grad for _, signal in signals.values())
+    _, signals = record_signals(net, rows, layers, lambda outputs: R, keep_graph=True)
+    assert all(signal.requires_grad for _, signal in signals.values())
+
+
 def test_signals_are_differentiable_in_rows_that_require_it():
     net, rows, layers = frozen("images")
 

@@ -20,7 +20,7 @@ from gpbridge.checks import (
     check_choice,
     check_number,
     check_sequence,
-    is_whole,
+    sides_of,
 )
 
 GENERATORS = {
@@ -189,9 +189,7 @@ def full_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
     Raises:
         ShapeError: If it is anything else.
     """
-    given = image_shape
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
-    shape = tuple(map(int, shape)) if all(map(is_whole, shape)) else ()
+    given, shape = image_shape, sides_of(image_shape)
     if len(shape) == 2:
         shape = (1, *shape)
     if len(shape) != 3 or min(shape) < 1:

@@ -230,7 +230,7 @@ def ascend_elbo(
             f"Try more epochs= (now {epochs}) or a larger learning_rate= (now {rate:g})"
             "; resume=fit.state goes on from here."
         )
-        warn_if_rising(fit.history["elbo"], name, remedy)
+        warn_if_rising(fit.history["elbo"][first:], name, remedy)
     return fit
 
 

@@ -1,7 +1,7 @@
 r"""Batches of kernels: expanding and indexing them, columns selected or not.
 
 In: a kernel with a batch of hyperparameters. Out: the same with another batch shape, or
-some of its members. Next: every kernel of ours is one of these two.
+some of its members. Next: most kernels of ours are one of these two.
 """
 
 from __future__ import annotations

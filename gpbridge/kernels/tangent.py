@@ -462,6 +462,7 @@ def weight_groups(net: FunctionalNet, groups: Groups) -> list[list[str]]:
             layers.setdefault(name.rpartition(".")[0], []).append(name)
         return list(layers.values())
     check_sequence(groups=groups)
+    groups = list(groups)
     for number, group in enumerate(groups):
         check_sequence(**{f"groups[{number}]": group})
     lists = [list(group) for group in groups]

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpbridge.checks import check_choice, check_count, check_number, check_positive
+from gpbridge.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    check_positive,
+    is_whole,
+)
 from gpbridge.kernels.layer_covariance import LayerCovariance, Signal, Values
 from gpbridge.kernels.wide_layer_kinds import Layer, Weighted
 
@@ -61,8 +67,11 @@ class Conv(Weighted):
                     "padding='same' needs an odd kernel_size, but it is "
                     f"{self.kernel_size}. Give the zeros on each side as a number."
                 )
-        elif type(self.padding) is not int or self.padding != 0:
-            check_count(padding=self.padding)
+        elif not is_whole(self.padding) or self.padding < 0:
+            raise ValueError(
+                "padding must be a whole number of zeros, or 'same', on each side, but "
+                f"is {self.padding!r}."
+            )
         if self.tap_lengthscale is not None:
             check_number(tap_lengthscale=self.tap_lengthscale)
             check_positive(tap_lengthscale=self.tap_lengthscale)

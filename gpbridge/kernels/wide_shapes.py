@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from gpbridge.checks import ShapeError, check_count
+from gpbridge.checks import ShapeError, check_count, sides_of
 
 Shape = tuple[int, ...] | None
 """(units,) of flat inputs, (channels, height, width) of images, or None: not known."""
@@ -23,8 +23,7 @@ def checked_input_shape(shape: Sequence[int] | None) -> tuple[int, int, int] | N
     """Require (channels, height, width), or None."""
     if shape is None:
         return None
-    given = shape
-    shape = tuple(shape) if isinstance(shape, Sequence) else ()
+    given, shape = shape, sides_of(shape)
     if len(shape) != 3:
         raise ShapeError(
             f"input_shape must be (channels, height, width), but is {given!r}. For a "

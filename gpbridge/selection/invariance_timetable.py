@@ -7,7 +7,6 @@ Next: ``invariance_training`` goes by it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
 
 from gpbridge.checks import ReliabilityWarning, warn_user
 
@@ -62,9 +61,7 @@ class Timetable:
         Burn-in to the end is plain training of the weights, which is fine as long as
         the law has nothing to learn.
         """
-        updates = (epoch for epoch in count() if self.updates(epoch))
-        first = next(updates)
-        first_prior = next(e for e in count(first) if self._steps_of_prior(e))
+        first, first_prior = self._update(1), self._update(self.prior_every)
         late = {}
         if self.has_law and first >= epochs:
             late["the law"] = first
@@ -81,5 +78,9 @@ class Timetable:
                 ReliabilityWarning,
             )
 
-    def _steps_of_prior(self, epoch: int) -> bool:
-        return self.updates(epoch) and self.moves_prior(epoch)
+    def _update(self, number: int) -> int:
+        """The epoch of an update, counted from 1, if every one were due."""
+        if self.phases == "online":
+            return self.burn_in + number * self.every - 1
+        block, place = divmod(number - 1, self.every)
+        return self.burn_in + (2 * block + 1) * self.every + place

@@ -1,5 +1,6 @@
 """What is no argument of an augmentation is refused by its name."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,3 +89,14 @@ ONE = "must be one number, but is"
 def test_other_things_are_named(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [np.array([4, 5]), torch.tensor([4, 5]), [4, 5]])
+def test_a_shape_may_be_an_array(shape):
+    assert FiniteOrbit.flips(shape)(torch.zeros(2, 20)).shape[-1] == 20
+
+
+@pytest.mark.parametrize("shape", [np.array([4.0, 5.0]), torch.tensor(4), "45"])
+def test_an_array_of_other_things_is_no_shape(shape):
+    with pytest.raises(ValueError, match="image_shape must be .height, width."):
+        FiniteOrbit.flips(shape)

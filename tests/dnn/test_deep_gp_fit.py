@@ -115,6 +115,16 @@ def test_a_fit_that_ends_too_early_says_so_once_and_a_longer_one_does_not():
     assert done.history["elbo"][-1] > fit.history["elbo"][-1] + 1
 
 
+def test_a_resumed_fit_is_judged_by_its_own_epochs():
+    X, Y = step(12, 0)
+    model = build_deep_gp(X, depth=1, num_inducing=4)
+    with pytest.warns(NotConvergedWarning):
+        fit = fit_deep_gp(model, X, Y, epochs=24, **QUIET)
+    # Warnings are errors: the rise before is not that of a single epoch.
+    fit = fit_deep_gp(model, X, Y, epochs=1, resume=fit.state, **QUIET)
+    assert len(fit.history["elbo"]) == 25
+
+
 def test_a_callback_that_ends_a_fit_knows_what_it_does():
     X, Y = step(12, 0)
     model = build_deep_gp(X, depth=1, num_inducing=4)

@@ -151,6 +151,12 @@ GROUPS = {
 }
 
 
+def test_groups_may_be_a_generator():
+    own = [[name] for name, _ in mlp().named_parameters()]
+    kernel = NeuralTangentKernel(mlp(), groups=(group for group in own))
+    assert kernel.groups == own
+
+
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("groups", GROUPS)
 @every_representation

@@ -34,6 +34,11 @@ def test_an_ascent_that_is_cut_off_says_by_how_much_it_rose():
     assert ascend(model, model, 30).message == ""  # nothing is left
 
 
+@pytest.mark.parametrize("steps", [3, 5, 10])
+def test_a_limit_of_few_iterations_is_said(steps):
+    assert "still rose" in ascend(model := Valley(), model, steps).message
+
+
 def test_a_scan_says_once_that_its_best_point_is_not_the_top():
     message = "best point of offset may not be the top.*limit of 30.*Raise polish_steps"
     grid = [-0.5, 0.0, 0.5]

@@ -60,6 +60,31 @@ def test_what_never_moves_is_said(options, message):
         found.warn_if_idle(4)
 
 
+@pytest.mark.parametrize("phases", ["online", "toggle"])
+@pytest.mark.parametrize("burn_in, every, prior_every, has_law", OPTIONS)
+def test_the_epochs_that_are_said_are_those_of_the_timetable(
+    phases, burn_in, every, prior_every, has_law
+):
+    found = table(phases, burn_in, every, prior_every, has_law)
+    updates = [e for e in range(80) if found.updates(e)]
+    first, prior = updates[0], next(e for e in updates if found.moves_prior(e))
+    if prior > burn_in:
+        message = f"noise would first move in epoch {prior + 1}\\."
+        with pytest.warns(ReliabilityWarning, match=message):
+            found.warn_if_idle(prior)
+    if has_law and first:
+        message = f"the law would first move in epoch {first + 1}\\b"
+        with pytest.warns(ReliabilityWarning, match=message):
+            found.warn_if_idle(first)
+    found.warn_if_idle(prior + 1)
+
+
+@pytest.mark.parametrize("phases", ["online", "toggle"])
+def test_an_update_that_comes_never_is_found_at_once(phases):
+    with pytest.warns(ReliabilityWarning, match="noise would first move in epoch .000"):
+        table(phases, prior_every=10**15).warn_if_idle(4)
+
+
 def test_epochs_that_are_enough_and_plain_training_are_silent():
     table("online", burn_in=1, every=3, prior_every=2).warn_if_idle(7)
     table("toggle", burn_in=1, every=2, prior_every=2).warn_if_idle(5)
