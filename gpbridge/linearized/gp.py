@@ -352,6 +352,8 @@ class LinearizedGP(
         if observation_noise is not False:
             blocks = self._noise_at(mean, observation_noise)
             covariance = add_blocks(covariance, blocks)
+        elif covariance.shape[-1] > self.functional.num_params:
+            covariance = _regular(covariance, X.dtype)
         posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
         if hasattr(self, "outcome_transform"):
             posterior = self.outcome_transform.untransform_posterior(posterior, X=Z)
@@ -500,3 +502,13 @@ class LinearizedGP(
             self._untransform,
             self.output_indices,
         )
+
+
+def _regular(covariance: Tensor, dtype: torch.dtype) -> Tensor:
+    """A covariance of more values than weights, which has no Cholesky factor, mended.
+
+    Left alone, upstream adds jitter to those members of a batch whose rounding made the
+    factorisation fail, and samples depend on the batch.
+    """
+    jitter = torch.finfo(dtype).eps ** 0.5 * covariance.diagonal(dim1=-2, dim2=-1)
+    return covariance + torch.diag_embed(jitter.mean(-1, keepdim=True) + 0 * jitter)
