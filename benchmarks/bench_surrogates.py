@@ -23,7 +23,7 @@ from botorch.optim import optimize_acqf
 from botorch.sampling.get_sampler import get_sampler
 from botorch.test_functions import Hartmann
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpbridge import surrogates
 from gpbridge.surrogates import Recipe
@@ -33,15 +33,6 @@ TARGETS = {  # at most three times SingleTaskGP's time
     "EnsembleSurrogate": 1 / 3,
     "DeepKernelSurrogate": 1 / 3,
 }
-
-
-def relu_network(num_inputs: int, num_outputs: int) -> nn.Module:
-    """One arc tangent per pair at infinite width, where tanh needs 36."""
-    return nn.Sequential(
-        *(nn.Linear(num_inputs, 64), nn.ReLU()),
-        *(nn.Linear(64, 64), nn.ReLU()),
-        nn.Linear(64, num_outputs),
-    )
 
 
 def experiments(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,10 +58,8 @@ def recipes(bounds: Tensor, smoke: bool) -> dict[str, Recipe]:
         options = {"bounds": bounds}
         if smoke:
             options |= {"epochs": 3, "update_epochs": 2}
-        if name == "InfiniteWidthSurrogate":
-            options["network"] = relu_network
         if name == "SGHMCSurrogate" and smoke:
-            options |= {"steps_per_cycle": 10, "num_cycles": 1}
+            options |= {"steps_per_cycle": 10, "samples_per_cycle": 2}
         found[name] = getattr(surrogates, name)(**options)
     return found
 

@@ -508,7 +508,10 @@ def _regular(covariance: Tensor, dtype: torch.dtype) -> Tensor:
     """A covariance of more values than weights, which has no Cholesky factor, mended.
 
     Left alone, upstream adds jitter to those members of a batch whose rounding made the
-    factorisation fail, and samples depend on the batch.
+    factorisation fail, and samples depend on the batch. The rounding of a factorisation
+    is n times epsilon of the largest eigenvalue, at most n times the mean variance.
     """
-    jitter = torch.finfo(dtype).eps ** 0.5 * covariance.diagonal(dim1=-2, dim2=-1)
-    return covariance + torch.diag_embed(jitter.mean(-1, keepdim=True) + 0 * jitter)
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    relative = 4 * variances.shape[-1] ** 2 * torch.finfo(dtype).eps
+    jitter = relative * variances.mean(-1, keepdim=True)
+    return covariance + torch.diag_embed(jitter.expand_as(variances))

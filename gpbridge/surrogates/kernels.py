@@ -115,8 +115,8 @@ class InfiniteWidthSurrogate(_OutcomeByOutcome):
     r"""A Gaussian process with the kernel of the network at infinite width.
 
     The variances of the weights and biases of every layer are learnt by marginal
-    likelihood, see :class:`~gpbridge.kernels.InfiniteWidthKernel`. The network is one of
-    ReLU layers by default: with tanh a kernel takes some twenty times as long.
+    likelihood, see :class:`~gpbridge.kernels.InfiniteWidthKernel`. The network has ReLU
+    layers by default: with tanh a kernel takes some twenty times as long.
 
     Args:
         kind: ``"nngp"``, the network at random weights, or ``"ntk"``, trained.
