@@ -42,6 +42,7 @@ from gpbridge.surrogates.training import NOISE_FLOOR, noise_prior
 # Mean prior variance in units of the targets' variance. Where the evidence explains all
 # by noise, a process without a variance would leave nothing to explore.
 SIGNAL_BOUNDS = (1e-2, 1e4)
+UPDATE_PATIENCE = 3  # checks without gain, one every ten steps, from a trained network
 NOISE_STARTS = (1e-3, 1e-1)  # of the variance of the targets
 MOSTLY_MATERN = MATERN_PLUS_STARTS[1]
 
@@ -140,7 +141,8 @@ class DeepKernelSurrogate(_OutcomeByOutcome):
     r"""A deep kernel: features learnt by marginal likelihood, kept if they predict.
 
     See :func:`~gpbridge.selection.fit_deep_kernel`. ``epochs`` and ``update_epochs``
-    are full-batch steps at most; the rate is a fifth of ``learning_rate``.
+    are full-batch steps at most, and an update ends after 30 without a gain; the rate
+    is a fifth of ``learning_rate``.
 
     Args:
         **options: Of every :class:`~gpbridge.surrogates.recipe.Recipe`; the network
@@ -160,6 +162,7 @@ class DeepKernelSurrogate(_OutcomeByOutcome):
             input_transform=experiments.input_transform,
             network_learning_rate=self.learning_rate / 5,
             max_epochs=self._epochs(experiments),
+            patience=UPDATE_PATIENCE if experiments.weights else 10,
             progress=self.progress,
             generator=experiments.generator,
         )
