@@ -34,7 +34,7 @@ dnn: divergence run_key schedules objective checkpoints training_state training 
 selection: mll diagnostics group_dimension gaussian_marginal variational_bound marginal_likelihood outcome_units orders held_out evidence weight_decay elbo sparse_fit multi_start deep_kernel em subset_start evidence_ascent iterative_mll training_batches scale_free weight_optimizer online_evidence online_hyperparameters online_loss online_training online_run curvature_gradient online orbit_jacobians tangent_blocks orbit_likelihood orbit_blocks orbit_sums orbit_curvature invariance_curvatures invariance_timetable invariance_training invariance_fit invariance invariance_starts augerino loss_gradient loss_curvature neumann hypergradient inner_training hypergradient_descent row_augmentation held_out_problem prefix_posteriors prefix_draws speed_bound training_speed ascent named_values scan law_starts kernel_invariance_fit invariance_gp last_layer comparable compare
 plots: style bands traces calibration landscape scan
 acquisition: ensembles draws
-surrogates: inputs predictions weight_space encoding recipe training linearized kernels ensembles averages chains
+surrogates: inputs predictions weight_space feasibility encoding recipe training linearized kernels ensembles averages chains recipe_model
 testing: modules gradients case posterior state conditioning acquisition model
 doctor
 """  # noqa: E501

@@ -352,6 +352,8 @@ class LinearizedGP(
         if observation_noise is not False:
             blocks = self._noise_at(mean, observation_noise)
             covariance = add_blocks(covariance, blocks)
+        elif covariance.shape[-1] > self.functional.num_params:
+            covariance = _regular(covariance, X.dtype)
         posterior = GPyTorchPosterior(latent_distribution(mean, covariance, X.dtype))
         if hasattr(self, "outcome_transform"):
             posterior = self.outcome_transform.untransform_posterior(posterior, X=Z)
@@ -500,3 +502,16 @@ class LinearizedGP(
             self._untransform,
             self.output_indices,
         )
+
+
+def _regular(covariance: Tensor, dtype: torch.dtype) -> Tensor:
+    """A covariance of more values than weights, which has no Cholesky factor, mended.
+
+    Left alone, upstream adds jitter to those members of a batch whose rounding made the
+    factorisation fail, and samples depend on the batch. The rounding of a factorisation
+    is n times epsilon of the largest eigenvalue, at most n times the mean variance.
+    """
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    relative = 4 * variances.shape[-1] ** 2 * torch.finfo(dtype).eps
+    jitter = relative * variances.mean(-1, keepdim=True)
+    return covariance + torch.diag_embed(jitter.expand_as(variances))

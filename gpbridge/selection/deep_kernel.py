@@ -38,6 +38,7 @@ from gpbridge.checks import (
 )
 from gpbridge.kernels.deep import DeepKernel, parameter_groups
 from gpbridge.kernels.matern import dimension_scaled_matern
+from gpbridge.models import NetworkKernelGP
 from gpbridge.selection.evidence import ALWAYS_CHOLESKY
 
 NOISE_BOUNDS = (1e-6, 4.0)  # in units of the variance of the targets
@@ -253,7 +254,7 @@ def fit_deep_kernel(
             "smaller network, spectral_norm or freeze=True would overfit less.",
         )
     model.likelihood.noise = noise_variance
-    fitted = SingleTaskGP(
+    fitted = NetworkKernelGP(
         train_X,
         train_Y,
         likelihood=model.likelihood,

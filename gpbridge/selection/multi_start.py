@@ -216,7 +216,7 @@ def fit_matern_plus_kernel(
     train_Y: Tensor,
     kernel: Kernel,
     *,
-    starts: Sequence[tuple[float, float, float]] = MATERN_PLUS_STARTS,
+    starts: Sequence[tuple[float, float, float] | Start] = MATERN_PLUS_STARTS,
     noise_floor: float = 1e-6,
     input_transform: InputTransform | None = None,
 ) -> NetworkKernelGP:
@@ -241,7 +241,8 @@ def fit_matern_plus_kernel(
         train_Y: Targets ``n x 1``.
         kernel: The kernel to add; a copy is used.
         starts: For each start log a, log b and the log of the noise variance, in units
-            of the variance of the targets.
+            of the variance of the targets; or values by name, as for
+            :func:`multi_start`.
         noise_floor: Smallest noise variance, in the same units.
         input_transform: As for ``SingleTaskGP``; ``kernel`` sees transformed inputs.
 
@@ -295,12 +296,18 @@ def fit_matern_plus_kernel(
     model.starts = multi_start(
         ExactMarginalLogLikelihood(likelihood, model),
         [
-            {
-                "covar_module.kernels.0.outputscale": math.exp(log_a) / size,
-                "covar_module.kernels.1.outputscale": math.exp(log_b),
-                "likelihood.noise": math.exp(log_noise),
-            }
-            for log_a, log_b, log_noise in starts
+            start if isinstance(start, Mapping) else _matern_plus_start(size, *start)
+            for start in starts
         ],
     )
     return model.eval()
+
+
+def _matern_plus_start(
+    size: float, log_a: float, log_b: float, log_noise: float
+) -> Start:
+    return {
+        "covar_module.kernels.0.outputscale": math.exp(log_a) / size,
+        "covar_module.kernels.1.outputscale": math.exp(log_b),
+        "likelihood.noise": math.exp(log_noise),
+    }

@@ -10,7 +10,8 @@ from gpbridge.surrogates.kernels import (
     TangentSurrogate,
 )
 from gpbridge.surrogates.linearized import LastLayerSurrogate, LinearizedSurrogate
-from gpbridge.surrogates.recipe import Recipe, tanh_network
+from gpbridge.surrogates.recipe import Recipe, relu_network, tanh_network
+from gpbridge.surrogates.recipe_model import RecipeModel
 from gpbridge.surrogates.weight_space import WeightSpaceModel
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "LinearizedSurrogate",
     "MaternTangentSurrogate",
     "Recipe",
+    "RecipeModel",
     "SGHMCSurrogate",
     "SWAGSurrogate",
     "SubspaceSurrogate",
     "TangentSurrogate",
     "WeightSpaceModel",
+    "relu_network",
     "tanh_network",
 ]

@@ -21,66 +21,7 @@ from botorch.models.transforms.input import (
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from gpbridge.checks import ShapeError, check_finite, check_tensor
-
-
-def check_bounds(bounds: Tensor) -> None:
-    """Require bounds ``2 x d``, the lower above the upper row.
-
-    Args:
-        bounds: Lower and upper bounds of each column.
-
-    Raises:
-        ShapeError: If they are not ``2 x d``.
-        ValueError: If a lower bound is not below its upper bound, or not finite.
-    """
-    check_tensor(bounds=bounds)
-    if bounds.dim() != 2 or len(bounds) != 2:
-        raise ShapeError(
-            "bounds must be ``2 x d``, the lower bounds and then the upper ones, but "
-            f"have shape {tuple(bounds.shape)}."
-        )
-    check_finite(bounds=bounds)
-    wrong = (bounds[0] >= bounds[1]).nonzero().flatten().tolist()
-    if wrong:
-        column = wrong[0]
-        low, high = bounds[:, column].tolist()
-        raise ValueError(
-            f"bounds must have the lower row below the upper one, but column {column} "
-            f"goes from {low:g} to {high:g}. Are the rows in the wrong order?"
-        )
-
-
-def check_categories(X: Tensor, categories: Mapping[int, int]) -> None:
-    """Require whole numbers from zero to below the number of categories.
-
-    Args:
-        X: Inputs ``n x d``.
-        categories: How many there are, by column.
-
-    Raises:
-        ValueError: If there is no such column, fewer than two categories, or a value
-            that is none of them.
-    """
-    for column, count in categories.items():
-        if not 0 <= column < X.shape[-1]:
-            raise ValueError(
-                f"categories names column {column}, but the inputs have columns 0 to "
-                f"{X.shape[-1] - 1}."
-            )
-        if count < 2:
-            raise ValueError(
-                f"categories must say how many values column {column} can have, at "
-                f"least 2, but says {count}."
-            )
-        values = X[..., column]
-        wrong = (values != values.round()) | (values < 0) | (values >= count)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"Column {column} is declared to hold the categories 0 to {count - 1}, "
-                f"but holds {float(values[wrong][0]):g}. Number the categories from "
-                "zero, or leave the column out of categories."
-            )
+from gpbridge.surrogates.feasibility import FeasibleInputs
 
 
 def input_encoding(
@@ -93,7 +34,8 @@ def input_encoding(
     .. math:: z = \sqrt{12}\, (x - \tfrac{l + u}{2}) / (u - l)
 
     has mean zero and variance one for x uniform between the bounds l and u. A column of
-    c categories becomes c indicators, in its place.
+    c categories becomes c indicators, in its place. Whatever cannot be is refused on
+    the way, see :class:`~gpbridge.surrogates.feasibility.FeasibleInputs`.
 
     Args:
         X: Inputs ``n x d``, whose range stands for bounds that are not given.
@@ -107,7 +49,9 @@ def input_encoding(
     low, high = (X.amin(0), X.amax(0)) if bounds is None else bounds.to(X)
     width = torch.where(high > low, high - low, torch.ones_like(low))
     numbers = [i for i in range(X.shape[-1]) if i not in categories]
-    parts = {}
+    parts: dict[str, InputTransform] = {
+        "feasible": FeasibleInputs(X.shape[-1], bounds, categories)
+    }
     if numbers:
         parts["scale"] = AffineInputTransform(
             d=X.shape[-1],
@@ -121,8 +65,6 @@ def input_encoding(
             categories,
             {c: partial(_indicators, count=k) for c, k in categories.items()},
         )
-    if len(parts) == 1:
-        return next(iter(parts.values())).eval()
     return ChainedInputTransform(**parts).eval()
 
 

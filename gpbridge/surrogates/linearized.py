@@ -56,7 +56,9 @@ class LinearizedSurrogate(Recipe):
             outcome_transform=experiments.outcome_transform(),
             **self._options(trained),
         )
-        fit_evidence(model, warn=False)
+        # Without any variation the evidence would leave no variance to explore with.
+        if not bool((experiments.Y == experiments.Y[0]).all()):
+            fit_evidence(model, warn=False)
         return model, [trained.network.state_dict()]
 
     def _options(self, trained: FitResult) -> dict[str, Any]:

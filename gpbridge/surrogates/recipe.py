@@ -21,22 +21,11 @@ from botorch.models.transforms.outcome import Standardize
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor, nn
 
-from gpbridge.checks import (
-    ReliabilityWarning,
-    ShapeError,
-    check_finite,
-    check_inputs,
-    check_same_device,
-    check_same_length,
-    warn_user,
-)
+from gpbridge.checks import ReliabilityWarning, warn_user
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.training import isolated_randomness
-from gpbridge.surrogates.encoding import (
-    check_bounds,
-    check_categories,
-    input_encoding,
-)
+from gpbridge.surrogates.encoding import input_encoding
+from gpbridge.surrogates.feasibility import check_experiments
 
 State = dict[str, Tensor]
 NetworkBuilder = Callable[[int, int], nn.Module]
@@ -58,6 +47,23 @@ def tanh_network(num_inputs: int, num_outputs: int) -> nn.Module:
     return nn.Sequential(
         *(nn.Linear(num_inputs, 64), nn.Tanh()),
         *(nn.Linear(64, 64), nn.Tanh()),
+        nn.Linear(64, num_outputs),
+    )
+
+
+def relu_network(num_inputs: int, num_outputs: int) -> nn.Module:
+    """Two layers of ReLU; at infinite width their kernel has a closed form.
+
+    Args:
+        num_inputs: Width d of the inputs.
+        num_outputs: The number m of outputs.
+
+    Returns:
+        A network with random weights.
+    """
+    return nn.Sequential(
+        *(nn.Linear(num_inputs, 64), nn.ReLU()),
+        *(nn.Linear(64, 64), nn.ReLU()),
         nn.Linear(64, num_outputs),
     )
 
@@ -160,8 +166,9 @@ class Recipe(ABC):
 
         Raises:
             ShapeError: If the shapes are not those.
-            ValueError: If there is one observation only, bounds are reversed, or a
-                column of categories holds something else.
+            TypeError: If they are not floating point tensors, or categories no mapping.
+            ValueError: If there is one observation only, one is not finite, bounds are
+                reversed, or a column of categories holds something else.
             DivergedError: If training diverges.
 
         Warns:
@@ -184,7 +191,7 @@ class Recipe(ABC):
 
         Raises:
             ShapeError: As in :meth:`fit`.
-            TypeError: If the model is of another recipe.
+            TypeError: As in :meth:`fit`, or if the model is of another recipe.
             ValueError: As in :meth:`fit`.
 
         Warns:
@@ -229,44 +236,14 @@ class Recipe(ABC):
     def _experiments(
         self, X: Tensor, Y: Tensor, last: SurrogateFit | None
     ) -> Experiments:
-        check_inputs(X)
-        check_inputs(Y, "train_Y")
-        check_same_length(train_X=X, train_Y=Y)
-        check_same_device(train_X=X, train_Y=Y)
-        check_finite(train_Y=Y)
-        if X.dim() != 2 or Y.dim() != 2:
-            raise ShapeError(
-                "train_X must be ``n x d`` and train_Y ``n x m``, but they have shapes "
-                f"{tuple(X.shape)} and {tuple(Y.shape)}."
-            )
-        if len(X) < 2:
-            raise ValueError(
-                f"A surrogate needs at least 2 observations, but there are {len(X)}. "
-                "Begin with a design, as botorch.utils.sampling.draw_sobol_samples."
-            )
-        if self.bounds is not None:
-            check_bounds(self.bounds)
-            if self.bounds.shape[-1] != X.shape[-1]:
-                raise ShapeError(
-                    f"bounds are of {self.bounds.shape[-1]} columns, but train_X has "
-                    f"{X.shape[-1]}."
-                )
-        check_categories(X, self.categories or {})
-        spread = Y.std(0)
-        if bool((spread == 0).any()):
-            column = int((spread == 0).nonzero()[0])
-            warn_user(
-                f"All {len(Y)} values of outcome {column} are {float(Y[0, column]):g}: "
-                "they tell a surrogate nothing about where to look, nor how large "
-                "outcomes may be. Observe elsewhere before you trust it.",
-                ReliabilityWarning,
-            )
+        check_experiments(X, Y, self.bounds, self.categories)
         if last is None:
             transform = input_encoding(X, self.bounds, self.categories)
         else:
             transform = copy.deepcopy(last.input_transform)
         Z = transform(X)
-        scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+        spread = Y.std(0)
+        scale = torch.where((Y == Y[0]).all(0), torch.ones_like(spread), spread)
         generator = torch.Generator().manual_seed(self.seed)
         first = int(torch.randint(2**62, (), generator=generator))
 

@@ -53,11 +53,17 @@ def held_out_share(n: int) -> float:
     return 0.1 if n >= MIN_ROWS_TO_HOLD_OUT else 0.0
 
 
-def learnt_noise(num_outputs: int, like: Tensor) -> Likelihood:
-    """Gaussian noise under the prior that botorch gives it.
+def noise_prior() -> LogNormalPrior:
+    """The prior that botorch gives the noise variance of standardised targets.
 
     With few data the marginal likelihood often has its maximum where all is noise, and
     an acquisition function then has nothing to go by.
+    """
+    return LogNormalPrior(loc=-4.0, scale=1.0)
+
+
+def learnt_noise(num_outputs: int, like: Tensor) -> Likelihood:
+    """Gaussian noise under :func:`noise_prior`.
 
     Args:
         num_outputs: m.
@@ -66,7 +72,7 @@ def learnt_noise(num_outputs: int, like: Tensor) -> Likelihood:
     Returns:
         The likelihood.
     """
-    prior = LogNormalPrior(loc=-4.0, scale=1.0)
+    prior = noise_prior()
     bound = GreaterThan(NOISE_FLOOR, initial_value=prior.mode)
     if num_outputs == 1:
         likelihood = GaussianLikelihood(prior, bound)

@@ -45,7 +45,9 @@ class AcquisitionContract(ModelCase):
             with self.subTest(acquisition=name):
                 X = self.inputs(1, 1 if name == "LogEI" else 2)
                 assert_gradients_match_finite_differences(
-                    function, X, rtol=10 * self.gradient_rtol
+                    *(function, X),
+                    step=self.gradient_step,
+                    rtol=10 * self.gradient_rtol,
                 )
 
     def test_optimize_acqf_returns_candidates_inside_the_bounds(self) -> None:

@@ -38,6 +38,7 @@ class ModelCase:
     rtol = 1e-6
     atol = 1e-8
     gradient_rtol = 1e-5
+    gradient_step = 1e-5
     pathwise_tolerance = 0.2
 
     def create_model(

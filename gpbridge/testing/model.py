@@ -42,6 +42,9 @@ class ModelContractTestCase(
         gradient_rtol: Relative tolerance of a posterior's gradients against finite
             differences, a tenth of that of acquisition functions. Iterative solvers
             need more, in proportion to their residual.
+        gradient_step: Step of the finite differences of acquisition functions, whose
+            error is the third derivative times its square: smaller where the posterior
+            is certain, since improvements then have a kink.
         pathwise_tolerance: How far the log of the variance of 1024 paths may be from
             that of the posterior. The default leaves room for the sampling error of
             exact paths; random Fourier features of stock kernels need 0.5.
