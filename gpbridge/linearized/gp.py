@@ -19,6 +19,7 @@ from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.utils.datasets import SupervisedDataset
+from gpytorch import settings
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
@@ -509,9 +510,11 @@ def _regular(covariance: Tensor, dtype: torch.dtype) -> Tensor:
 
     Left alone, upstream adds jitter to those members of a batch whose rounding made the
     factorisation fail, and samples depend on the batch. The rounding of a factorisation
-    is n times epsilon of the largest eigenvalue, at most n times the mean variance.
+    is n times epsilon of the largest eigenvalue, at most n times the mean variance. No
+    more is added than upstream would add.
     """
     variances = covariance.diagonal(dim1=-2, dim2=-1)
-    relative = 4 * variances.shape[-1] ** 2 * torch.finfo(dtype).eps
+    bound = 4 * variances.shape[-1] ** 2 * torch.finfo(dtype).eps
+    relative = min(bound, settings.cholesky_jitter.value(dtype))
     jitter = relative * variances.mean(-1, keepdim=True)
     return covariance + torch.diag_embed(jitter.expand_as(variances))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
+from torch import nn
 
+from gpbridge import LinearizedGP
 from gpbridge.checks import ShapeError
 from tests import oracles_linearized as oracles
 from tests.linearized.problems import (
@@ -279,3 +281,13 @@ def test_draws_without_a_generator_are_fresh_and_leave_the_global_state(space):
     one, other = (model.draw(2)(X) for _ in range(2))
     assert not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_jitter_of_more_values_than_weights_stays_small_in_float32():
+    """As many values as a grid has; upstream's own jitter is the limit."""
+    net, X = nn.Linear(2, 1), torch.rand(30, 2, generator=torch.Generator())
+    model = LinearizedGP(net, X, X.sum(-1, keepdim=True), noise=0.1)
+    grid = torch.rand(400, 2, generator=torch.Generator())
+    together = model.posterior(grid).variance
+    alone = model.posterior(grid[:, None]).variance[:, 0]
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-4 * float(alone.mean()))
