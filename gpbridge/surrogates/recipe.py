@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from gpbridge.checks import (
     ReliabilityWarning,
     ShapeError,
+    check_bounds,
     check_finite,
     check_inputs,
     check_same_device,
@@ -32,11 +33,7 @@ from gpbridge.checks import (
 )
 from gpbridge.dnn.divergence import DivergedError
 from gpbridge.dnn.training import isolated_randomness
-from gpbridge.surrogates.encoding import (
-    check_bounds,
-    check_categories,
-    input_encoding,
-)
+from gpbridge.surrogates.encoding import check_categories, input_encoding
 
 State = dict[str, Tensor]
 NetworkBuilder = Callable[[int, int], nn.Module]
