@@ -202,10 +202,7 @@ class WeightDraws(nn.Module):
             return each(params, Z)
         each = ({k: v[i] for k, v in params.items()} for i in range(s))
         return torch.stack(
-            [
-                net.apply_network(some, Z[i] if own else Z)
-                for i, some in enumerate(each)
-            ]
+            [net.apply_network(some, Z[i] if own else Z) for i, some in enumerate(each)]
         )
 
 

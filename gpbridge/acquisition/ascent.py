@@ -23,7 +23,7 @@ def climb(
     starts: Tensor,
     bounds: Tensor,
     max_evaluations: int = 200,
-    tolerance: float = 1e-10,
+    tolerance: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
     r"""Projected L-BFGS for independent problems in a box.
 
@@ -132,9 +132,7 @@ class _Memory:
         return r * free, good.any(0)
 
 
-def _direction(
-    u: Tensor, g: Tensor, memory: _Memory
-) -> tuple[Tensor, Tensor, Tensor]:
+def _direction(u: Tensor, g: Tensor, memory: _Memory) -> tuple[Tensor, Tensor, Tensor]:
     """Where to go, the slope there, and how far at first."""
     held = ((u <= 0) & (g > 0)) | ((u >= 1) & (g < 0))
     free = (~held).to(g)

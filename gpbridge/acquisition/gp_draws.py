@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from botorch.models.gpytorch import BatchedMultiOutputGPyTorchModel
 from botorch.models.model import Model, ModelList
+from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.sampling.pathwise.features.maps import FeatureMap
 from botorch.sampling.pathwise.utils import get_train_inputs, get_train_targets
 from gpytorch.kernels import Kernel
@@ -21,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.checks import ReliabilityWarning, check_count, warn_user
 from gpbridge.function_draws import (
+    SeenDraws,
     evaluate,
     evaluate_each,
     freeze,
@@ -28,7 +30,7 @@ from gpbridge.function_draws import (
     take,
 )
 from gpbridge.pathwise import gaussian_noise
-from gpbridge.posterior_draws import PosteriorDraw, condition, dense
+from gpbridge.posterior_draws import MeanColumns, PosteriorDraw, condition, dense
 from gpbridge.prior_draws import PriorDraw, draw_prior
 from gpbridge.randomness import fresh, standard_normal
 from gpbridge.types import FunctionDraws, WeightPosterior
@@ -64,6 +66,24 @@ class OutputDraws(nn.Module):
     def take(self, samples: Tensor) -> OutputDraws:
         """Some of the functions, by number."""
         return OutputDraws([take(part, samples) for part in self.parts])
+
+
+class Untransform(nn.Module):
+    """From transformed outcomes to the caller's.
+
+    Args:
+        transform: Fitted, or None.
+    """
+
+    def __init__(self, transform: OutcomeTransform | None) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, values: Tensor, X: Tensor) -> Tensor:
+        """``... x n x m`` likewise, given the inputs."""
+        if self.transform is None:
+            return values
+        return self.transform.untransform(values, X=X)[0]
 
 
 class AnchorMap(FeatureMap):
@@ -138,36 +158,55 @@ def draw_functions(
     if hasattr(model, "draw") or not isinstance(model, Model):
         return refreshed(freeze(model, num_samples, generator), None)
     if isinstance(model, ModelList):
-        parts = list(model.models)
-    elif isinstance(model, BatchedMultiOutputGPyTorchModel) and model.num_outputs > 1:
-        parts = [model.subset_output([j]) for j in range(model.num_outputs)]
-    else:
-        return _of_exact_gp(model, num_samples, generator, anchors)
-    return OutputDraws(
-        [draw_functions(p, num_samples, generator, anchors=anchors) for p in parts]
-    )
+        return OutputDraws(
+            [
+                draw_functions(part, num_samples, generator, anchors=anchors)
+                for part in model.models
+            ]
+        )
+    return _of_exact_gp(model, num_samples, generator, anchors)
 
 
 @torch.no_grad()
 def _of_exact_gp(
     model: Model, num_samples: int, generator: Generator, anchors: Tensor | None
-) -> PosteriorDraw:
-    if not isinstance(model, ExactGP):
+) -> PosteriorDraw | SeenDraws:
+    batched = isinstance(model, BatchedMultiOutputGPyTorchModel)
+    if not isinstance(model, ExactGP) or (model.num_outputs > 1 and not batched):
         raise TypeError(_cannot_draw(model))
     model.eval()
     (X,) = get_train_inputs(model, transformed=True)
     Y = get_train_targets(model, transformed=True)
+    if anchors is not None:
+        anchors = model.transform_inputs(anchors.to(X))
+    m, mean, kernel = model.num_outputs, model.mean_module, model.covar_module
     try:
         noise = gaussian_noise(model, X).diagonal(dim1=-1, dim2=-2)
-        prior = _prior(model, X, num_samples, generator, anchors)
+        parts = [
+            condition(
+                _prior(
+                    kernel if m == 1 else kernel[j],
+                    X if m == 1 else X[j],
+                    num_samples,
+                    generator,
+                    anchors,
+                ),
+                *((X, Y, noise) if m == 1 else (X[j], Y[j], noise[j])),
+                mean=mean if m == 1 else MeanColumns(mean, m, [j]),
+                generator=generator,
+            )
+            for j in range(m)
+        ]
     except NotImplementedError as error:
         raise TypeError(f"{_cannot_draw(model)} {error}") from error
-    mean = model.mean_module
-    drawn = condition(prior, X, Y, noise, mean=mean, generator=generator)
+    before = copy.deepcopy(getattr(model, "input_transform", None))
+    after = copy.deepcopy(getattr(model, "outcome_transform", None))
+    if m > 1:
+        before = nn.Identity() if before is None else before
+        return SeenDraws(OutputDraws(parts), before, Untransform(after))
+    (drawn,) = parts
     return PosteriorDraw(
-        *(drawn.prior, drawn.X, drawn.weights, drawn.mean),
-        copy.deepcopy(getattr(model, "input_transform", None)),
-        copy.deepcopy(getattr(model, "outcome_transform", None)),
+        *(drawn.prior, drawn.X, drawn.weights, drawn.mean, before, after),
         drawn.solution,
     )
 
@@ -181,19 +220,18 @@ def _cannot_draw(model: Model) -> str:
 
 
 def _prior(
-    model: Model,
+    kernel: Kernel,
     X: Tensor,
     num_samples: int,
     generator: Generator,
     anchors: Tensor | None,
 ) -> PriorDraw:
-    kernel, size = model.covar_module, (X.shape[-1], num_samples)
     try:
-        return draw_prior(kernel, *size, generator=generator)
+        return draw_prior(kernel, X.shape[-1], num_samples, generator=generator)
     except NotImplementedError:
         if anchors is None:
             raise
-    Z = model.transform_inputs(anchors.to(X))
+    Z = anchors
     if len(Z) > MAX_ANCHORS:
         order = torch.randperm(len(Z), generator=generator, device=generator.device)
         Z = Z[order[:MAX_ANCHORS].to(Z.device)]
@@ -208,15 +246,14 @@ def _interpolated(
 ) -> PriorDraw:
     """Prior draws that are exact at the points Z and conditional means elsewhere."""
     kernel = kernel.double().requires_grad_(False)
-    # The last tenth is left out and tells what is missing between the others.
     Z = Z.double()
-    Z, left_out = Z.tensor_split([len(Z) - max(len(Z) // 10, 1)])
     K = dense(kernel, Z, Z)
-    K.diagonal().add_(_JITTER * K.diagonal().mean())
+    variance = K.diagonal().mean()
+    K.diagonal().add_(_JITTER * variance)
     root = torch.linalg.cholesky(K)
-    whitened = torch.linalg.solve_triangular(root, dense(kernel, Z, left_out), upper=False)
-    variance = kernel(left_out, diag=True)
-    missing = float(1 - whitened.square().sum(0).mean() / variance.mean())
+    # What the points before them leave open at the last tenth stands for other points.
+    last = -max(len(Z) // 10, 1)
+    missing = float(root.diagonal()[last:].square().mean() / variance)
     if missing > 0.01:
         warn_user(
             f"{type(kernel).__name__} has no feature map. Its draws are exact at "
