@@ -110,8 +110,10 @@ KINDS = {
     "deep gp": deep_gp,
     "several outputs": several_outputs,
     "some": lambda: SomeDraws(dropout(), torch.tensor([3, 0, 3, 1])),
-    "seen": lambda: SeenDraws(weight_draws(chain()), torch.exp, lambda Y, Z: Y + Z[..., :1]),
-}  # fmt: skip
+    "seen": lambda: SeenDraws(
+        weight_draws(chain()), torch.exp, lambda Y, Z: Y + Z[..., :1]
+    ),
+}
 EACH = pytest.mark.parametrize("kind", KINDS)
 
 

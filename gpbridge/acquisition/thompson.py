@@ -86,8 +86,12 @@ def thompson_sample(
     raw_samples`` values, and of each function some tens of values and gradients at its
     own ``num_restarts`` points.
 
-    The ascent finds local maxima: with many of them raise ``raw_samples``, and pass the
-    best inputs so far as ``starts``.
+    The ascent finds local maxima. Of 100 draws given 1000 values of a smooth function
+    in 6 dimensions the defaults missed no maximum that 32 starts of 8192 points found.
+    Given 200 values, with a lengthscale of 0.2, they missed 14 of 30, by 0.2 standard
+    deviations of the prior in the mean (8 starts: 9, by 0.1); in 10 dimensions, with
+    100 values and a lengthscale of 0.5, 7 of 30, by 0.07. There raise ``num_restarts``,
+    and pass the best inputs so far as ``starts``.
 
     A posterior of k < q members, such as an ensemble, repeats members evenly, and with
     them candidates.
