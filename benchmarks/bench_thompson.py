@@ -1,7 +1,7 @@
-"""Thompson sampling: a batch of 100 by frozen draws, against what one does without them.
+"""Thompson sampling: a batch of 100 by frozen draws, against doing it without them.
 
-n = 1000, d = 6, Hartmann's function with noise, hyperparameters fixed, one model for all
-sides: a ``SingleTaskGP``, and a linearised network of 64 x 64 units. Ours draws and
+n = 1000, d = 6, Hartmann's function with noise, hyperparameters fixed, one model for
+all sides: a ``SingleTaskGP``, and a linearised network of 64 x 64 units. Ours draws and
 maximises 100 functions by gradients. The peers: botorch's ``MaxPosteriorSampling``, a
 joint covariance over Sobol candidates; upstream's ``optimize_posterior_samples`` of its
 own pathwise draws, with as many starts; and 100 updates of the model, one candidate
@@ -157,8 +157,8 @@ def main() -> None:
         best = ours_best(sample, model, box, q, candidates)
         notes.append(
             f"{name}: dense evaluation of the same {q} draws at {dense} Sobol points "
-            f"exceeds their maxima by at most {shortfall(sample, box, dense):.2g}; mean "
-            f"maximum {float(sample.values.mean()):.3f}, of the joint samples "
+            f"exceeds their maxima by at most {shortfall(sample, box, dense):.2g}; "
+            f"mean maximum {float(sample.values.mean()):.3f}, of the joint samples "
             f"{best:.3f}."
         )
     timing.print_rows("Thompson sampling", rows, notes)

@@ -46,6 +46,7 @@ class ThompsonDraw(DeterministicModel):
         ReliabilityWarning: If batch norm has the statistics of other weights.
 
     Example:
+        >>> import torch
         >>> from gpbridge.functional import FunctionalNet
         >>> from gpbridge.weights import GaussianWeights
         >>> net = FunctionalNet(torch.nn.Linear(2, 1))
