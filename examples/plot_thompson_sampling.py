@@ -9,7 +9,7 @@ A draw here is a function, not values at candidates, so that its maximum is foun
 gradients, and the draws of a batch are maximised side by side.
 """
 
-# %% Set up: a function with several maxima of which eight values are known
+# %% Set up: a function with two maxima, which the data leave open
 import argparse
 import time
 import warnings
@@ -38,7 +38,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
-many, seeds, rounds, q = (20, 1, 1, 2) if options.smoke else (400, 5, 6, 5)
+many, seeds, rounds, q = (20, 1, 1, 2) if options.smoke else (400, 4, 5, 5)
 raw = 16 if options.smoke else 128
 
 torch.set_num_threads(1)
@@ -46,8 +46,8 @@ warnings.simplefilter("ignore")  # of botorch, about units
 generator = torch.Generator().manual_seed(0)
 unit = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
 
-X = torch.tensor([0.03, 0.12, 0.25, 0.33, 0.58, 0.66, 0.90, 0.97]).double()[:, None]
-Y = torch.sin(9 * X) + torch.cos(21 * X) / 2
+X = torch.tensor([0.0, 0.05, 0.22, 0.3, 0.42, 0.52, 0.78, 0.9, 1.0]).double()[:, None]
+Y = torch.sin(12.5 * X)
 model = SingleTaskGP(X, Y, covar_module=ScaleKernel(MaternKernel(2.5)))
 model.covar_module.base_kernel.lengthscale = 0.15
 model.likelihood.noise = 1e-3
@@ -132,6 +132,7 @@ middle.plot(*X2.T, "x", color=INK, markersize=5, label="data")
 for name, (choose, color, marker, size) in batches.items():
     batch = choose(surrogate, X2, Y2, 0)
     style = {"color": color, "markersize": size, "markeredgecolor": "white"}
+    style["clip_on"] = False
     middle.plot(*batch.T, marker, linestyle="", label=name, zorder=4, **style)
 middle.plot(
     *torch.tensor(problem._optimizers).T,
@@ -169,10 +170,10 @@ for name, (choose, color, _, _) in batches.items():
 
 # %% Save
 title = {"loc": "left", "fontweight": "bold", "fontsize": 11}
-top.set(ylabel="f", xlim=(0, 1))
+top.set(ylabel="f", xlim=(0, 1), ylim=(-1.75, 1.4))
 top.set_title("Five functions of a posterior, and their maxima", **title)
 top.tick_params(labelbottom=False)
-top.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+top.legend(frameon=False, fontsize=8, loc="lower left", ncols=3)
 below.set(xlabel="x", ylabel=f"maxima of {many}")
 middle.set(xlabel="x1", ylabel="x2", xlim=box[:, 0], ylim=box[:, 1])
 middle.set_title(f"A batch of {q}: Branin after 8 values", **title)
