@@ -58,6 +58,22 @@ class TangentDraws(nn.Module):
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
         return self._evaluate(X, 0)
 
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return len(self.change)
+
+    def take(self, samples: Tensor) -> TangentDraws:
+        """Some of the functions, by number."""
+        return TangentDraws(
+            self.net,
+            self.change[samples.to(self.change.device)],
+            self.offset_scale,
+            self.prepare,
+            self.finish,
+            self.output_indices,
+        )
+
     def _evaluate(self, X: Tensor, dim: int | None) -> Tensor:
         prepared = X if self.prepare is None else self.prepare(X)
         Z = prepared.to(self.net.dtype)
@@ -124,6 +140,25 @@ class WeightDraws(nn.Module):
             TypeError: If the network does not return one tensor.
             ShapeError: If the inputs do not fit the network.
         """  # noqa: DOC502
+        return self._values(X, False)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        return self._values(X, True)
+
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return len(self.weights)
+
+    def take(self, samples: Tensor) -> WeightDraws:
+        """Some of the functions, by number."""
+        samples = samples.to(self.weights.device)
+        some = WeightDraws(self.net, self.weights[samples], self.chunk_size)
+        some.statistics = {name: v[samples] for name, v in self.statistics.items()}
+        return some
+
+    def _values(self, X: Tensor, own: bool) -> Tensor:
         net, Z = self.net, X.to(self.net.dtype)
         params = net.unflatten(self.weights.to(Z))
         for name, value in self.statistics.items():
@@ -132,17 +167,21 @@ class WeightDraws(nn.Module):
         size = s if self.chunk_size is None else self.chunk_size
         try:
             parts = [
-                self._evaluate({k: v[i : i + size] for k, v in params.items()}, Z)
+                self._evaluate(
+                    {k: v[i : i + size] for k, v in params.items()},
+                    Z[i : i + size] if own else Z,
+                    own,
+                )
                 for i in range(0, s, size)
             ]
         except Exception as error:
-            explain_failure(net, Z)
+            explain_failure(net, Z[0] if own else Z)
             # Nobody may have asked the probe yet.
             if not net.vectorized or type(error) is not RuntimeError:
                 raise
             warn_looped(error)
             net.vectorized = False
-            return self(X)
+            return self._values(X, own)
         return torch.cat(parts).to(X.dtype)
 
     def extra_repr(self) -> str:
@@ -150,16 +189,21 @@ class WeightDraws(nn.Module):
         own = ", own batch-norm statistics" if self.statistics else ""
         return f"num_draws={len(self.weights)}{own}"
 
-    def _evaluate(self, params: Params, Z: Tensor) -> Tensor:
+    def _evaluate(self, params: Params, Z: Tensor, own: bool) -> Tensor:
         net, s = self.net, len(next(iter(params.values())))
         chain = stack_chain(net)
         if chain is not None:
-            values = chain(params, Z.reshape(-1, Z.shape[-1]).expand(s, -1, -1))
-            return values.reshape(s, *Z.shape[:-1], values.shape[-1])
+            shape = Z.shape[1:-1] if own else Z.shape[:-1]
+            rows = Z.reshape(*Z.shape[: int(own)], -1, Z.shape[-1]).expand(s, -1, -1)
+            values = chain(params, rows)
+            return values.reshape(s, *shape, values.shape[-1])
         if net.vectorized:
-            return torch.func.vmap(net.apply_network, in_dims=(0, None))(params, Z)
+            each = torch.func.vmap(net.apply_network, in_dims=(0, 0 if own else None))
+            return each(params, Z)
         each = ({k: v[i] for k, v in params.items()} for i in range(s))
-        return torch.stack([net.apply_network(own, Z) for own in each])
+        return torch.stack(
+            [net.apply_network(some, Z[i] if own else Z) for i, some in enumerate(each)]
+        )
 
 
 def own_buffer(name: str) -> str:
@@ -181,3 +225,14 @@ class JoinedDraws(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
         return torch.cat([part(X) for part in self.parts])
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        counts = [part.num_samples for part in self.parts]
+        pairs = zip(self.parts, X.split(counts), strict=True)
+        return torch.cat([part.each(own) for part, own in pairs])
+
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return sum(part.num_samples for part in self.parts)

@@ -2,14 +2,16 @@
 
 In: a posterior over weights, a GP of this library, or functions that were drawn. Out:
 copies of s functions, with batch-norm statistics of their own or a warning, and their
-values in one shape. Next: ``function_space`` and ``acquisition``.
+values in one shape: all of them at common inputs, or each at its own. Next:
+``function_space`` and ``acquisition``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Generator, Tensor, nn
 
 from gpbridge.batch_norm import is_stale, refresh_batch_norm
@@ -119,3 +121,102 @@ def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
             "gpbridge.weights.EmpiricalWeights."
         )
     return values
+
+
+def evaluate_each(draws: FunctionDraws, X: Tensor) -> Tensor:
+    """Values of each function at inputs of its own, ``s x ... x n x d`` likewise.
+
+    The draws of this library do it at the price of one evaluation at n points. Of other
+    functions all are evaluated at all inputs, s times the price.
+    """
+    if hasattr(draws, "each"):
+        return draws.each(X)
+    values = evaluate(draws, X)  # s x s x ... x n x m
+    own = torch.arange(len(X), device=X.device)
+    return values[own, own]
+
+
+def take(draws: FunctionDraws, samples: Tensor) -> FunctionDraws:
+    """Some of the functions, by number, with repetitions or without."""
+    if hasattr(draws, "take"):
+        return draws.take(samples)
+    return SomeDraws(draws, samples)
+
+
+class SomeDraws(nn.Module):
+    """Some of s functions that cannot be had apart, such as those of one seed.
+
+    All of them are evaluated.
+
+    Args:
+        draws: The functions.
+        samples: Numbers of those that count, ``k``.
+    """
+
+    def __init__(self, draws: FunctionDraws, samples: Tensor) -> None:
+        super().__init__()
+        self.draws = draws
+        self.register_buffer("samples", samples)
+
+    @property
+    def num_samples(self) -> int:
+        """The number k of functions that count."""
+        return len(self.samples)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate them, ``... x n x d`` to ``k x ... x n x m``."""
+        return evaluate(self.draws, X)[self.samples]
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each at inputs of its own, ``k x ... x n x d`` likewise."""
+        if not hasattr(self.draws, "each"):
+            own = torch.arange(len(X), device=X.device)
+            return evaluate(self.draws, X)[self.samples, own]
+        # The inputs of each function side by side; where there are fewer, others fill.
+        same = self.samples[:, None] == self.samples
+        turn = same.tril(-1).sum(-1)  # how many before it are of the same function
+        width, s = int(turn.max()) + 1, self.draws.num_samples
+        place = self.samples * width + turn
+        rows = torch.zeros(s * width, dtype=torch.long, device=X.device)
+        rows[place] = torch.arange(len(X), device=X.device)
+        values = self.draws.each(X[rows].unflatten(0, (s, width)))
+        return values.flatten(0, 1)[place]
+
+
+class SeenDraws(nn.Module):
+    """Draws in other units than their own.
+
+    Args:
+        draws: The functions.
+        prepare: Maps the caller's inputs to theirs.
+        finish: Maps their values ``s x ... x n x m`` to the caller's, given their
+            inputs.
+    """
+
+    def __init__(
+        self,
+        draws: FunctionDraws,
+        prepare: Callable[[Tensor], Tensor],
+        finish: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.draws, self.prepare, self.finish = draws, prepare, finish
+
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return self.draws.num_samples
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
+        Z = self.prepare(X)
+        return self.finish(evaluate(self.draws, Z), Z)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        Z = self.prepare(X)
+        return self.finish(evaluate_each(self.draws, Z), Z)
+
+    def take(self, samples: Tensor) -> SeenDraws:
+        """Some of the functions, by number."""
+        return SeenDraws(take(self.draws, samples), self.prepare, self.finish)

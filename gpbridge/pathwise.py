@@ -30,7 +30,7 @@ from botorch.sampling.pathwise.utils import (
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from gpytorch.models import ExactGP
-from linear_operator.operators import ZeroLinearOperator
+from linear_operator.operators import LinearOperator, ZeroLinearOperator
 from torch import Generator, Size, Tensor
 
 from gpbridge.checks import ShapeError, check_positive
@@ -304,7 +304,7 @@ def iterative_update(
             "ModelListGP."
         )
     if noise is None:
-        noise = _noise_of(model, X).diagonal(dim1=-1, dim2=-2)
+        noise = gaussian_noise(model, X).diagonal(dim1=-1, dim2=-2)
     noise = noise.detach()
     epsilon = standard_normal(sample_values.shape, generator, sample_values)
     misfit = target_values - sample_values - noise.sqrt() * epsilon
@@ -363,7 +363,12 @@ def _sizes(sample_shape: Size | int | None) -> Size:
     )
 
 
-def _noise_of(model: Model, X: Tensor):
+def gaussian_noise(model: Model, X: Tensor) -> LinearOperator:
+    """Noise covariance of an exact GP at its data, in transformed units.
+
+    Raises:
+        NotImplementedError: If the model has no such noise.
+    """
     likelihood = getattr(model, "likelihood", None)
     gaussian = (GaussianLikelihood, FixedNoiseGaussianLikelihood)
     if not isinstance(model, ExactGP) or not isinstance(likelihood, gaussian):
@@ -390,7 +395,7 @@ def _noisy_update(
             model, sample_values, target_values, solver=solver, generator=generator
         )
     (X,) = get_train_inputs(model, transformed=True)
-    noise = _noise_of(model, X)
+    noise = gaussian_noise(model, X)
     draws = standard_normal(sample_values.shape, generator, sample_values)
     noise_std = noise.diagonal(dim1=-1, dim2=-2).sqrt()
     covariance = model.covar_module(X) + noise

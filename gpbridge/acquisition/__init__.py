@@ -2,5 +2,14 @@
 
 from gpbridge.acquisition.draws import ThompsonDraw
 from gpbridge.acquisition.ensembles import DrawsPosterior, EnumeratingSampler
+from gpbridge.acquisition.gp_draws import draw_functions
+from gpbridge.acquisition.thompson import ThompsonSample, thompson_sample
 
-__all__ = ["DrawsPosterior", "EnumeratingSampler", "ThompsonDraw"]
+__all__ = [
+    "DrawsPosterior",
+    "EnumeratingSampler",
+    "ThompsonDraw",
+    "ThompsonSample",
+    "draw_functions",
+    "thompson_sample",
+]

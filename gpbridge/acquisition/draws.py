@@ -13,6 +13,7 @@ from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Generator, Size, Tensor
 
+from gpbridge.acquisition.gp_draws import draw_functions
 from gpbridge.batch_norm import inputs_of
 from gpbridge.checks import check_count
 from gpbridge.function_draws import evaluate, freeze, refreshed
@@ -22,12 +23,12 @@ from gpbridge.types import WeightPosterior
 class ThompsonDraw(DeterministicModel):
     r"""One function of a posterior, as a model without uncertainty.
 
-    Its maximiser is a Thompson sample: ``optimize_acqf(PosteriorMean(draw), ...)``. For
-    q candidates take q draws and maximise each.
+    Its maximiser is a Thompson sample: ``optimize_acqf(PosteriorMean(draw), ...)``. A
+    batch of them costs less by :func:`~gpbridge.acquisition.thompson_sample`.
 
     Args:
-        posterior: What has a ``draw``: a posterior over weights, or a GP of this
-            library, whose draws are in the caller's units already.
+        posterior: As for :func:`~gpbridge.acquisition.draw_functions`: a posterior over
+            weights, or a model, whose draws are in the caller's units already.
         num_outputs: The number m of outputs.
         generator: Source of the draw. Without one it is fresh.
         input_transform: A botorch transform, fitted, under which the network of a
@@ -45,6 +46,7 @@ class ThompsonDraw(DeterministicModel):
         ReliabilityWarning: If batch norm has the statistics of other weights.
 
     Example:
+        >>> import torch
         >>> from gpbridge.functional import FunctionalNet
         >>> from gpbridge.weights import GaussianWeights
         >>> net = FunctionalNet(torch.nn.Linear(2, 1))
@@ -55,7 +57,7 @@ class ThompsonDraw(DeterministicModel):
 
     def __init__(
         self,
-        posterior: WeightPosterior,
+        posterior: WeightPosterior | Model,
         num_outputs: int = 1,
         generator: Generator | None = None,
         *,
@@ -66,15 +68,22 @@ class ThompsonDraw(DeterministicModel):
         super().__init__()
         check_count(num_outputs=num_outputs)
         passed = input_transform is not None or outcome_transform is not None
-        if isinstance(posterior, Model):
-            _check_model(posterior, passed)
+        if isinstance(posterior, Model) and passed:
+            raise ValueError(
+                f"posterior is a {type(posterior).__name__}, whose draws are in the "
+                "caller's units already. Leave out input_transform and "
+                "outcome_transform."
+            )
         self._num_outputs = num_outputs
         # Under upstream's names they would be applied twice.
         self.before = None if input_transform is None else input_transform.eval()
         self.after = None if outcome_transform is None else outcome_transform.eval()
         if batches is not None:
             batches = map(self._prepared, inputs_of(batches))
-        self.draws = refreshed(freeze(posterior, 1, generator), batches)
+        if batches is None:
+            self.draws = draw_functions(posterior, 1, generator)
+        else:
+            self.draws = refreshed(freeze(posterior, 1, generator), batches)
 
     @property
     def batch_shape(self) -> Size:
@@ -89,18 +98,3 @@ class ThompsonDraw(DeterministicModel):
 
     def _prepared(self, X: Tensor) -> Tensor:
         return X if self.before is None else self.before(X)
-
-
-def _check_model(posterior: Model, passed: bool) -> None:
-    name = type(posterior).__name__
-    if not hasattr(posterior, "draw"):
-        raise TypeError(
-            f"posterior is a {name}, which has no draw(num_samples, generator). Pass "
-            "the posterior over weights that it was built of, with its "
-            "input_transform= and outcome_transform=."
-        )
-    if passed:
-        raise ValueError(
-            f"posterior is a {name}, whose draws are in the caller's units already. "
-            "Leave out input_transform and outcome_transform."
-        )

@@ -23,6 +23,7 @@ from torch.func import vmap
 
 from gpbridge.checks import check_count, check_inputs
 from gpbridge.frozen import copy_without_hooks, first_line
+from gpbridge.prior_draws import check_points
 from gpbridge.probe import check_input_shape, check_outputs, run_or_explain
 from gpbridge.randomness import fresh
 from gpbridge.tracing import traceable
@@ -137,29 +138,36 @@ class DropoutDraws(nn.Module):
             ShapeError: If the inputs do not fit the network.
             ValueError: If the network cannot be vectorised.
         """  # noqa: DOC502
+        return self._values(X, False).reshape(self.num_samples, *X.shape[:-1], -1)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        check_points(X, X.shape[-1] if X.dim() else 1, self.num_samples)
+        return self._values(X, True).reshape(*X.shape[:-1], -1)
+
+    def _values(self, X: Tensor, own: bool) -> Tensor:
         check_inputs(X, "X")
         posterior, s = self.posterior, self.num_samples
         if posterior.input_shape is not None:
             check_input_shape(posterior.input_shape, X)
         Z = X.to(next(posterior.network.parameters(), X).dtype)
-        rows = Z.reshape(-1, 1, *(posterior.input_shape or X.shape[-1:]))
-        size = len(rows)
+        lead = (s,) if own else ()
+        rows = Z.reshape(*lead, -1, 1, *(posterior.input_shape or X.shape[-1:]))
+        size = rows.shape[len(lead)]
         if self.chunk_size is not None:
             size = math.ceil(size * min(self.chunk_size, s) / s)
-        values = torch.cat(
-            [self._evaluate(part) for part in rows.split(max(1, size))], 1
-        )
-        return values.reshape(s, *X.shape[:-1], -1).to(X.dtype)
+        parts = rows.split(max(1, size), len(lead))
+        return torch.cat([self._evaluate(part, own) for part in parts], 1).to(X.dtype)
 
     def extra_repr(self) -> str:
         """How many draws."""
         return f"num_draws={self.num_samples}"
 
-    def _evaluate(self, rows: Tensor) -> Tensor:
-        """Values at rows ``n x 1 x ...``, ``s x n x ...``."""
+    def _evaluate(self, rows: Tensor, own: bool) -> Tensor:
+        """Values at rows ``(s x) n x 1 x ...``, ``s x n x ...``."""
         network, device = self.posterior.network, rows.device
 
-        def each(_: Tensor) -> Tensor:
+        def each(_: Tensor, rows: Tensor) -> Tensor:
             # "same": every row meets the masks of this draw.
             return vmap(lambda row: network(row)[0], randomness="same")(rows)
 
@@ -171,9 +179,10 @@ class DropoutDraws(nn.Module):
                     torch.cuda.manual_seed(int(self.seed))
             start = torch.zeros(self.num_samples, device=device)
             try:
-                return vmap(each, randomness="different")(start)
+                dims = (0, 0 if own else None)
+                return vmap(each, dims, randomness="different")(start, rows)
             except Exception as error:
-                self._explain(rows, error)
+                self._explain(rows[0] if own else rows, error)
                 raise
 
     @torch.no_grad()

@@ -150,7 +150,16 @@ class EnsembleDraws(JoinedDraws):
         Raises:
             ShapeError: If members have different numbers of outputs.
         """
-        values = [part(X) for part in self.parts]
+        return self._joined([part(X) for part in self.parts])
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each member at inputs of its own, ``s x ... x n x d`` likewise."""
+        counts = [part.num_samples for part in self.parts]
+        own = X[self.order.argsort()].split(counts)
+        pairs = zip(self.parts, own, strict=True)
+        return self._joined([part.each(rows) for part, rows in pairs])
+
+    def _joined(self, values: list[Tensor]) -> Tensor:
         widths = [value.shape[-1] for value in values]
         if len(set(widths)) > 1:
             raise ShapeError(

@@ -15,42 +15,15 @@ from torch import Tensor
 from gpbridge.checks import (
     ReliabilityWarning,
     ShapeError,
+    check_bounds,
     check_finite,
     check_inputs,
     check_same_device,
     check_same_length,
-    check_tensor,
     warn_user,
 )
 
 OUTSIDE = 1e-6  # of the width of bounds; optimisers overstep by rounding
-
-
-def check_bounds(bounds: Tensor) -> None:
-    """Require bounds ``2 x d``, the lower above the upper row.
-
-    Args:
-        bounds: Lower and upper bounds of each column.
-
-    Raises:
-        ShapeError: If they are not ``2 x d``.
-        ValueError: If a lower bound is not below its upper bound, or not finite.
-    """
-    check_tensor(bounds=bounds)
-    if bounds.dim() != 2 or len(bounds) != 2:
-        raise ShapeError(
-            "bounds must be ``2 x d``, the lower bounds and then the upper ones, but "
-            f"have shape {tuple(bounds.shape)}."
-        )
-    check_finite(bounds=bounds)
-    wrong = (bounds[0] >= bounds[1]).nonzero().flatten().tolist()
-    if wrong:
-        column = wrong[0]
-        low, high = bounds[:, column].tolist()
-        raise ValueError(
-            f"bounds must have the lower row below the upper one, but column {column} "
-            f"goes from {low:g} to {high:g}. Are the rows in the wrong order?"
-        )
 
 
 def check_categories(X: Tensor, categories: Mapping[int, int]) -> None:

@@ -29,6 +29,7 @@ from gpbridge.checks import (
     check_inputs,
     check_not_empty,
 )
+from gpbridge.function_draws import SeenDraws, take
 from gpbridge.function_space import FunctionSpace, add_variance
 from gpbridge.outcomes import latent_distribution
 from gpbridge.surrogates.inputs import (
@@ -38,6 +39,7 @@ from gpbridge.surrogates.inputs import (
 )
 from gpbridge.surrogates.predictions import SurrogatePredictions
 from gpbridge.types import FunctionDraws, WeightPosterior
+from gpbridge.weights import even_choice
 
 MODES = ("ensemble", "gaussian", "linearized")
 
@@ -258,6 +260,44 @@ class WeightSpaceModel(SurrogatePredictions, Model):
         if posterior_transform is not None:
             return posterior_transform(posterior=posterior, X=X)
         return posterior
+
+    @property
+    def num_members(self) -> int | None:
+        """The number s of frozen functions."""
+        return getattr(self.function_space.draws, "num_samples", None)
+
+    def draw(
+        self, num_samples: int | None = None, generator: Generator | None = None
+    ) -> SeenDraws:
+        """Frozen functions, in the caller's units: a choice among the model's own.
+
+        Args:
+            num_samples: How many; default every one once, in order. Up to s they are
+                distinct, beyond that every one comes as often as any other, up to one.
+            generator: Source of the choice.
+
+        Returns:
+            A function of X, ``... x n x d`` to ``s x ... x n x m``.
+
+        Raises:
+            TypeError: If the model is of functions that do not tell their number.
+        """
+        draws = self.function_space.draws
+        if num_samples is not None:
+            s = self.num_members
+            if s is None:
+                raise TypeError(
+                    f"The functions of the model, a {type(draws).__name__}, do not say "
+                    "how many they are. Give them an attribute num_samples."
+                )
+            draws = take(draws, even_choice(num_samples, s, generator))
+        return SeenDraws(draws, self.transform_inputs, self._finished)
+
+    def _finished(self, outputs: Tensor, Z: Tensor) -> Tensor:
+        values = self._chosen(self.function_space.latent(outputs))
+        if hasattr(self, "outcome_transform"):
+            values, _ = self.outcome_transform.untransform(values, X=Z)
+        return values
 
     def subset_output(self, idcs: list[int]) -> WeightSpaceModel:
         """The model seen through some of its outputs; it shares the draws."""

@@ -228,8 +228,9 @@ def test_a_thompson_draw_is_in_the_callers_units():
     assert bool((z.abs() < 5).all())
     with pytest.raises(ValueError, match="LinearizedGP, whose draws are in the caller"):
         ThompsonDraw(gp, outcome_transform=after)
-    with pytest.raises(TypeError, match="WeightSpaceModel, which has no draw.*built"):
-        ThompsonDraw(model)
+    one = ThompsonDraw(model, generator=torch.Generator().manual_seed(0))(X)
+    members = model.posterior(X).values  # in the caller's units, too
+    torch.testing.assert_close(one, members[(members - one).abs().sum((1, 2)).argmin()])
 
 
 def test_a_thompson_draw_has_batch_norm_statistics_of_its_own_or_warns():
