@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.batch_norm import is_stale, refresh_batch_norm
 from gpbridge.checks import ReliabilityWarning, ShapeError, warn_user
+from gpbridge.draws import at_own_inputs
 from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
 
 
@@ -115,6 +116,44 @@ def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
         raise ShapeError(
             f"{type(draws).__name__} must map ``... x n x d`` inputs to the values "
             f"``s x ... x n x m`` of s functions, but maps shape {tuple(X.shape)} to "
+            f"{tuple(values.shape)}. For a network or its snapshots try "
+            "gpbridge.weights.EmpiricalWeights."
+        )
+    return values
+
+
+def evaluate_each(draws: FunctionDraws, X: Tensor) -> Tensor:
+    """Values of frozen functions, each at inputs of its own.
+
+    What a simulation needs in which every particle follows one function: no function is
+    evaluated at another one's inputs. Draws of this library do so in one vectorised
+    pass (those of dropout, and functions without a method ``each``, in s passes of all
+    functions).
+
+    Args:
+        draws: s functions.
+        X: Inputs of each, ``s x ... x n x d``.
+
+    Returns:
+        ``s x ... x n x m``.
+
+    Raises:
+        ShapeError: If the inputs are not of s functions, or the values have another
+            shape.
+    """
+    held = getattr(draws, "num_samples", None)
+    if X.dim() < 3 or held not in (None, len(X)):
+        number = "s" if held is None else held
+        raise ShapeError(
+            f"X must be ``{number} x ... x n x d``, inputs of each of the functions, "
+            f"but has shape {tuple(X.shape)}. For common inputs try evaluate(draws, X)."
+        )
+    values = at_own_inputs(draws, X)
+    if values.shape[:-1] != X.shape[:-1] or values.dim() != X.dim():
+        raise ShapeError(
+            f"{type(draws).__name__} must map inputs ``s x ... x n x d`` of s "
+            "functions to values ``s x ... x n x m``, but maps shape "
+            f"{tuple(X.shape)} to "
             f"{tuple(values.shape)}. For a network or its snapshots try "
             "gpbridge.weights.EmpiricalWeights."
         )

@@ -77,8 +77,17 @@ class DeepDraw(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, differentiable in X."""
         check_points(X, self.num_inputs)
-        weights = self.layers[0].weights
-        values = X.to(weights).expand(len(weights), *X.shape)
+        return self.each(X.expand(self.num_samples, *X.shape))
+
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return len(self.layers[0].weights)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        check_points(X, self.num_inputs, self.num_samples)
+        values = X.to(self.layers[0].weights)
         for layer in self.layers:
             values = layer(values)
         return values.to(X.dtype)
