@@ -138,15 +138,6 @@ def advance(system: System, state: Tensor, action: Tensor) -> Tensor:
     return state
 
 
-def is_upright(system: System, states: Tensor) -> Tensor:
-    """Whether the pole stands within 0.4 rad, the cart within its length."""
-    angle = states[..., system.angle]
-    upright = angle.cos() > math.cos(0.4)
-    if system.angle:
-        upright = upright & (states[..., 0].abs() < system.length)
-    return upright
-
-
 class TrueDynamics:
     """The system itself as one function of (state, action), for a planner."""
 

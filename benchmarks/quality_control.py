@@ -3,8 +3,9 @@
 A learner sees one episode of random actions, fits the dynamics, and from then on plans:
 at each step the actions of the largest return over a horizon are found by the
 cross-entropy method, and the first is applied. After each episode it fits again. States
-are seen with noise of standard deviation 0.01. An episode is solved if the pole stands
-through its last second; the run ends there.
+are seen with noise of standard deviation 0.01. An episode is solved if the reward is at
+least 0.85 of its maximum in the mean over the last second, for which the pole has to
+stand, though it may sway; the run ends there.
 
 Planners differ in what they take for the dynamics, with the same candidates otherwise:
 
@@ -34,14 +35,14 @@ import matplotlib
 import timing
 import torch
 from control_models import MODELS
-from control_systems import SYSTEMS, System, TrueDynamics, advance, is_upright
+from control_systems import SYSTEMS, System, TrueDynamics, advance
 from torch import Generator, Tensor
 
 from gpbridge.acquisition import plan_actions
 from gpbridge.types import FunctionDraws
 
 NOISE = 0.01  # standard deviation of seen states
-STANDING = 10  # steps at the end through which the pole must stand
+LAST, ENOUGH = 10, 0.85  # steps at the end, and their mean reward, if solved
 PLANNERS = ("draws", "one draw", "mean")
 KEY = ("system", "model", "planner", "seed")
 
@@ -147,8 +148,9 @@ def do(run: Run, sizes: Sizes) -> dict[str, Any]:
             fitting += time.process_time() - before
         latest = play(system, draws, sizes, generator)
         played.append(latest)
-        returns.append(system.reward(latest.states[1:]).sum().item())
-        if bool(is_upright(system, latest.states[-STANDING:]).all()):
+        rewards = system.reward(latest.states[1:])
+        returns.append(rewards.sum().item())
+        if rewards[-LAST:].mean() >= ENOUGH:
             solved = episode
             break
     return {

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))  # as its scripts see each other
 
-from control_systems import CartPole, Pendulum, TrueDynamics, advance, is_upright
+from control_systems import CartPole, Pendulum, TrueDynamics, advance
 
 from gpbridge.acquisition import plan_actions
 
@@ -80,7 +80,7 @@ def test_the_planner_swings_the_pendulum_up_with_the_true_dynamics(seed):
         start = torch.cat([plan.actions[1:], 0 * plan.actions[-1:]])
         state = advance(system, state, plan.actions[0])
         states.append(state)
-    assert is_upright(system, torch.stack(states[-10:])).all()
+    assert system.reward(torch.stack(states[-10:])).min() > 0.9
 
 
 def records(path):

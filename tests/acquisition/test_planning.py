@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from botorch.exceptions.errors import InputDataError
 from torch import nn
 
 from gpbridge.acquisition import plan_actions, trajectories
@@ -92,8 +93,15 @@ def test_actions_stay_within_bounds_and_reach_them():
 
 
 def test_more_rounds_never_lower_the_value():
-    values = [quick(rounds=rounds).value.item() for rounds in (1, 2, 3, 4)]
-    assert values == sorted(values) and values[0] < values[-1]
+    best = torch.tensor([1.5, -0.5, 0.2, 1.9, 0.0], dtype=torch.float64)[:, None]
+
+    def value(states, actions):
+        return -(actions - best).square().sum((-1, -2)).expand(len(states), -1)
+
+    options = {"value": value, "horizon": 5, "elites": 8}
+    values = [quick(rounds=rounds, **options).value.item() for rounds in (1, 2, 4, 12)]
+    assert values == sorted(values)
+    assert values[0] < -0.3 and values[-1] > -0.01
 
 
 def test_a_plan_is_never_worse_than_its_start():
@@ -149,13 +157,17 @@ def test_trajectories_that_diverge_are_passed_over():
         ({"smoothness": 1.0}, "smoothness from 0 to below 1, but they are 0.5 and 1"),
         ({"spread": 0.0}, "spread must be positive"),
         ({"bounds": BOUNDS.flip(0)}, "bounds must be ``2 x a``"),
-        ({"state": torch.full((1,), torch.nan)}, "state"),
         ({"value": lambda x, u: x.sum() + torch.nan * u[None, :, 0, 0]}, "No sequence"),
     ],
 )
 def test_bad_numbers_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         quick(**options)
+
+
+def test_a_state_that_is_not_finite_is_refused():
+    with pytest.raises(InputDataError, match="state contains NaN"):
+        quick(state=torch.full((1,), torch.nan))
 
 
 @pytest.mark.parametrize(
