@@ -98,7 +98,7 @@ def plan_actions(
     elites: int = 8,
     rounds: int = 4,
     spread: float = 0.5,
-    smoothness: float = 0.7,
+    smoothness: float = 0.3,
     generator: Generator | None = None,
 ) -> Plan:
     r"""Actions of large expected value, by the cross-entropy method.
@@ -106,7 +106,8 @@ def plan_actions(
     Candidates are drawn from a normal, which is fitted to the best of them, and so on.
     Because the functions are frozen, values are exact and comparable, and the best
     candidate of all rounds is returned. Deviations of an action are correlated in time
-    by :math:`\rho^{|t - t'|}`: uncorrelated ones hardly move a system with inertia.
+    by :math:`\rho^{|t - t'|}`: uncorrelated ones hardly move a system with inertia, and
+    strongly correlated ones find no plan whose actions alternate.
 
     Args:
         draws: As for :func:`trajectories`. The mean of a posterior, as one function,
