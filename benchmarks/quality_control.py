@@ -3,7 +3,8 @@
 A learner sees one second of random actions, fits the dynamics, and from then on plans:
 at each step the actions of the largest return over a horizon are found by the
 cross-entropy method, and the first is applied. After each episode it fits again. (From
-a whole episode of random actions the pendulum is learnt at once, by any way.) States
+five seconds of random actions, tried for one seed of the pendulum with the GP, one to
+two episodes were enough for every planner, the fewest with the mean.) States
 are seen with noise of standard deviation 0.01. An episode is solved if the reward is at
 least 0.85 of its maximum in the mean over the last second, for which the pole has to
 stand, though it may sway; the run ends there.
@@ -322,11 +323,14 @@ def save_figure(records: list[dict[str, Any]], path: Path) -> None:
                 )
             title = f"{system}, {model}"
             axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
+            axis.set_ylim(-6, 104)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(True)
         row[0].set_ylabel("% of seeds solved")
     for axis in axes[-1]:
         axis.set_xlabel("episodes after a second of random actions")
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="center right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
