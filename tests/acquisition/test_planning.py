@@ -86,9 +86,9 @@ def test_its_value_is_that_of_its_actions():
 
 
 def test_actions_stay_within_bounds_and_reach_them():
-    plan = quick(value=ends_near(100.0), rounds=6)
+    plan = quick(value=ends_near(100.0), spread=2.0)
     torch.testing.assert_close(plan.actions, BOUNDS[1:].expand(3, 1))
-    plan = quick(value=ends_near(-100.0), rounds=6)
+    plan = quick(value=ends_near(-100.0), spread=2.0)
     torch.testing.assert_close(plan.actions, BOUNDS[:1].expand(3, 1))
 
 
