@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gpbridge.checks import check_count
+from gpbridge.checks import ShapeError, check_count
 from gpbridge.functional import FunctionalNet
 from gpbridge.jacobians import jacobian, jvp
 from gpbridge.probe import explain_failure, warn_looped
 from gpbridge.stacked_layers import stack_chain
-from gpbridge.types import Params
+from gpbridge.types import FunctionDraws, Params
 
 
 class TangentDraws(nn.Module):
@@ -50,18 +50,19 @@ class TangentDraws(nn.Module):
         self.prepare, self.finish = prepare, finish
         self.output_indices = None if output_indices is None else list(output_indices)
 
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return len(self.change)
+
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
         return self._evaluate(X, None)
 
     def each(self, X: Tensor) -> Tensor:
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        _check_own_inputs(X, self.num_samples)
         return self._evaluate(X, 0)
-
-    @property
-    def num_samples(self) -> int:
-        """The number s of functions."""
-        return len(self.change)
 
     def take(self, samples: Tensor) -> TangentDraws:
         """Some of the functions, by number."""
@@ -133,6 +134,11 @@ class WeightDraws(nn.Module):
         for name, held in self._statistics.items():
             self.register_buffer(held, values[name])
 
+    @property
+    def num_samples(self) -> int:
+        """The number s of functions."""
+        return len(self.weights)
+
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``.
 
@@ -140,16 +146,12 @@ class WeightDraws(nn.Module):
             TypeError: If the network does not return one tensor.
             ShapeError: If the inputs do not fit the network.
         """  # noqa: DOC502
-        return self._values(X, False)
+        return self._in_chunks(X, None)
 
     def each(self, X: Tensor) -> Tensor:
         """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
-        return self._values(X, True)
-
-    @property
-    def num_samples(self) -> int:
-        """The number s of functions."""
-        return len(self.weights)
+        _check_own_inputs(X, self.num_samples)
+        return self._in_chunks(X, 0)
 
     def take(self, samples: Tensor) -> WeightDraws:
         """Some of the functions, by number."""
@@ -158,7 +160,7 @@ class WeightDraws(nn.Module):
         some.statistics = {name: v[samples] for name, v in self.statistics.items()}
         return some
 
-    def _values(self, X: Tensor, own: bool) -> Tensor:
+    def _in_chunks(self, X: Tensor, dim: int | None) -> Tensor:
         net, Z = self.net, X.to(self.net.dtype)
         params = net.unflatten(self.weights.to(Z))
         for name, value in self.statistics.items():
@@ -169,8 +171,8 @@ class WeightDraws(nn.Module):
             parts = [
                 self._evaluate(
                     {k: v[i : i + size] for k, v in params.items()},
-                    Z[i : i + size] if own else Z,
-                    own,
+                    Z if dim is None else Z[i : i + size],
+                    dim,
                 )
                 for i in range(0, s, size)
             ]
@@ -181,7 +183,7 @@ class WeightDraws(nn.Module):
                 raise
             warn_looped(error)
             net.vectorized = False
-            return self._values(X, own)
+            return self._in_chunks(X, dim)
         return torch.cat(parts).to(X.dtype)
 
     def extra_repr(self) -> str:
@@ -189,21 +191,20 @@ class WeightDraws(nn.Module):
         own = ", own batch-norm statistics" if self.statistics else ""
         return f"num_draws={len(self.weights)}{own}"
 
-    def _evaluate(self, params: Params, Z: Tensor, own: bool) -> Tensor:
+    def _evaluate(self, params: Params, Z: Tensor, dim: int | None) -> Tensor:
         net, s = self.net, len(next(iter(params.values())))
         chain = stack_chain(net)
         if chain is not None:
-            shape = Z.shape[1:-1] if own else Z.shape[:-1]
-            rows = Z.reshape(*Z.shape[: int(own)], -1, Z.shape[-1]).expand(s, -1, -1)
-            values = chain(params, rows)
+            shape = Z.shape[:-1] if dim is None else Z.shape[1:-1]
+            rows = Z.reshape(-1, Z.shape[-1]) if dim is None else Z.flatten(1, -2)
+            values = chain(params, rows.expand(s, -1, -1))
             return values.reshape(s, *shape, values.shape[-1])
         if net.vectorized:
-            each = torch.func.vmap(net.apply_network, in_dims=(0, 0 if own else None))
-            return each(params, Z)
+            return torch.func.vmap(net.apply_network, in_dims=(0, dim))(params, Z)
         each = ({k: v[i] for k, v in params.items()} for i in range(s))
-        return torch.stack(
-            [net.apply_network(some, Z[i] if own else Z) for i, some in enumerate(each)]
-        )
+        inputs = [Z] * s if dim is None else Z
+        pairs = zip(each, inputs, strict=True)
+        return torch.stack([net.apply_network(own, z) for own, z in pairs])
 
 
 def own_buffer(name: str) -> str:
@@ -226,13 +227,34 @@ class JoinedDraws(nn.Module):
         """Evaluate all draws, ``... x n x d`` to ``s x ... x n x m``."""
         return torch.cat([part(X) for part in self.parts])
 
-    def each(self, X: Tensor) -> Tensor:
-        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
-        counts = [part.num_samples for part in self.parts]
-        pairs = zip(self.parts, X.split(counts), strict=True)
-        return torch.cat([part.each(own) for part, own in pairs])
-
     @property
     def num_samples(self) -> int:
         """The number s of functions."""
         return sum(part.num_samples for part in self.parts)
+
+    def each(self, X: Tensor) -> Tensor:
+        """Evaluate each draw at inputs of its own, ``s x ... x n x d`` likewise."""
+        _check_own_inputs(X, self.num_samples)
+        inputs = X.split([part.num_samples for part in self.parts])
+        pairs = zip(self.parts, inputs, strict=True)
+        return torch.cat([at_own_inputs(part, Z) for part, Z in pairs])
+
+
+def at_own_inputs(draws: FunctionDraws, X: Tensor) -> Tensor:
+    """Values of each draw at inputs of its own, ``s x ... x n x d``.
+
+    Draws without a method ``each`` are evaluated one after the other, all of them each
+    time, which costs s times as much.
+    """
+    if hasattr(draws, "each"):
+        return draws.each(X)
+    return torch.stack([draws(x)[i] for i, x in enumerate(X)])
+
+
+def _check_own_inputs(X: Tensor, num_samples: int) -> None:
+    if X.dim() < 3 or len(X) != num_samples:
+        raise ShapeError(
+            f"X must be ``{num_samples} x ... x n x d``, the inputs of each of the "
+            f"{num_samples} functions, but has shape {tuple(X.shape)}. For the same "
+            "inputs for all, call the draws."
+        )

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from gpbridge.batch_norm import is_stale, refresh_batch_norm
 from gpbridge.checks import ReliabilityWarning, ShapeError, warn_user
+from gpbridge.draws import at_own_inputs
 from gpbridge.types import FitResult, FunctionDraws, WeightPosterior
 
 
@@ -124,16 +125,41 @@ def evaluate(draws: FunctionDraws, X: Tensor) -> Tensor:
 
 
 def evaluate_each(draws: FunctionDraws, X: Tensor) -> Tensor:
-    """Values of each function at inputs of its own, ``s x ... x n x d`` likewise.
+    """Values of frozen functions, each at inputs of its own.
 
-    The draws of this library do it at the price of one evaluation at n points. Of other
-    functions all are evaluated at all inputs, s times the price.
+    What a simulation needs in which every particle follows one function: no function is
+    evaluated at another one's inputs. Draws of this library do so in one vectorised
+    pass (those of dropout, and functions without a method ``each``, in s passes of all
+    functions).
+
+    Args:
+        draws: s functions.
+        X: Inputs of each, ``s x ... x n x d``.
+
+    Returns:
+        ``s x ... x n x m``.
+
+    Raises:
+        ShapeError: If the inputs are not of s functions, or the values have another
+            shape.
     """
-    if hasattr(draws, "each"):
-        return draws.each(X)
-    values = evaluate(draws, X)  # s x s x ... x n x m
-    own = torch.arange(len(X), device=X.device)
-    return values[own, own]
+    held = getattr(draws, "num_samples", None)
+    if X.dim() < 3 or held not in (None, len(X)):
+        number = "s" if held is None else held
+        raise ShapeError(
+            f"X must be ``{number} x ... x n x d``, inputs of each of the functions, "
+            f"but has shape {tuple(X.shape)}. For common inputs try evaluate(draws, X)."
+        )
+    values = at_own_inputs(draws, X)
+    if values.shape[:-1] != X.shape[:-1] or values.dim() != X.dim():
+        raise ShapeError(
+            f"{type(draws).__name__} must map inputs ``s x ... x n x d`` of s "
+            "functions to values ``s x ... x n x m``, but maps shape "
+            f"{tuple(X.shape)} to "
+            f"{tuple(values.shape)}. For a network or its snapshots try "
+            "gpbridge.weights.EmpiricalWeights."
+        )
+    return values
 
 
 def take(draws: FunctionDraws, samples: Tensor) -> FunctionDraws:
