@@ -1,7 +1,8 @@
 """Run the study, or make its figures and table.
 
 ``python benchmarks/bayesopt run --results FILE [--parts shortlist] [--seeds 10]``
-does the runs that FILE does not hold yet; stop it at any time, call it again.
+does the runs that FILE does not hold yet; stop it at any time, call it again. One
+process to a file; a report takes several.
 ``python benchmarks/bayesopt report --results FILE`` writes the figures and prints the
 table. ``--smoke`` makes everything tiny.
 """
@@ -25,7 +26,7 @@ from bayesopt.problems import PROBLEMS  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, nargs="+", required=True)
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -40,11 +41,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "report":
-        report.write(study.read(options.results), options.figures)
+        lines = [line for path in options.results for line in study.read(path)]
+        report.write(lines, options.figures)
         return
     seeds = range(options.first_seed, options.seeds)
     runs = study.plan(options.parts, seeds, options.problems)
-    study.study(options.results, runs, SMOKE if options.smoke else Settings())
+    study.study(options.results[0], runs, SMOKE if options.smoke else Settings())
 
 
 if __name__ == "__main__":

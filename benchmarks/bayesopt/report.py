@@ -4,8 +4,9 @@ Regret is the optimum minus the best value, or hypervolume, so far. The table ha
 decimal logarithm at the end, averaged over seeds, because regrets of several orders of
 magnitude have no useful mean. Differences to ``SingleTaskGP`` are between runs of the
 same seed, with 95% intervals of Student's t; below zero is better. Ranks are of final
-regrets among the methods of one seed of a problem. Where a method has fewer seeds than
-others its number is printed.
+regrets among the baselines and the shortlist, over the seeds that all of them have; any
+other method is ranked as if it alone had joined them. Where a method has fewer seeds
+than others its number is printed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bayesopt.study import Run
 
 FLOOR = 1e-6  # of regrets, relative to the scale of the problem: rounding of optima
 ORDER = (*DESIGNS, GP, *SHORTLIST, *OTHERS)
+MAIN = [name.removesuffix("Surrogate") for name in (*DESIGNS, GP, *SHORTLIST)]
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -129,6 +131,16 @@ def ranks(methods: dict[str, dict[int, Curve]]) -> dict[str, list[float]]:
     return found
 
 
+def ranks_of_all(methods: dict[str, dict[int, Curve]]) -> dict[str, list[float]]:
+    """Ranks among baselines and shortlist; others as if each alone had joined them."""
+    main = {name: runs for name, runs in methods.items() if name in MAIN}
+    found = ranks(main) if main else {}
+    for name, runs in methods.items():
+        if name not in main:
+            found[name] = ranks(main | {name: runs})[name]
+    return found
+
+
 def table(found: Curves) -> str:
     """All problems, a block of rows each, in Markdown."""
     rows = [
@@ -138,7 +150,7 @@ def table(found: Curves) -> str:
     ]
     for name, methods in found.items():
         target, gaussian = problem(name), methods.get(GP, {})
-        placed = ranks(methods)
+        placed = ranks_of_all(methods)
         for i, (method, runs) in enumerate(methods.items()):
             off = differences(runs, gaussian)
             versus = ""
@@ -209,7 +221,7 @@ def aggregate(found: Curves) -> str:
 
 
 def draw(name: str, methods: dict[str, dict[int, Curve]], folder: Path) -> Path:
-    """One figure: regrets, the share of runs not yet below a regret, ranks and time."""
+    """One figure: regrets, ranks and time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -219,7 +231,7 @@ def draw(name: str, methods: dict[str, dict[int, Curve]], folder: Path) -> Path:
     from gpbridge.plots import COLORS, INK, STYLE
 
     target = problem(name)
-    shown = [m for m in methods if m.split(",")[0] in _main_labels()]
+    shown = [m for m in methods if m.split(",")[0].removesuffix(" (dense)") in MAIN]
     pyplot.rcParams.update(STYLE)
     figure, (left, middle, right) = pyplot.subplots(
         *(1, 3),
@@ -252,11 +264,11 @@ def draw(name: str, methods: dict[str, dict[int, Curve]], folder: Path) -> Path:
     volume = target.ref_point is not None
     what = "hypervolume difference" if volume else "regret"
     left.set(xlabel="experiments", ylabel=f"log10 {what}, mean ± standard error")
-    left.set_title(f"{target.title}, {least} seeds", loc="left", fontweight="bold",
+    left.set_title(f"{target.title}, {least} seed{"s" * (least > 1)}", loc="left", fontweight="bold",
                    fontsize=11)  # fmt: skip
     left.legend(frameon=False, fontsize=7.5, ncols=2)
     left.grid(True)
-    placed, order = ranks(methods), list(methods)[::-1]
+    placed, order = ranks_of_all(methods), list(methods)[::-1]
     for i, method in enumerate(order):
         color = styles[method][0]
         alpha = 0.5 if styles[method][1] == "--" else 1.0
@@ -278,11 +290,6 @@ def draw(name: str, methods: dict[str, dict[int, Curve]], folder: Path) -> Path:
     pyplot.close(figure)
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     return path
-
-
-def _main_labels() -> set[str]:
-    names = {each.removesuffix("Surrogate") for each in (*DESIGNS, GP, *SHORTLIST)}
-    return names | {f"{name} (dense)" for name in names}
 
 
 def write(lines: list[dict], folder: Path) -> None:
