@@ -264,8 +264,8 @@ def draw(name: str, methods: dict[str, dict[int, Curve]], folder: Path) -> Path:
     volume = target.ref_point is not None
     what = "hypervolume difference" if volume else "regret"
     left.set(xlabel="experiments", ylabel=f"log10 {what}, mean ± standard error")
-    left.set_title(f"{target.title}, {least} seed{"s" * (least > 1)}", loc="left", fontweight="bold",
-                   fontsize=11)  # fmt: skip
+    title = f"{target.title}, {least} seed{'s' * (least > 1)}"
+    left.set_title(title, loc="left", fontweight="bold", fontsize=11)
     left.legend(frameon=False, fontsize=7.5, ncols=2)
     left.grid(True)
     placed, order = ranks_of_all(methods), list(methods)[::-1]
