@@ -1,9 +1,9 @@
 """Which experiment next? Bayesian optimisation of a curve, with networks as surrogates.
 
 The loop is the usual one of BoTorch: fit a model, maximise an acquisition function, run
-the experiments that it asks for. Only the model changes: a Gaussian process of botorch, a
-linearised network and an ensemble. An experiment is a slide, given by its heights at 32
-places, and its outcome the time that it takes to slide down without friction. To a
+the experiments that it asks for. Only the model changes: a Gaussian process of botorch,
+a linearised network and an ensemble. An experiment is a slide, given by its heights at
+32 places, and its outcome the time that it takes to slide down without friction. To a
 Gaussian process these are 32 numbers of equal standing. The networks are convolutional:
 what they learn about one part of a slide they know of the others. Where inputs have no
 such structure, and are few, the Gaussian process is hard to beat: see the study in
@@ -194,11 +194,11 @@ for name, tried in runs.items():
 for ax, title in (
     (left, f"The quickest of {budget} slides"),
     (middle, "60 slides that were not tried"),
-    (right, f"Against the cycloid, {seeds} first designs"),
+    (right, "Against the cycloid, each first design"),
 ):
     ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
     ax.legend(frameon=False, fontsize=8, ncols=1 + (ax is left))
-left.set(xlabel="place", ylabel="height", ylim=(-0.3, 1.05))
+left.set(xlabel="place", ylabel="height", ylim=(-0.05, 1.6))
 middle.set(xlabel="seconds it takes", ylabel="predicted, ± 2 standard deviations")
 right.set(yscale="log", xlabel="experiments", ylabel="seconds slower, best so far")
 right.grid(True)
