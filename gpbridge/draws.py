@@ -177,7 +177,7 @@ class WeightDraws(nn.Module):
                 for i in range(0, s, size)
             ]
         except Exception as error:
-            explain_failure(net, Z[0] if own else Z)
+            explain_failure(net, Z if dim is None else Z[0])
             # Nobody may have asked the probe yet.
             if not net.vectorized or type(error) is not RuntimeError:
                 raise
