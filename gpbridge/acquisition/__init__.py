@@ -1,6 +1,24 @@
-"""What acquisition functions need of posteriors that are sets of functions."""
+"""What acquisition functions need of posteriors that are sets of functions.
 
+Also how to choose the points of a pool that are worth a label.
+"""
+
+from gpbridge.acquisition.bait import select_bait
 from gpbridge.acquisition.draws import ThompsonDraw
 from gpbridge.acquisition.ensembles import DrawsPosterior, EnumeratingSampler
+from gpbridge.acquisition.fisher import fisher_embeddings
+from gpbridge.acquisition.label_scores import bald, predictive_variance
+from gpbridge.acquisition.ranking import select_top
+from gpbridge.metrics import predictive_entropy
 
-__all__ = ["DrawsPosterior", "EnumeratingSampler", "ThompsonDraw"]
+__all__ = [
+    "DrawsPosterior",
+    "EnumeratingSampler",
+    "ThompsonDraw",
+    "bald",
+    "fisher_embeddings",
+    "predictive_entropy",
+    "predictive_variance",
+    "select_bait",
+    "select_top",
+]
