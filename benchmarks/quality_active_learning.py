@@ -248,8 +248,8 @@ def print_tables(runs: list[Run]) -> None:
         print(f"\n{NAMES[name]}, batches of {q}; mean ± standard error over seeds\n")
         low, high = TARGETS[name]
         print(
-            f"| method | seeds | labels to {low:.0%} | to {high:.0%} | less random, "
-            "paired | less entropy, paired | mean accuracy, % | at the end, % "
+            f"| method | seeds | labels to {low:.0%} | to {high:.0%} | minus random's, "
+            "paired | minus entropy's, paired | mean accuracy, % | at the end, % "
             "| CPU s |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
