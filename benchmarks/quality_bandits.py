@@ -80,7 +80,7 @@ class PointSurrogate(Recipe):
         return model, [network.state_dict()]
 
 
-SGHMC = partial(SGHMCSurrogate, num_cycles=1, steps_per_cycle=200)
+SGHMC = partial(SGHMCSurrogate, num_cycles=1, steps_per_cycle=150)
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "greedy": PointSurrogate,
     "epsilon-greedy": PointSurrogate,
@@ -96,7 +96,7 @@ METHODS = ("uniform", "linear Thompson", *RECIPES)
 class Size(NamedTuple):
     """Steps, epochs at first and at each update."""
 
-    horizon: int = 1000
+    horizon: int = 800
     epochs: int = 100
     update_epochs: int = 30
 
@@ -278,8 +278,8 @@ def print_tables(runs: list[Run]) -> None:
     for name, by_method in groups(runs).items():
         print(f"\n{NAMES.get(name, name)}; mean ± standard error over seeds\n")
         print(
-            "| method | seeds | cumulative regret | % of uniform | minus greedy's, paired "
-            "| CPU s |"
+            "| method | seeds | cumulative regret | % of uniform "
+            "| minus greedy's, paired | CPU s |"
         )
         print("|---|---|---|---|---|---|")
         for method in METHODS:
@@ -306,12 +306,12 @@ def draw_figure(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from gpbridge.plots import COLORS, EDGE, INK, STYLE
+    from gpbridge.plots import COLORS, INK, STYLE
 
     pyplot.rcParams.update(STYLE)
     looks = {
-        "uniform": (EDGE, ":"),
-        "linear Thompson": (EDGE, "--"),
+        "uniform": ("#b8bdc6", ":"),
+        "linear Thompson": ("#b8bdc6", "--"),
         "greedy": (INK, "-"),
         "epsilon-greedy": (INK, "--"),
         "linearised": (COLORS[0], "-"),
