@@ -106,15 +106,14 @@ pyplot.rcParams.update(STYLE)
 figure, axes = pyplot.subplots(1, 3, figsize=(12.5, 3.7), layout="constrained")
 field = information(grid).reshape(side, side).T
 for ax, (name, batch) in zip(axes, batches.items(), strict=False):
-    ax.contourf(across, up, field, levels=10, cmap="Greys", vmax=1.2, alpha=0.8)
+    ax.contourf(across, up, field, levels=10, cmap="Blues", vmax=1.0, alpha=0.8)
     ax.plot(*pool[10:].T, ".", color="#8d95a1", markersize=3, label="pool")
     for c in (0, 1):
         own = X[y == c]
         label = f"labelled {c}"
         ax.plot(*own.T, "os"[c], color=COLORS[c], markersize=7, label=label)
-    ax.plot(
-        *pool[batch].T, "*", color=COLORS[2], markeredgecolor="white", markersize=14
-    )
+    star = {"color": COLORS[2], "markeredgecolor": "white", "markersize": 14}
+    ax.plot(*pool[batch].T, "*", label="to be labelled", **star)
     ax.set(xticks=[], yticks=[], xlim=(-1.5, 2.5), ylim=(-1.0, 1.5))
     ax.set_title(name, loc="left", fontweight="bold", fontsize=11)
 axes[0].legend(frameon=True, framealpha=0.8, loc="lower left", fontsize=7)
