@@ -36,7 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
-seeds, most, steps = (1, 40, 10) if options.smoke else (5, 150, 250)
+seeds, most, steps = (1, 40, 10) if options.smoke else (3, 120, 200)
 side, q = 40, 8
 
 torch.set_num_threads(1)
@@ -173,7 +173,7 @@ for method, color in zip(
         band = mean - error, mean + error
         axes[2].fill_between(numbers, *band, color=color, alpha=0.15, linewidth=0)
 axes[2].set(xlabel="labels", ylabel="test accuracy, %")
-axes[2].set_title(f"Digits, {seeds} seeds", loc="left", fontweight="bold", fontsize=11)
+axes[2].set_title(f"Digits, seeds: {seeds}", loc="left", fontweight="bold", fontsize=11)
 axes[2].grid(True)
 axes[2].legend(frameon=False, loc="lower right", fontsize=8)
 

@@ -32,7 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
-steps, seeds, epochs = (40, 1, 4) if options.smoke else (500, 4, 80)
+steps, seeds, epochs = (40, 1, 4) if options.smoke else (500, 4, 60)
 ARMS, FIRST, DELTA = 5, 20, 0.8
 
 torch.set_num_threads(1)
@@ -75,7 +75,7 @@ class Greedy(Recipe):
     def _fit(self, experiments):
         network, encode = train(self, experiments).network, experiments.input_transform
         model = GenericDeterministicModel(lambda X: network(encode(X)))
-        model.draw = lambda num_samples, generator: lambda X: model(X)[None]
+        model.draw = lambda s, generator: lambda X: model(X).expand(s, -1, -1)
         return model, [network.state_dict()]
 
 
@@ -104,12 +104,14 @@ def play(kind, seed):
         X = torch.cat([contexts[:t], taken[:, None].double()], -1)
         Y = rewards[:t].gather(1, taken[:, None])
         model = recipe.fit(X, Y) if model is None else recipe.update(model, X, Y)
-        for context in contexts[t : t + FIRST]:
-            numbers = torch.arange(ARMS).double()
-            each = torch.cat([context.expand(ARMS, 2), numbers[:, None]], -1)
-            with torch.no_grad():
-                values = model.draw(1, generator)(each)[0, :, 0]
-            taken = torch.cat([taken, values.argmax()[None]])
+        block = contexts[t : t + FIRST]
+        steps_ahead = torch.arange(len(block))
+        numbers = torch.arange(ARMS).double().repeat(len(block))
+        each = torch.cat([block.repeat_interleave(ARMS, 0), numbers[:, None]], -1)
+        with torch.no_grad():  # one function for each step, at all of its arms
+            values = model.draw(len(block), generator)(each)
+        values = values.reshape(len(block), len(block), ARMS)
+        taken = torch.cat([taken, values[steps_ahead, steps_ahead].argmax(-1)])
     return taken
 
 
@@ -120,8 +122,10 @@ def regret(taken, seed):
 
 
 chosen, curves = {}, {}
-with warnings.catch_warnings():  # at first all rewards may be the same
+with warnings.catch_warnings():
+    # At first all rewards may be the same, and there are too few to hold some out.
     warnings.simplefilter("ignore", ReliabilityWarning)
+    warnings.filterwarnings("ignore", "parameters='last_layer' with a learnt noise")
     for name, kind in recipes.items():
         chosen[name] = [play(kind, seed) for seed in range(seeds)]
         curves[name] = torch.stack([regret(a, s) for s, a in enumerate(chosen[name])])
