@@ -18,12 +18,16 @@ from gpbridge.data import load_images
 
 
 class Bandit(NamedTuple):
-    """``contexts`` T x d, ``rewards`` and ``means`` T x K, ``bounds`` 2 x d."""
+    """``contexts`` T x d, ``rewards`` and ``means`` T x K, ``bounds`` 2 x d.
+
+    In the ``first`` steps arms take turns.
+    """
 
     contexts: Tensor
     rewards: Tensor
     means: Tensor
     bounds: Tensor
+    first: int
 
     @property
     def regrets(self) -> Tensor:
@@ -49,7 +53,8 @@ def wheel(delta: float, horizon: int, seed: int) -> Bandit:
     means[outside, quadrant[outside]] = 50.0
     noise = torch.randn(means.shape, generator=generator, dtype=torch.float64)
     bounds = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
-    return Bandit(contexts, means + 0.01 * noise, means, bounds)
+    first = min(100, horizon // 2)  # or the large reward is often not seen at all
+    return Bandit(contexts, means + 0.01 * noise, means, bounds, first)
 
 
 def classes(X: Tensor, y: Tensor, horizon: int, seed: int) -> Bandit:
@@ -59,7 +64,7 @@ def classes(X: Tensor, y: Tensor, horizon: int, seed: int) -> Bandit:
     means = F.one_hot(y[rows], 10).double()
     # One scale for all pixels: some never change.
     bounds = torch.stack([torch.zeros(X.shape[1]), torch.ones(X.shape[1])]).double()
-    return Bandit(X[rows].double(), means, means, bounds)
+    return Bandit(X[rows].double(), means, means, bounds, 20)
 
 
 def load(name: str, horizon: int, seed: int, path: Path | None) -> Bandit:

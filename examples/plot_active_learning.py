@@ -36,7 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
-seeds, most, steps = (1, 40, 10) if options.smoke else (3, 120, 200)
+seeds, most, steps = (1, 30, 10) if options.smoke else (3, 120, 200)
 side, q = 40, 8
 
 torch.set_num_threads(1)

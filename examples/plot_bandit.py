@@ -32,8 +32,9 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
 parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
-steps, seeds, epochs = (40, 1, 4) if options.smoke else (500, 4, 60)
-ARMS, FIRST, DELTA = 5, 20, 0.8
+steps, seeds, epochs = (40, 1, 4) if options.smoke else (300, 3, 50)
+ARMS, FIRST, BLOCK, DELTA = 5, 60, 20, 0.8
+FIRST = min(FIRST, steps // 2)
 
 torch.set_num_threads(1)
 
@@ -98,13 +99,16 @@ def play(kind, seed):
         update_epochs=epochs // 2,
         seed=seed,
     )
-    taken, model = torch.arange(FIRST) % ARMS, None  # in turn, at first
+    taken, model = (
+        torch.arange(FIRST) % ARMS,
+        None,
+    )  # in turn, to see the scale of rewards
     while len(taken) < steps:
         t = len(taken)
         X = torch.cat([contexts[:t], taken[:, None].double()], -1)
         Y = rewards[:t].gather(1, taken[:, None])
         model = recipe.fit(X, Y) if model is None else recipe.update(model, X, Y)
-        block = contexts[t : t + FIRST]
+        block = contexts[t : t + BLOCK]
         steps_ahead = torch.arange(len(block))
         numbers = torch.arange(ARMS).double().repeat(len(block))
         each = torch.cat([block.repeat_interleave(ARMS, 0), numbers[:, None]], -1)
@@ -170,7 +174,7 @@ for color, (name, runs) in zip((INK, *COLORS), curves.items(), strict=False):
         band = runs.mean(0) - error, runs.mean(0) + error
         axes[3].fill_between(range(steps), *band, color=color, alpha=0.15, linewidth=0)
 axes[3].set(xlabel="step", xlim=(0, steps), ylim=(0, None))
-axes[3].set_title(f"Cumulative regret, {seeds} seeds", fontweight="bold", fontsize=11)
+axes[3].set_title(f"Cumulative regret, seeds: {seeds}", fontweight="bold", fontsize=11)
 axes[3].grid(True)
 axes[3].legend(frameon=False, loc="upper left", fontsize=8)
 
