@@ -23,8 +23,8 @@ the surrogate recipes: from scratch after the first steps, in which the arms tak
 (20 with classes; 100 on the wheel, since recipes scale rewards by those seen, and no
 method that has not seen a large one looks for it), then warm-started every 20 steps up
 to step 200 and every 50 after, 100 epochs at first and 30 each time. Contexts and what
-each arm would pay are the same for all methods of a seed. Choices were made on the wheel of delta .7, which the table does not
-have.
+each arm would pay are the same for all methods of a seed. Choices were made on the
+wheel of delta .7, which the table does not have.
 
 Each run is one line of a file, and a run whose line is there is not made again::
 
