@@ -1,6 +1,7 @@
 """What acquisition functions need of posteriors that are sets of functions.
 
-Also how to choose the points of a pool that are worth a label."""
+Also how to choose the points of a pool that are worth a label.
+"""
 
 from gpbridge.acquisition.bait import select_bait
 from gpbridge.acquisition.draws import ThompsonDraw
