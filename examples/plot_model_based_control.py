@@ -176,7 +176,7 @@ for axis, (name, color) in zip(
     axis.set_title(
         f"Planning on the {name}", loc="left", fontweight="bold", fontsize=11
     )
-    axis.legend(frameon=False, fontsize=8, loc="center right")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.95))
 
 # %% Save
 options.figures.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from gpbridge.kernels import InfiniteWidthKernel
 from gpbridge.surrogates import WeightSpaceModel
 from gpbridge.testing import assert_module_unchanged
 from gpbridge.weights import GaussianWeights
-from tests.surrogates.test_recipe import BOUNDS, EACH, data, quiet
+from tests.surrogates.recipes import BOUNDS, data, each, quiet
 
 BOX = torch.tensor([[-1.0, 0.0], [2.0, 5.0]], dtype=torch.float64)
 
@@ -440,7 +440,7 @@ def test_values_never_fall_whatever_the_function():
 
 
 @pytest.mark.slow
-@EACH
+@each()
 @pytest.mark.parametrize("m", [1, 2])
 def test_every_recipe_gives_thompson_samples(recipe, m):
     X, Y = data(m=m)
