@@ -158,8 +158,8 @@ def main() -> None:
         notes.append(
             f"{name}: dense evaluation of the same {q} draws at {dense} Sobol points "
             f"exceeds their maxima by at most {shortfall(sample, box, dense):.2g}; "
-            f"mean maximum {float(sample.values.mean()):.3f}, of the joint samples "
-            f"{best:.3f}."
+            f"mean maximum {float(sample.values.mean()):.3f}, and {best:.3f} at the "
+            f"peer's {candidates} candidates."
         )
     timing.print_rows("Thompson sampling", rows, notes)
 
