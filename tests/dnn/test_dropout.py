@@ -115,9 +115,9 @@ def test_a_chunk_size_bounds_what_is_held_and_not_the_functions(monkeypatch):
     posterior, X, rows = MCDropout(dense()), points(3, 7, 2), []
     expected, evaluate = posterior.draw(6, seeded())(X), DropoutDraws._evaluate
 
-    def counted(self, part):
+    def counted(self, part, own):
         rows.append(len(part))
-        return evaluate(self, part)
+        return evaluate(self, part, own)
 
     monkeypatch.setattr(DropoutDraws, "_evaluate", counted)
     for chunk_size, most in ((1, 4), (2, 7), (5, 18), (6, 21), (50, 21)):

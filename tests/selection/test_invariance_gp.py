@@ -37,6 +37,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::botorch.exceptions.warnings.InputDataWarning",
     "ignore::gpytorch.utils.warnings.GPInputWarning",
 )
+few_steps = pytest.mark.filterwarnings(  # on purpose, to be quick
+    "ignore:.*L-BFGS stopped at its limit:gpbridge.checks.NotConvergedWarning"
+)
 
 
 class SharedGP(ExactGP):
@@ -123,6 +126,7 @@ def test_a_known_half_width_is_recovered(degrees):
         assert abs(found / degrees - 1) < 0.15, (seed, found)
 
 
+@few_steps
 def test_the_model_of_the_caller_stays_and_the_copy_has_what_was_learnt():
     X = points()
     model = exact(X, radial(X)).eval()
@@ -136,6 +140,7 @@ def test_the_model_of_the_caller_stays_and_the_copy_has_what_was_learnt():
     assert "bound" in repr(fit) and "1 ascents" in repr(fit)
 
 
+@few_steps
 def test_a_model_in_float32_is_fitted_in_float64_and_returned_in_float32():
     X = points()
     low = exact(X.float(), radial(X).float())
@@ -148,6 +153,7 @@ def test_a_model_in_float32_is_fitted_in_float64_and_returned_in_float32():
     assert abs(fit.evidence - same.evidence) < 1e-3
 
 
+@few_steps
 def test_a_law_of_two_parameters_starts_at_vectors_and_the_best_start_is_kept():
     X = torch.rand(12, 9, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     law = AffineAugmentation2d((3, 3), ["rotation", "tx"], num_samples=4)
@@ -164,6 +170,7 @@ def test_a_law_of_two_parameters_starts_at_vectors_and_the_best_start_is_kept():
     )
 
 
+@few_steps
 def test_two_laws_are_named_by_their_paths():
     X = points(10)
     kernel = InvariantKernel(RBFKernel(), Rotation2d(3)) + InvariantKernel(
@@ -183,6 +190,7 @@ def test_two_laws_are_named_by_their_paths():
         learn_kernel_invariance(model)
 
 
+@few_steps
 def test_what_requires_no_gradient_stays():
     X = points(10)
     model = exact(X, radial(X))
@@ -206,6 +214,7 @@ class Breaking(Rotation2d):
         return None
 
 
+@few_steps
 def test_a_start_without_a_finite_evidence_is_said_and_left_out():
     X = points(10)
     model = exact(X, radial(X), Breaking(3))
