@@ -14,10 +14,15 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FIGURES = {"demo": {"demo_posterior", "demo_reliability", "demo_optimisation"}}
 
 # Processes of their own, forked from one that has imported everything: half of the
-# seconds of a small example are imports.
+# seconds of a small example are imports. An optimiser of torch imports torch._dynamo.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["gpbridge.dnn", "gpbridge.selection", "gpbridge.surrogates", "matplotlib.pyplot"]
+    [
+        *("gpbridge.acquisition", "gpbridge.dnn", "gpbridge.plots"),
+        *("gpbridge.selection", "gpbridge.surrogates"),
+        *("botorch.fit", "botorch.optim", "sklearn.datasets", "torch._dynamo"),
+        *("matplotlib.backends.backend_agg", "matplotlib.pyplot"),
+    ]
 )
 
 

@@ -73,11 +73,12 @@ def noisy_hypervolume(model, X_pending=None, kind=None):
     )  # fmt: skip
 
 
+# Hypervolumes compile a program of botorch's once on a machine, for a minute.
 KINDS = [
     (improvement, 1),
     (noisy_improvement, 1),
-    (hypervolume, 2),
-    (noisy_hypervolume, 2),
+    pytest.param(hypervolume, 2, marks=pytest.mark.slow),
+    pytest.param(noisy_hypervolume, 2, marks=pytest.mark.slow),
 ]
 EACH = pytest.mark.parametrize(
     "make, m", KINDS, ids=lambda k: getattr(k, "__name__", k)
@@ -130,6 +131,7 @@ def test_improvement_is_the_mean_over_members():
     torch.testing.assert_close(near, expected, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.slow  # compiles, too
 @pytest.mark.filterwarnings("ignore:qNoisyExpectedHypervolume.* has known numerical")
 def test_noisy_hypervolume_is_the_mean_over_members():
     model, X, baseline = ensemble(2), points(3, 2, 2, seed=1), points(4, 2, seed=7)
