@@ -30,6 +30,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Generator, Tensor
 
 from bayesopt.problems import Problem
+from gpbridge.acquisition import thompson_sample
 from gpbridge.checks import ReliabilityWarning
 from gpbridge.surrogates import (
     DeepKernelSurrogate,
@@ -251,7 +252,7 @@ def improvement(
 def thompson(
     problem: Problem, model: Model, X: Tensor, Y: Tensor, settings: Settings, seed: int
 ) -> Tensor:
-    """Maximisers of functions drawn from the posterior, over many candidates."""
+    """Maximisers of functions drawn from the posterior, ascended from many starts."""
     if problem.ref_point is not None:
         raise ValueError(
             f"Thompson sampling here is for one outcome, but {problem.name} has "
@@ -259,10 +260,19 @@ def thompson(
         )
     generator = torch.Generator().manual_seed(seed)
     candidates = candidate_inputs(problem, X, Y, settings.candidates, generator)
-    with torch.no_grad():
-        posterior = model.posterior(candidates)
-        values = posterior.rsample(torch.Size([problem.batch_size]))[..., 0]
-    return candidates[values.argmax(-1)]
+    q = problem.batch_size
+    if problem.categories:  # among choices a joint sample is exact for every kernel
+        with torch.no_grad():
+            values = model.posterior(candidates).rsample(torch.Size([q]))[..., 0]
+        return candidates[values.argmax(-1)]
+    return thompson_sample(
+        *(model, problem.bounds, q),
+        starts=candidates,
+        num_restarts=settings.num_restarts,
+        raw_samples=settings.raw_samples,
+        max_evaluations=settings.maxiter,
+        generator=generator,
+    ).candidates
 
 
 def candidate_inputs(
