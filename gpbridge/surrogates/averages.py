@@ -18,7 +18,7 @@ from gpbridge.dnn.subspace import Subspace
 from gpbridge.dnn.subspace_inference import sample_subspace
 from gpbridge.dnn.swag import SWAG
 from gpbridge.surrogates.recipe import Experiments, Recipe, State
-from gpbridge.surrogates.training import held_out_share, noise_of, train
+from gpbridge.surrogates.training import held_out_share, judged_noise, noise_of, train
 from gpbridge.surrogates.weight_space import WeightSpaceModel
 from gpbridge.types import FitResult, WeightPosterior
 
@@ -65,15 +65,12 @@ class SWAGSurrogate(Recipe):
             validation_rows=rows if len(rows) else None,
             callback=take,
         )
-        variance = fit.residual_variance
-        if len(rows):
-            variance = fit.validation_variance
         model = WeightSpaceModel(
             self._posterior(tracker, experiments, fit),
             experiments.X,
             experiments.Y,
             num_samples=self.num_samples,
-            likelihood=noise_of(variance),
+            likelihood=judged_noise(fit),
             input_transform=experiments.input_transform,
             outcome_transform=experiments.outcome_transform(),
             generator=experiments.generator,

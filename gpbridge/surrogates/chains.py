@@ -16,7 +16,7 @@ from gpbridge.checks import check_count
 from gpbridge.dnn.chains import sample_sgmcmc
 from gpbridge.dnn.sgmcmc import SGHMC
 from gpbridge.surrogates.recipe import Experiments, Recipe, State
-from gpbridge.surrogates.training import noise_of, train
+from gpbridge.surrogates.training import judged_noise, train
 from gpbridge.surrogates.weight_space import WeightSpaceModel
 
 
@@ -46,10 +46,7 @@ class SGHMCSurrogate(Recipe):
     def _fit(self, experiments: Experiments) -> tuple[Model, list[State]]:
         check_count(num_chains=self.num_chains, num_cycles=self.num_cycles)
         fit = train(self, experiments)
-        variance = fit.residual_variance
-        if len(fit.validation_rows):
-            variance = fit.validation_variance
-        likelihood = noise_of(variance)
+        likelihood = judged_noise(fit)
         posterior = sample_sgmcmc(
             fit.network,
             experiments.Z,

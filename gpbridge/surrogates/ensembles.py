@@ -16,7 +16,7 @@ from gpbridge.dnn.dropout import MCDropout
 from gpbridge.dnn.ensemble_fit import fit_ensemble
 from gpbridge.dnn.ensembles import DeepEnsemble
 from gpbridge.surrogates.recipe import Experiments, Recipe, State
-from gpbridge.surrogates.training import held_out_share, noise_of, train
+from gpbridge.surrogates.training import held_out_share, judged_noise, noise_of, train
 from gpbridge.surrogates.weight_space import WeightSpaceModel
 
 
@@ -93,15 +93,12 @@ class DropoutSurrogate(Recipe):
         if experiments.weights:
             network.load_state_dict(experiments.weights[0])
         fit = train(self, experiments, network=network)
-        variance = fit.residual_variance
-        if len(fit.validation_rows):
-            variance = fit.validation_variance
         model = WeightSpaceModel(
             MCDropout(fit.network),
             experiments.X,
             experiments.Y,
             num_samples=self.num_samples,
-            likelihood=noise_of(variance),
+            likelihood=judged_noise(fit),
             input_transform=experiments.input_transform,
             outcome_transform=experiments.outcome_transform(),
             generator=experiments.generator,

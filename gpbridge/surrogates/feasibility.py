@@ -23,6 +23,7 @@ from gpbridge.checks import (
     warn_user,
 )
 
+SMALLEST_SPREAD = 1e-8  # botorch's Standardize takes less for a constant
 OUTSIDE = 1e-6  # of the width of bounds; optimisers overstep by rounding
 
 
@@ -114,6 +115,14 @@ def check_experiments(
             )
     check_categories(X, {} if categories is None else categories)
     constant = (Y == Y[0]).all(0)
+    small = ~constant & (Y.std(0) < SMALLEST_SPREAD)
+    if bool(small.any()):
+        column = int(small.nonzero()[0])
+        raise ValueError(
+            f"Outcome {column} has standard deviation {float(Y[:, column].std()):.2g}, "
+            f"but below {SMALLEST_SPREAD:g} upstream does not standardise. Pass "
+            "train_Y in smaller units, such as train_Y * 1e9."
+        )
     if bool(constant.any()):
         column = int(constant.nonzero()[0])
         warn_user(

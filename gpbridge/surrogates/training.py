@@ -89,6 +89,12 @@ def _task_noises(likelihood: Multitask) -> Tensor:
     return likelihood.task_noises
 
 
+def judged_noise(fit: FitResult) -> Likelihood:
+    """Noise by the rows held out of a run, or by all where there are none."""
+    held_out = len(fit.validation_rows) > 0
+    return noise_of(fit.validation_variance if held_out else fit.residual_variance)
+
+
 def noise_of(variances: Tensor) -> Likelihood:
     """A Gaussian likelihood with given noise, at least a hundredth of a deviation.
 

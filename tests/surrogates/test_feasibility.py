@@ -64,6 +64,12 @@ def test_constant_outcomes_are_said_and_predicted(recipe):
     assert (found[0] - 7).abs().max() < 3
 
 
+def test_outcomes_too_small_to_be_standardised_are_refused():
+    X, Y = data()
+    with pytest.raises(ValueError, match="Outcome 0 has standard.*smaller units"):
+        LINEARIZED.fit(X, Y * 1e-10)
+
+
 @each(slow=LONG)
 def test_duplicated_points_are_fine(recipe):
     X, Y = data(10)
