@@ -93,6 +93,11 @@ def check_experiments(
         ReliabilityWarning: If all outcomes are the same.
     """
     check_inputs(X)
+    if isinstance(Y, Tensor) and Y.dim() == 1:
+        raise ShapeError(
+            f"train_Y must be ``n x m``, but has shape {tuple(Y.shape)}. For one "
+            "outcome try train_Y[:, None]."
+        )
     check_inputs(Y, "train_Y")
     check_same_length(train_X=X, train_Y=Y)
     check_same_device(train_X=X, train_Y=Y)

@@ -83,7 +83,11 @@ def test_duplicated_points_are_fine(recipe):
         (lambda X, Y: (X[:1], Y[:1]), ValueError, "at least 2 observations.* are 1"),
         (lambda X, Y: (X[None], Y[None]), ShapeError, "they have shapes"),
         (lambda X, Y: (X, Y[:-1]), ShapeError, "24.*23"),
-        (lambda X, Y: (X, Y[:, 0]), ShapeError, r"train_Y.*try train_Y\[:, None\]"),
+        (
+            lambda X, Y: (X, Y[:, 0]),
+            ShapeError,
+            r"train_Y must be ``n x m``.*outcome try train_Y\[:, None\]",
+        ),
         (lambda X, Y: (X, Y * torch.nan), InputDataError, "train_Y contains NaN"),
         (lambda X, Y: (X / 0, Y), InputDataError, "train_X contains NaN or Inf"),
         (lambda X, Y: (X, Y.long()), TypeError, r"train_Y must be float32.*double\(\)"),
